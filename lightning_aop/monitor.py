@@ -1,0 +1,360 @@
+"""ExplanationMonitor: the Lightning callback that shows, while a model trains, what it looks at."""
+
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_aop.aop import fast_sigcam
+from lightning_aop.image_log import log_image
+from lightning_aop.metrics import Faithfulness
+from lightning_aop.probing import device_of, isolated_rng, predict, undisturbed
+from lightning_aop.rendering import heatmap_grid
+from lightning_aop.samples import Probe, ProbeSource, TargetChoice, class_names_of, collect
+from lightning_aop.scores import Score, sigmoid, softmax
+from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
+
+# The two names of Lightning have distinct base classes; take those of the one in use.
+if TYPE_CHECKING or "lightning.pytorch" not in sys.modules or "pytorch_lightning" in sys.modules:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.utilities import rank_zero_warn
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+else:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities import rank_zero_warn
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+class ExplanationMonitor(Callback):
+    """Explain the same pictures again and again while a model trains, and log what is seen.
+
+    Before training, at every chosen validation, and under `trainer.validate()`, the monitor logs
+
+    - `explain/heatmaps`: each probe picture beside its overlay, with the class and its score, on one
+      colour scale for the whole run;
+    - `explain/deletion_auc`, `explain/insertion_auc`, `explain/overall_auc`: how faithful the maps
+      are (`ModelCheckpoint(monitor="explain/overall_auc", mode="max")` works);
+    - `explain/seconds`: what it took.
+
+    Training is left bit for bit as it would have been: weights, buffers, gradients, modes and random
+    state. An explanation that fails gives a warning, and training goes on. With a callback that
+    swaps weights around validation (`WeightAveraging`), the weights in place at its end are
+    explained.
+
+    Args:
+        method: how to explain; `fast_sigcam()` by default, 42 model evaluations an explanation.
+        probe: which pictures: a number of validation samples (training samples where there are no
+            validation ones); or a batch as a DataLoader gives it; or a dataset; or a function
+            without arguments that returns a batch. Chosen once, and kept when a run is resumed.
+        targets: which classes: "label" for the true ones, one explanation for each positive class of
+            a multilabel picture; "predicted" for the likeliest; or a list of class indices, each
+            explained for every picture.
+        target_layer: for the default method, the layer whose feature map it starts from: a name, a
+            module, or None for the last one before the classifier.
+        score: F_c; by default `scores.sigmoid` for multi-hot labels and `scores.softmax` for others.
+        every_n_epochs: explain at validations of every n-th epoch (at the end of the training epoch
+            where there is no validation); 1 by default, 0 for never.
+        every_n_train_steps: explain after every n-th optimizer step instead.
+        metrics: what judges the maps, a metric with `update(model, images, maps, targets)` whose
+            `compute()` gives a value or a dictionary of values; by default `Faithfulness(steps=28)`,
+            56 model evaluations an explanation. False for none.
+        class_names: names by class index; by default the dataset's `classes`, or the index.
+        mean, std: what the pictures were normalised with, to show them as they were.
+        max_classes_per_image: the most positive classes of one multilabel picture to explain.
+    """
+
+    def __init__(
+        self,
+        method: SaliencyMethod | None = None,
+        *,
+        probe: ProbeSource = 8,
+        targets: TargetChoice = "label",
+        target_layer: str | torch.nn.Module | None = None,
+        score: Score | None = None,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        metrics: Metric | bool = True,
+        class_names: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        max_classes_per_image: int = 3,
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.probe = probe
+        self.targets = targets
+        self.target_layer = target_layer
+        self.score = score
+        if every_n_epochs is None:
+            every_n_epochs = 0 if every_n_train_steps else 1
+        self.every_n_epochs = every_n_epochs
+        self.every_n_train_steps = every_n_train_steps or 0
+        self.metrics = metrics
+        self.class_names = class_names
+        self.mean, self.std = mean, std
+        self.max_classes_per_image = max_classes_per_image
+        self._kept: Probe | None = None
+        self._last_step = 0
+        self._warned: set[str] = set()
+
+    # ---------------------------------------------------------------------------------------------
+    # when
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what can't work before any work is done."""
+        problem = self._misuse()
+        if problem:
+            raise MisconfigurationException(f"ExplanationMonitor: {problem}")
+        if stage == "fit":
+            self._kept, self._last_step = None, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Explain the untrained model; a resumed run has done so."""
+        if trainer.global_step == 0 and (self.every_n_epochs or self.every_n_train_steps):
+            self._fire(trainer, pl_module, "start")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Explain after every n-th optimizer step."""
+        step = trainer.global_step
+        if self.every_n_train_steps and step != self._last_step:
+            self._last_step = step
+            if step % self.every_n_train_steps == 0:
+                self._fire(trainer, pl_module, "step")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Explain at the chosen validations, never in the sanity check."""
+        if not trainer.sanity_checking and (trainer.state.fn != "fit" or self._due(trainer)):
+            self._fire(trainer, pl_module, "epoch")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Explain at the chosen epochs where there is no validation."""
+        if not trainer.enable_validation and self._due(trainer):
+            self._fire(trainer, pl_module, "epoch")
+
+    def _due(self, trainer: Trainer) -> bool:
+        n = self.every_n_epochs
+        return n > 0 and (trainer.current_epoch + 1) % n == 0
+
+    def _misuse(self) -> str | None:
+        """Return what is wrong with the arguments, or None."""
+        n, steps = self.every_n_epochs, self.every_n_train_steps
+        if n < 0 or steps < 0:
+            return f"every_n_epochs={n} and every_n_train_steps={steps} must not be negative"
+        if n and steps:
+            return (
+                f"every_n_epochs={n} and every_n_train_steps={steps} exclude each other: set one of "
+                "them to 0"
+            )
+        if isinstance(self.probe, int) and self.probe < 1:
+            return f"probe={self.probe} must be at least 1 sample"
+        if isinstance(self.targets, str) and self.targets not in ("label", "predicted"):
+            return f"targets={self.targets!r} must be 'label', 'predicted' or a list of class indices"
+        if self.max_classes_per_image < 1:
+            return f"max_classes_per_image={self.max_classes_per_image} must be at least 1"
+        if self.method is not None and not isinstance(self.method, SaliencyMethod):
+            return (
+                f"method must have explain(model, images, targets), got "
+                f"{type(self.method).__name__}: pass fast_sigcam(), sigcam(), GradCAM() or your own"
+            )
+        if self.method is not None and self.target_layer is not None:
+            return "target_layer is for the default method: name the layer in the method given"
+        return None
+
+    # ---------------------------------------------------------------------------------------------
+    # what is kept in a checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the probe, so that a resumed run goes on with the same pictures."""
+        if self._kept is None:
+            return {}
+        return {"images": self._kept.images, "labels": self._kept.labels}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the probe of the run that is resumed."""
+        if "images" in state_dict:
+            self._kept = Probe(state_dict["images"], state_dict["labels"])
+
+    # ---------------------------------------------------------------------------------------------
+    # what happens
+
+    def _fire(
+        self, trainer: Trainer, pl_module: LightningModule, moment: Literal["start", "step", "epoch"]
+    ) -> None:
+        """Explain and log; whatever goes wrong becomes a warning, and no state is left changed."""
+        device = device_of(pl_module)
+        try:
+            with isolated_rng(device), torch.inference_mode(False), torch.no_grad():
+                started = time.perf_counter()
+                with _precision(trainer, device):
+                    panel, values = self._explain(trainer, pl_module)
+                values["seconds"] = time.perf_counter() - started
+                self._log(trainer, pl_module, panel, values, moment)
+        except Exception as error:
+            self._warn(
+                f"ExplanationMonitor: no explanation at step {_step(trainer)}, training goes on. "
+                f"{type(error).__name__}: {error}"
+            )
+
+    def _explain(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[UInt8[Tensor, "3 height width"], dict[str, float]]:
+        """Return the picture and the metrics of the probe as the model is now."""
+        if self._kept is None:
+            self._kept = self._draw(trainer, pl_module)
+        probe = self._kept
+        score = self.score or (sigmoid if probe.multilabel else softmax)
+        images = probe.images.to(device_of(pl_module))
+        logits = predict(pl_module, images)
+        rows, targets = probe.pairs(self.targets, logits, self.max_classes_per_image)
+        rows, targets = rows.to(images.device), targets.to(images.device)
+        images, logits = images[rows], logits[rows]
+        method = self.method or fast_sigcam(self.target_layer, score=score)
+        maps = method.explain(pl_module, images, targets)
+        values = self._judge(pl_module, images, maps, targets, score)
+        panel = heatmap_grid(
+            images,
+            maps,
+            self._captions(trainer, logits, targets, score, probe.multilabel),
+            title=_title(trainer),
+            mean=self.mean,
+            std=self.std,
+        )
+        return panel, values
+
+    def _judge(
+        self,
+        pl_module: LightningModule,
+        images: Images,
+        maps: Maps,
+        targets: Targets,
+        score: Score,
+    ) -> dict[str, float]:
+        if self.metrics is False:
+            return {}
+        # Every process explains the whole probe, so that their values agree without a word.
+        metric = (
+            Faithfulness(score, steps=28, sync_on_compute=False)
+            if self.metrics is True
+            else self.metrics
+        )
+        metric = metric.to(images.device)
+        metric.reset()
+        metric.update(pl_module, images, maps, targets)
+        result = metric.compute()
+        if not isinstance(result, Mapping):
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(metric).__name__).lower()
+            result = {name: result}
+        return {name: float(value) for name, value in result.items()}
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> Probe:
+        """Take the probe from its source, the way a validation batch would come to the model."""
+        loaders = trainer.val_dataloaders or trainer.train_dataloader
+        stage = trainer.state.stage
+        try:
+            # Hooks such as on_after_batch_transfer must not augment it as if it were for training.
+            trainer.validating = True
+            with undisturbed(pl_module), torch.no_grad():
+                batch, count = collect(self.probe, loaders)
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        finally:
+            trainer.state.stage = stage
+        probe = Probe.from_batch(batch, count)
+        if count is not None and len(probe.images) < count:
+            self._warn(
+                f"ExplanationMonitor: probe={count} samples asked for, but the data has "
+                f"{len(probe.images)}: all of them are explained; lower probe to silence this"
+            )
+        return probe
+
+    def _captions(
+        self,
+        trainer: Trainer,
+        logits: Float[Tensor, "p k"],
+        targets: Targets,
+        score: Score,
+        multilabel: bool,
+    ) -> list[str]:
+        """Return the class and its score for each pair; for a wrong prediction that one as well."""
+        names = self.class_names or class_names_of(
+            trainer.val_dataloaders or trainer.train_dataloader
+        )
+        predicted = logits.argmax(dim=1)
+        columns = (targets, score(logits, targets), predicted, score(logits, predicted))
+        captions = []
+        for target, value, other, higher in zip(*(c.tolist() for c in columns), strict=True):
+            caption = f"{_name(names, target)} {value:.2f}"
+            if other != target and not multilabel:
+                caption += f"\npredicted {_name(names, other)} {higher:.2f}"
+            captions.append(caption)
+        return captions
+
+    def _log(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        panel: UInt8[Tensor, "3 height width"],
+        values: dict[str, float],
+        moment: Literal["start", "step", "epoch"],
+    ) -> None:
+        step = _step(trainer)
+        scalars = {f"explain/{name}": value for name, value in values.items()}
+        if moment == "epoch":
+            pl_module.log_dict(scalars, on_step=False, on_epoch=True, batch_size=1)
+        else:
+            # Lightning would drop what is logged at a step off its log_every_n_steps, and refuses
+            # to log before training: the loggers get it directly, ModelCheckpoint by log_dict.
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=step)
+            if moment == "step":
+                pl_module.log_dict(scalars, on_step=True, on_epoch=False, logger=False)
+        if not trainer.is_global_zero:
+            return
+        for sink in trainer.loggers or [None]:
+            try:
+                root = None if sink else trainer.default_root_dir
+                log_image(sink, "explain/heatmaps", panel, step, fallback=root)
+            except Exception as error:
+                path = log_image(None, "explain/heatmaps", panel, step, trainer.default_root_dir)
+                self._warn(
+                    f"ExplanationMonitor: {type(error).__name__}: {error}. The picture is at {path}"
+                )
+
+    def _warn(self, message: str) -> None:
+        # The same trouble comes back at every epoch; its first line is said once.
+        key = re.sub(r"\d+", "", message)
+        if key not in self._warned:
+            self._warned.add(key)
+            rank_zero_warn(message, stacklevel=2)
+
+
+def _step(trainer: Trainer) -> int:
+    # What Lightning's own callbacks log at; global_step counts each of several optimizers.
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _title(trainer: Trainer) -> str:
+    if trainer.state.fn != "fit":
+        return "validation"
+    step = trainer.global_step
+    return "before training" if step == 0 else f"epoch {trainer.current_epoch} · step {step}"
+
+
+def _name(names: Sequence[str] | None, index: int) -> str:
+    return str(names[index]) if names is not None and index < len(names) else f"class {index}"
+
+
+def _precision(trainer: Trainer, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the autocast of a mixed-precision run; other precisions are the weights' own."""
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

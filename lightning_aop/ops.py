@@ -1,0 +1,122 @@
+"""Maths that several rooms share: resize, min-max, gaussian blur, total variation and the blend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_aop.scores import full_precision
+from lightning_aop.types import CoarseMaps, Images, Maps
+
+Fill: TypeAlias = Callable[[Images], Images]
+"""What takes the place of removed pixels: a function of the images, such as `GaussianBlur()`."""
+
+
+def resize(maps: CoarseMaps, size: tuple[int, int], align_corners: bool = False) -> Maps:
+    """Resample maps bilinearly to `size` = (height, width); shrinking is anti-aliased.
+
+    `align_corners` has torch's meaning and counts only where maps are enlarged.
+    """
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    shrinks = size[0] < maps.shape[-2] or size[1] < maps.shape[-1]
+    return F.interpolate(
+        maps[:, None],
+        size=size,
+        mode="bilinear",
+        align_corners=align_corners and not shrinks,
+        antialias=shrinks,
+    )[:, 0]
+
+
+def min_max(maps: CoarseMaps) -> CoarseMaps:
+    """Stretch each map to [0, 1] (paper, Eq. 4). A constant map has no range and becomes zero."""
+    low = maps.amin(dim=(1, 2), keepdim=True)
+    span = maps.amax(dim=(1, 2), keepdim=True) - low
+    return torch.where(span > 0, (maps - low) / span.clamp_min(torch.finfo(maps.dtype).tiny), 0.0)
+
+
+def total_variation(masks: CoarseMaps) -> Float[Tensor, " b"]:
+    """Return mean |row difference|² + mean |column difference|² of each mask."""
+    rows = masks.diff(dim=1).square().mean(dim=(1, 2))
+    columns = masks.diff(dim=2).square().mean(dim=(1, 2))
+    return rows + columns
+
+
+def blend(images: Images, baseline: Images, keep: Maps) -> Images:
+    """Return Φ = x ⊙ keep + baseline ⊙ (1 − keep), the same mask for all channels (paper, Eq. 6)."""
+    return torch.lerp(baseline, images, keep[:, None].to(images.dtype))
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """Blur with a gaussian of `kernel` pixels width (odd) and standard deviation `sigma` pixels.
+
+    The default is the paper's "highly blurred version" of a 224 × 224 image. `padding` says what
+    lies beyond the border: "reflect", which works for images of any size, also smaller than the
+    kernel, or "zeros". Computed in float32 or wider whatever the autocast state, and
+    returned in the images' dtype.
+    """
+
+    kernel: int = 51
+    sigma: float = 50.0
+    padding: Literal["reflect", "zeros"] = "reflect"
+
+    def __post_init__(self) -> None:
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(
+                f"GaussianBlur: kernel must be a positive odd number of pixels, got {self.kernel}"
+            )
+        if self.sigma <= 0:
+            raise ValueError(f"GaussianBlur: sigma must be above 0 pixels, got {self.sigma}")
+        if self.padding not in ("reflect", "zeros"):
+            raise ValueError(
+                f"GaussianBlur: padding must be 'reflect' or 'zeros', got {self.padding!r}"
+            )
+
+    def __call__(self, images: Images) -> Images:
+        """Return the blurred images."""
+        height, width = images.shape[-2:]
+        with torch.autocast(images.device.type, enabled=False):
+            pixels = full_precision(images)
+            rows = _blur_matrix(height, self.kernel, self.sigma, self.padding).to(pixels)
+            columns = _blur_matrix(width, self.kernel, self.sigma, self.padding).to(pixels)
+            return (rows @ pixels @ columns.T).to(images.dtype)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Fill with one value in every channel; RISE deletes with 0, the mean of a normalised image."""
+
+    value: float = 0.0
+
+    def __call__(self, images: Images) -> Images:
+        """Return images that hold the value everywhere."""
+        return torch.full_like(images, self.value)
+
+
+@lru_cache(maxsize=16)
+def _blur_matrix(n: int, kernel: int, sigma: float, padding: str) -> Float[Tensor, "n n"]:
+    """Return the 1-D blur of n pixels as a banded matrix, the padding folded in.
+
+    Two products with it equal the padded separable convolution and need no pad, so that an image
+    may be smaller than the kernel.
+    """
+    radius = kernel // 2
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offsets.double() / sigma).square())
+    weights = (weights / weights.sum()).expand(n, -1)
+    sources = torch.arange(n)[:, None] + offsets
+    if padding == "reflect":
+        period = max(2 * (n - 1), 1)
+        sources = sources.remainder(period)
+        sources = torch.where(sources < n, sources, period - sources)
+    else:
+        weights = torch.where((sources >= 0) & (sources < n), weights, 0.0)
+        sources = sources.clamp(0, n - 1)
+    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, sources, weights)

@@ -1,0 +1,444 @@
+"""The one room that touches a model's hooks, modes, random state and gradient state.
+
+Everything here gives back what it took, also after an error: `undisturbed` is the promise, `capture`
+and `find_target_layer` look inside a forward, `Classifier` evaluates it, `count_evaluations` counts.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_aop.checks import check_batch
+from lightning_aop.scores import Score, full_precision
+from lightning_aop.types import Images, Targets
+
+
+class TargetLayerError(ValueError):
+    """The layer to look at is missing, ambiguous, or no feature map."""
+
+
+# --------------------------------------------------------------------------------------------------
+# leaving no trace
+
+
+@contextmanager
+def isolated_rng(device: torch.device | None = None, seed: int | None = None) -> Iterator[None]:
+    """Restore the random state of Python, NumPy, torch and `device` on exit; seed torch if asked."""
+    accelerator = None if device is None or device.type == "cpu" else getattr(torch, device.type)
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    state = None if accelerator is None else accelerator.get_rng_state(device)
+    try:
+        if seed is not None:
+            # torch.manual_seed would reseed every device, also those that are not restored here.
+            torch.default_generator.manual_seed(seed)
+            if device is not None and device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            elif accelerator is not None:
+                accelerator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if accelerator is not None:
+            accelerator.set_rng_state(state, device)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Make `model` ready to be explained, and leave it bit for bit as it was.
+
+    Inside: eval mode, gradients enabled (inference mode is left first), no parameter requires a
+    gradient, compiled models run eagerly so that hooks are heard, and torch is seeded.
+    Afterwards, also after an error: the mode of every submodule, `requires_grad`, every buffer and
+    all random state are what they were. `.grad` is never written.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:
+            # Importing dynamo costs seconds; whoever compiled a model has already paid for it.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(isolated_rng(device_of(model), seed))
+        stack.enter_context(_restored_buffers(model))
+        try:
+            for module, _ in modes:
+                # The attribute, not `.eval()`: an overridden `train` may do more than switch.
+                module.training = False
+            for parameter, _ in parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, requires_grad in parameters:
+                parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _restored_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back every buffer that a forward changed in place or replaced (counters, observers)."""
+    saved = [
+        (module, name, buffer, buffer.detach().clone(), _version(buffer))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False), torch.no_grad():
+            for module, name, buffer, value, version in saved:
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+                # Unconditional copies would bump version counters that a pending backward checks.
+                if version is None or buffer._version != version:
+                    with torch.inference_mode(buffer.is_inference()):
+                        buffer.copy_(value)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer, the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's module from under torch.compile, DataParallel or DistributedDataParallel."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluating the model
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The class scores F_c of a model, evaluated with its inputs checked and its outputs in float32.
+
+    Made by `explaining`; `highest` is the largest target, known on the host, so that a class out of
+    range is an error message and not a failed assertion on the device.
+    """
+
+    model: nn.Module
+    highest: int
+
+    def logits(self, images: Images) -> Float[Tensor, "b k"]:
+        """Evaluate the model in its own dtype and return logits in float32 or wider."""
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        output = self.model(images if dtype is None else images.to(dtype))
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"{type(self.model).__name__} must map images [B, C, H, W] to logits [B, K], got "
+                f"{got} for {len(images)} images: wrap it in a module whose forward returns the "
+                "logits"
+            )
+        if self.highest >= logits.shape[1]:
+            raise ValueError(
+                f"targets must lie in 0..{logits.shape[1] - 1}, the classes of "
+                f"{type(self.model).__name__}, got {self.highest}"
+            )
+        return full_precision(logits)
+
+    def scores(self, images: Images, targets: Targets, score: Score) -> Float[Tensor, " b"]:
+        """Return F_c of each image."""
+        return score(self.logits(images), targets)
+
+
+@contextmanager
+def explaining(
+    model: nn.Module, images: Images, targets: Targets, seed: int = 0
+) -> Iterator[tuple[Classifier, Images, Targets]]:
+    """Check the batch and open `undisturbed`; yield the classifier and the batch on its device.
+
+    The yielded tensors are the caller's values, usable by autograd even where the caller's own were
+    made in inference mode; the caller's tensors are never written.
+    """
+    check_batch(images, targets)
+    if not callable(getattr(model, "forward", None)) or not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrap(model)
+    with undisturbed(model, seed):
+        device = device_of(model)
+        targets = targets.detach().clone().to(device)
+        low, high = (int(value) for value in torch.stack(targets.aminmax()).tolist())
+        if low < 0:
+            raise ValueError(f"targets must be class indices of 0 or more, got {low}")
+        yield Classifier(model, high), full_precision(images.detach().clone().to(device)), targets
+
+
+def predict(
+    model: nn.Module, images: Images, eval_batch_size: int = 32
+) -> Float[Tensor, "b k"]:
+    """Return the model's logits in eval mode, leaving it undisturbed."""
+    anything = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    with explaining(model, images, anything) as (classifier, x, _), torch.no_grad():
+        return torch.cat([classifier.logits(part) for part in x.split(eval_batch_size)])
+
+
+# --------------------------------------------------------------------------------------------------
+# looking inside a forward
+
+
+class Capture:
+    """The output of a layer in the last forward, as the rest of the model saw it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._activation: Tensor | None = None
+
+    def _hook(self, module: nn.Module, args: object, output: object) -> Tensor:
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise TargetLayerError(
+                f"target layer '{self.name}' gives {got}, not a feature map [B, C, h, w]: name a "
+                "convolutional layer"
+            )
+        # The graph starts here: a frozen backbone has none, a trainable one needs none below. The
+        # clone may be overwritten by an in-place ReLU; it then holds, values and gradient alike,
+        # what the head really gets.
+        self._activation = output.detach().requires_grad_().clone()
+        return self._activation
+
+    def activation_and_gradient(
+        self, scores: Float[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b k i j"], Float[Tensor, "b k i j"]]:
+        """Return A and ∂(sum of scores)/∂A in float32."""
+        activation = self._activation
+        if activation is None:
+            raise TargetLayerError(
+                f"target layer '{self.name}' did not run in the model's forward: name a layer that "
+                "does"
+            )
+        gradient = None
+        if scores.requires_grad:
+            (gradient,) = torch.autograd.grad(scores.sum(), activation, allow_unused=True)
+        if gradient is None:
+            raise TargetLayerError(
+                f"the class score does not depend on target layer '{self.name}': name a layer "
+                "between the image and the logits"
+            )
+        if len(activation) != len(scores):
+            raise TargetLayerError(
+                f"target layer '{self.name}' gives {len(activation)} maps for {len(scores)} images"
+            )
+        return full_precision(activation.detach()), full_precision(gradient)
+
+
+@contextmanager
+def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture]:
+    """Hook `target_layer` of `model` for the duration of the block."""
+    name, layer = _named_layer(model, target_layer)
+    captured = Capture(name)
+    handle = layer.register_forward_hook(captured._hook)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def _named_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn.Module]:
+    modules = dict(model.named_modules())
+    if isinstance(target_layer, str):
+        if target_layer in modules:
+            return target_layer, modules[target_layer]
+        maps = [name for name, m in modules.items() if isinstance(m, nn.Conv2d)]
+        raise TargetLayerError(
+            f"{type(model).__name__} has no layer '{target_layer}'; its last convolutions are "
+            f"{', '.join(maps[-3:]) or 'none'} (all names: dict(model.named_modules()))"
+        )
+    target_layer = unwrap(target_layer)
+    for name, module in modules.items():
+        if module is target_layer:
+            return name, module
+    raise TargetLayerError(
+        f"the target layer given, a {type(target_layer).__name__}, is no submodule of "
+        f"{type(model).__name__}: give one of its own layers, or a name"
+    )
+
+
+# A layer's name, with the identity of all submodules that it was found among. Kept outside the
+# model, so that nothing is left on it.
+_found: "WeakKeyDictionary[nn.Module, tuple[int, str]]" = WeakKeyDictionary()
+
+
+def find_target_layer(model: nn.Module, images: Images) -> str:
+    """Return the name of the layer that gives the last feature map before the classifier.
+
+    Found by tracing one forward of the first image: the last [B, C, h, w] output that the final
+    weighted layer (the classifier, linear or 1 × 1 convolution) still comes after, pooling to a
+    fixed size excluded. This is `layer4.2` of ResNet50, `features.norm5` of DenseNet201, `Mixed_7c`
+    of Inception v3 and `features.36` of VGG19, the layers of the paper. The trace is one more
+    evaluation of one image; its result is remembered as long as the model's modules stay the same.
+
+    Raises:
+        TargetLayerError: the model has no convolution, or works mostly on tokens after its last one.
+    """
+    model = unwrap(model)
+    structure = hash(tuple(id(module) for module in model.modules()))
+    known = _found.get(model)
+    if known is None or known[0] != structure:
+        with undisturbed(model):
+            name = _trace(model, images[:1].detach().clone())
+        known = _found[model] = (structure, name)
+    return known[1]
+
+
+_NO_FEATURE_MAP = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Softmax)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One module's output during a trace; `tensor` is held, so that its identity stays its own."""
+
+    time: int
+    name: str
+    tensor: Tensor
+    version: int
+    rejected: bool
+
+    def is_map(self, images: Images) -> bool:
+        """Tell a feature map [B, C, h, w] by its proportions: channels-last ones don't have them."""
+        if self.tensor.ndim != 4 or self.rejected:
+            return False
+        h, w = self.tensor.shape[-2:]
+        height, width = images.shape[-2:]
+        return h * w > 1 and h * width <= 2 * w * height and w * height <= 2 * h * width
+
+    @property
+    def is_tokens(self) -> bool:
+        """Tell positions in rows, [B, N, C] or [B, h, w, C], which are no map by `is_map`."""
+        shape = self.tensor.shape
+        if len(shape) == 4:
+            return shape[1] * shape[2] > 1 and shape[3] > 1 and not self.rejected
+        return len(shape) == 3 and shape[1] > 1
+
+
+def _trace(model: nn.Module, images: Images) -> str:
+    outputs: list[_Output] = []
+    weighted: list[int] = []  # the times at which a layer with a weight matrix starts
+    calls: dict[str, int] = {}
+    clock = iter(range(sys.maxsize))
+    convolution = False
+
+    def started(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object) -> None:
+            nonlocal convolution
+            calls[name] = calls.get(name, 0) + 1
+            convolution = convolution or isinstance(module, nn.Conv2d)
+            if any(p.ndim >= 2 for p in module.parameters(recurse=False)):
+                weighted.append(next(clock))
+
+        return hook
+
+    def ended(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, Tensor) and convolution:
+                # Pooled to a fixed size, or attention: no feature map. A dropout in eval mode hands
+                # on the very tensor that it was given.
+                rejected = isinstance(module, _NO_FEATURE_MAP) or any(
+                    o.rejected and o.tensor is output for o in outputs
+                )
+                outputs.append(_Output(next(clock), name, output, output._version, rejected))
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(started(name)))
+            handles.append(module.register_forward_hook(ended(name)))
+        with torch.no_grad():
+            Classifier(model, -1).logits(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    classifier = weighted[-1] if weighted else sys.maxsize
+    maps = [o for o in outputs if o.is_map(images)]
+    # A network of one convolution has nothing before its classifier: then the map is its output.
+    before = [o for o in maps if o.time < classifier] or maps
+    if not before:
+        raise TargetLayerError(
+            f"{type(model).__name__} has no convolutional feature map: activation maps need one; "
+            "name a layer that gives [B, C, h, w] as target_layer, or use a method without one"
+        )
+    last = before[-1]
+    after = [time for time in weighted if time > last.time]
+    tokens = any(o.is_tokens for o in outputs if o.time > last.time and not o.is_map(images))
+    if tokens and len(after) > len(weighted) / 2:
+        raise TargetLayerError(
+            f"{type(model).__name__} works on tokens after '{last.name}': {len(after)} of its "
+            f"{len(weighted)} weighted layers come later, so this map says little; name a layer that "
+            "gives [B, C, h, w] as target_layer"
+        )
+    same = [o for o in outputs if o.tensor is last.tensor and o.version == last.version]
+    # A module that is called several times (one ReLU for a whole block) is heard several times.
+    return next((o for o in same if calls[o.name] == 1), same[0]).name
+
+
+# --------------------------------------------------------------------------------------------------
+# counting
+
+
+@dataclass
+class Evaluations:
+    """How many images went through a model: `forward`, and back again: `backward`."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        """The cost in model evaluations: a forward is 1, a forward with its backward is 2."""
+        return self.forward + self.backward
+
+
+@contextmanager
+def count_evaluations(
+    model: nn.Module, on_change: Callable[[Evaluations], None] | None = None
+) -> Iterator[Evaluations]:
+    """Count the images that pass through `model` inside the block."""
+    count = Evaluations()
+
+    def backward(gradient: Tensor) -> None:
+        count.backward += len(gradient)
+
+    def forward(module: nn.Module, args: object, output: object) -> None:
+        logits = getattr(output, "logits", output)
+        if isinstance(logits, Tensor):
+            count.forward += len(logits)
+            if logits.requires_grad:
+                logits.register_hook(backward)
+            if on_change is not None:
+                on_change(count)
+
+    handle = unwrap(model).register_forward_hook(forward)
+    try:
+        yield count
+    finally:
+        handle.remove()

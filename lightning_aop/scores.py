@@ -1,0 +1,38 @@
+"""F_c, the score that an explanation explains: logits [B, K] and targets [B] give scores [B].
+
+`softmax` for single-label classifiers, `sigmoid` for multilabel ones, `logit` for neither. All are
+computed in float32 or wider: exp(11.1) already overflows in half precision.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_aop.types import Targets
+
+
+Score: TypeAlias = Callable[[Float[Tensor, "b k"], Targets], Float[Tensor, " b"]]
+"""A differentiable function that picks one number for each image out of its logits."""
+
+
+def full_precision(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return half precision as float32, and anything wider as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def logit(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
+    """Return the raw output of the class, unbounded."""
+    return full_precision(logits).gather(1, targets.long()[:, None])[:, 0]
+
+
+def softmax(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
+    """Return the probability in [0, 1] of the class among all classes."""
+    return logit(torch.softmax(full_precision(logits), dim=1), targets)
+
+
+def sigmoid(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
+    """Return the probability in [0, 1] of the class on its own, as BCEWithLogitsLoss trains it."""
+    return torch.sigmoid(logit(logits, targets))
