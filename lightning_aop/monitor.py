@@ -157,7 +157,9 @@ class ExplanationMonitor(Callback):
         if isinstance(self.probe, int) and self.probe < 1:
             return f"probe={self.probe} must be at least 1 sample"
         if isinstance(self.targets, str) and self.targets not in ("label", "predicted"):
-            return f"targets={self.targets!r} must be 'label', 'predicted' or a list of class indices"
+            return (
+                f"targets={self.targets!r} must be 'label', 'predicted' or a list of class indices"
+            )
         if self.max_classes_per_image < 1:
             return f"max_classes_per_image={self.max_classes_per_image} must be at least 1"
         if self.method is not None and not isinstance(self.method, SaliencyMethod):
@@ -187,7 +189,10 @@ class ExplanationMonitor(Callback):
     # what happens
 
     def _fire(
-        self, trainer: Trainer, pl_module: LightningModule, moment: Literal["start", "step", "epoch"]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        moment: Literal["start", "step", "epoch"],
     ) -> None:
         """Explain and log; whatever goes wrong becomes a warning, and no state is left changed."""
         device = device_of(pl_module)

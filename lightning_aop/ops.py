@@ -17,7 +17,9 @@ Fill: TypeAlias = Callable[[Images], Images]
 """What takes the place of removed pixels: a function of the images, such as `GaussianBlur()`."""
 
 
-def resize(maps: CoarseMaps, size: tuple[int, int], align_corners: bool = False) -> Maps:
+def resize(
+    maps: CoarseMaps, size: tuple[int, int], align_corners: bool = False
+) -> Float[Tensor, "b h w"]:
     """Resample maps bilinearly to `size` = (height, width); shrinking is anti-aliased.
 
     `align_corners` has torch's meaning and counts only where maps are enlarged.

@@ -33,15 +33,18 @@ class _PerturbedScore:
     eval_batch_size: int
 
     def at(
-        self, keep: Maps, rows: Int[Tensor, " b"], noise: Float[Tensor, "b c h w"] | None = None
-    ) -> Float[Tensor, " b"]:
+        self,
+        keep: Float[Tensor, "a h w"],
+        rows: Int[Tensor, " a"],
+        noise: Float[Tensor, "a c h w"] | None = None,
+    ) -> Float[Tensor, " a"]:
         """Return the score of images[rows] seen through the masks `keep`, differentiable."""
         perturbed = blend(self.images[rows], self.baseline[rows], keep)
         if noise is not None:
             perturbed = perturbed + noise
         return self.classifier.scores(perturbed, self.targets[rows], self.score)
 
-    def values(self, keep: Maps, rows: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def values(self, keep: Float[Tensor, "a h w"], rows: Int[Tensor, " a"]) -> Float[Tensor, " a"]:
         """Return the same without a graph, in chunks."""
         size = self.eval_batch_size
         with torch.no_grad():
@@ -153,9 +156,7 @@ class IGOS:
             eval_batch_size=self.eval_batch_size,
         )
 
-    def refine(
-        self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps
-    ) -> Maps:
+    def refine(self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps) -> Maps:
         """Return 1 − M of the last iterate, from M = 1 − start, at the images' size."""
         with explaining(model, images, targets, self.seed) as (classifier, x, t):
             generator = torch.Generator(x.device).manual_seed(self.seed)
@@ -190,7 +191,7 @@ class IGOS:
                 mask, score = self.search(objective, mask, direction, loss)
             return 1 - self._up(mask, x)
 
-    def _up(self, mask: CoarseMaps, images: Images) -> Maps:
+    def _up(self, mask: Float[Tensor, "a i j"], images: Images) -> Float[Tensor, "a h w"]:
         return _enlarged(mask, images, self.align_corners)
 
     def _regularisers(self, mask: CoarseMaps, l1: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -287,9 +288,7 @@ class BilateralMask:
             eval_batch_size=self.eval_batch_size,
         )
 
-    def refine(
-        self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps
-    ) -> Maps:
+    def refine(self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps) -> Maps:
         """Return S of the last iterate, from S = start, at the images' size."""
         with explaining(model, images, targets, self.seed) as (classifier, x, t):
             generator = torch.Generator(x.device).manual_seed(self.seed)
@@ -323,13 +322,15 @@ class BilateralMask:
             return _enlarged(saliency.detach(), x, self.align_corners)
 
 
-def _enlarged(mask: CoarseMaps, images: Images, align_corners: bool) -> Maps:
+def _enlarged(
+    mask: Float[Tensor, "a i j"], images: Images, align_corners: bool
+) -> Float[Tensor, "a h w"]:
     return resize(mask, (images.shape[-2], images.shape[-1]), align_corners)
 
 
 def _starting_mask(
     start: CoarseMaps, images: Images, mask_size: int, align_corners: bool
-) -> CoarseMaps:
+) -> Float[Tensor, "b n n"]:
     """Return M0 = 1 − start on the mask's grid."""
     if start.ndim != 3 or len(start) != len(images):
         raise ValueError(

@@ -191,9 +191,7 @@ def explaining(
         yield Classifier(model, high), full_precision(images.detach().clone().to(device)), targets
 
 
-def predict(
-    model: nn.Module, images: Images, eval_batch_size: int = 32
-) -> Float[Tensor, "b k"]:
+def predict(model: nn.Module, images: Images, eval_batch_size: int = 32) -> Float[Tensor, "b k"]:
     """Return the model's logits in eval mode, leaving it undisturbed."""
     anything = torch.zeros(len(images), dtype=torch.long, device=images.device)
     with explaining(model, images, anything) as (classifier, x, _), torch.no_grad():

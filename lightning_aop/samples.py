@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_aop.types import Images, Targets
 
-ProbeSource: TypeAlias = "int | Tensor | Sequence[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Any]"
+ProbeSource: TypeAlias = (
+    "int | Tensor | Sequence[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Any]"
+)
 TargetChoice: TypeAlias = Literal["label", "predicted"] | Sequence[int]
 
 _IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs", "data")

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lightning_aop.types import Targets
 
-
 Score: TypeAlias = Callable[[Float[Tensor, "b k"], Targets], Float[Tensor, " b"]]
 """A differentiable function that picks one number for each image out of its logits."""
 

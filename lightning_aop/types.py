@@ -40,8 +40,6 @@ class ActivationMethod(SaliencyMethod, Protocol):
 class Perturbation(Protocol):
     """Anything that refines a starting map by perturbing the image and watching the score."""
 
-    def refine(
-        self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps
-    ) -> Maps:
+    def refine(self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps) -> Maps:
         """Return the refined saliency in [0, 1] at the images' size."""
         ...

@@ -1,10 +1,13 @@
 """Small real networks, and the switch that lets bad shapes through to our own messages."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,42 @@ class SmallNet(nn.Module):
         pooled = self.features(images).mean(dim=(2, 3))
         logits: Tensor = self.head(self.dropout(pooled))
         return logits
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return everything about a model, and of the random streams, that could be disturbed."""
+    numpy: Any = np.random.get_state()
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "buffers": [id(b) for b in model.buffers()],
+        "modes": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "hooks": [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for m in model.modules()
+        ],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "rng": [torch.get_rng_state(), random.getstate(), numpy[1].tolist(), numpy[2]],
+        "modes of torch": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+    }
+
+
+def assert_same(before: Any, after: Any, where: str = "") -> None:
+    """Compare bit for bit."""
+    assert type(before) is type(after), where
+    if isinstance(before, dict):
+        assert before.keys() == after.keys(), where
+        for key in before:
+            assert_same(before[key], after[key], f"{where}.{key}")
+    elif isinstance(before, (list, tuple)):
+        assert len(before) == len(after), where
+        for index, pair in enumerate(zip(before, after, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    elif isinstance(before, Tensor):
+        assert torch.equal(before, after), where
+    else:
+        assert before == after, where
 
 
 @pytest.fixture

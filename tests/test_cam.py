@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 from captum.attr import LayerGradCam
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_aop import GradCAM, GradCAMPlusPlus, WGradCAM
 from lightning_aop.ops import min_max

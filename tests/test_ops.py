@@ -27,9 +27,9 @@ def test_blur_reflects_again_and_again_in_images_smaller_than_the_kernel(
     size: tuple[int, int],
 ) -> None:
     images = torch.randn(1, 1, *size)
-    padded = torch.from_numpy(
-        __import__("numpy").pad(images[0, 0].numpy(), 25, mode="reflect")
-    )[None, None]
+    padded = torch.from_numpy(__import__("numpy").pad(images[0, 0].numpy(), 25, mode="reflect"))[
+        None, None
+    ]
     expected = v2.functional.gaussian_blur(
         torch.nn.functional.pad(padded, (25,) * 4), [51, 51], [50.0, 50.0]
     )[..., 50 : 50 + size[0], 50 : 50 + size[1]]

@@ -177,6 +177,6 @@ class Faithfulness(_FaithfulnessAUC):
 
 def _on_grid(curve: Float[Tensor, "b points"]) -> Float[Tensor, "b grid"]:
     """Resample the curves linearly to `_GRID` equal steps over the same range."""
-    return nn.functional.interpolate(
-        curve[:, None], size=_GRID, mode="linear", align_corners=True
-    )[:, 0]
+    return nn.functional.interpolate(curve[:, None], size=_GRID, mode="linear", align_corners=True)[
+        :, 0
+    ]
