@@ -118,7 +118,7 @@ def fast_sigcam(
 ) -> AOP:
     """Return the method for use while training: WGradCAM at half depth, refined by `BilateralMask`.
 
-    Costs 4·`iterations` + 2 model evaluations an image: 42 by default, against SIGCAM's 720.
+    Costs 4·`iterations` + 3 model evaluations an image: 43 by default, against SIGCAM's 720.
 
     Args:
         target_layer: a name, a module, or None for the last feature map before the classifier.

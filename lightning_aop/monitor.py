@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_aop.aop import fast_sigcam
 from lightning_aop.image_log import log_image
@@ -25,7 +25,9 @@ from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules or "pytorch_lightning" in sys.modules:
     from pytorch_lightning import Callback, LightningModule, Trainer
     from pytorch_lightning.utilities import rank_zero_warn
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+        MisconfigurationException,
+    )
 else:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities import rank_zero_warn
@@ -49,7 +51,7 @@ class ExplanationMonitor(Callback):
     explained.
 
     Args:
-        method: how to explain; `fast_sigcam()` by default, 42 model evaluations an explanation.
+        method: how to explain; `fast_sigcam()` by default, 43 model evaluations an explanation.
         probe: which pictures: a number of validation samples (training samples where there are no
             validation ones); or a batch as a DataLoader gives it; or a dataset; or a function
             without arguments that returns a batch. Chosen once, and kept when a run is resumed.
@@ -80,7 +82,7 @@ class ExplanationMonitor(Callback):
         score: Score | None = None,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
-        metrics: Metric | bool = True,
+        metrics: Metric | MetricCollection | bool = True,
         class_names: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -262,13 +264,12 @@ class ExplanationMonitor(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> Probe:
         """Take the probe from its source, the way a validation batch would come to the model."""
-        loaders = trainer.val_dataloaders or trainer.train_dataloader
         stage = trainer.state.stage
         try:
             # Hooks such as on_after_batch_transfer must not augment it as if it were for training.
             trainer.validating = True
             with undisturbed(pl_module), torch.no_grad():
-                batch, count = collect(self.probe, loaders)
+                batch, count = collect(self.probe, _loaders(trainer))
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -291,9 +292,7 @@ class ExplanationMonitor(Callback):
         multilabel: bool,
     ) -> list[str]:
         """Return the class and its score for each pair; for a wrong prediction that one as well."""
-        names = self.class_names or class_names_of(
-            trainer.val_dataloaders or trainer.train_dataloader
-        )
+        names = self.class_names or class_names_of(_loaders(trainer))
         predicted = logits.argmax(dim=1)
         columns = (targets, score(logits, targets), predicted, score(logits, predicted))
         captions = []
@@ -325,7 +324,8 @@ class ExplanationMonitor(Callback):
                 pl_module.log_dict(scalars, on_step=True, on_epoch=False, logger=False)
         if not trainer.is_global_zero:
             return
-        for sink in trainer.loggers or [None]:
+        sinks: list[object] = [*trainer.loggers] or [None]
+        for sink in sinks:
             try:
                 root = None if sink else trainer.default_root_dir
                 log_image(sink, "explain/heatmaps", panel, step, fallback=root)
@@ -341,6 +341,12 @@ class ExplanationMonitor(Callback):
         if key not in self._warned:
             self._warned.add(key)
             rank_zero_warn(message, stacklevel=2)
+
+
+def _loaders(trainer: Trainer) -> Any:
+    # Not `or`: the truth of a DataLoader is its length, which an iterable dataset has not.
+    validation = trainer.val_dataloaders
+    return trainer.train_dataloader if validation is None else validation
 
 
 def _step(trainer: Trainer) -> int:

@@ -6,16 +6,16 @@ a dataset, or the first samples behind a DataLoader, whose own state stays untou
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from lightning_aop.types import Images, Targets
+from lightning_aop.types import Images
 
 ProbeSource: TypeAlias = (
     "int | Tensor | Sequence[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Any]"
@@ -63,7 +63,7 @@ class Probe:
         targets: TargetChoice,
         logits: Float[Tensor, "b k"],
         max_classes_per_image: int,
-    ) -> tuple[Int[Tensor, " p"], Targets]:
+    ) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
         """Return which image and which class each explanation is for.
 
         `logits` are the model's for `images`: they decide for "predicted".
@@ -110,12 +110,13 @@ def collect(source: ProbeSource, loaders: Any) -> tuple[Any, int | None]:
         return source, None
     if callable(source):
         return source(), None
-    if not hasattr(source, "__len__"):
+    if not isinstance(source, Sized):
         raise TypeError(
             f"probe must be a number, a batch, a dataset with a length or a callable, got "
             f"{type(source).__name__}"
         )
-    return default_collate([source[index] for index in range(len(source))]), None
+    dataset: Any = source
+    return default_collate([dataset[index] for index in range(len(dataset))]), None
 
 
 def first_samples(loader: Any, count: int) -> Any:
@@ -124,7 +125,7 @@ def first_samples(loader: Any, count: int) -> Any:
     Its workers, sampler and generator are not used, so that their state stays what it was. All
     samples are taken if there are fewer than `count`. An iterable dataset is read from a copy.
     """
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if dataset is None:
         raise ValueError(
             f"a {type(loader).__name__} has no dataset to take {count} samples from: pass the probe "
@@ -132,7 +133,7 @@ def first_samples(loader: Any, count: int) -> Any:
         )
     collate = getattr(loader, "collate_fn", default_collate)
     samples: list[Any]
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset):
         samples = [dataset[index] for index in range(min(count, len(dataset)))]
     else:
         stream: Iterable[Any] = copy.deepcopy(dataset)

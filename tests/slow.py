@@ -107,6 +107,8 @@ def bilateral_mask(
 ) -> Tensor:
     """The two-sided mask on one image, with Adam written out."""
     height, width = image.shape[1:]
+    with torch.no_grad():
+        whole = max(float(torch.softmax(model(image[None]), dim=1)[0, target]), 1e-3)
     saliency = start.clone()
     mean, variance = torch.zeros_like(start), torch.zeros_like(start)
     for number, (a, b) in enumerate(points, start=1):
@@ -115,8 +117,8 @@ def bilateral_mask(
         without = image * (a * (1 - up[0])) + baseline * (1 - a * (1 - up[0]))
         alone = image * (b * up[0]) + baseline * (1 - b * up[0])
         loss = (
-            torch.softmax(model(without[None]), dim=1)[0, target]
-            - torch.softmax(model(alone[None]), dim=1)[0, target]
+            torch.softmax(model(without[None]), dim=1)[0, target] / whole
+            - torch.softmax(model(alone[None]), dim=1)[0, target] / whole
             + l1 * leaf.mean()
             + tv * ((leaf[1:] - leaf[:-1]).pow(2).mean())
             + tv * ((leaf[:, 1:] - leaf[:, :-1]).pow(2).mean())

@@ -74,10 +74,12 @@ def test_gradcam_agrees_with_grad_cam(architecture: str) -> None:
 
 def test_identities_of_global_pooling_and_a_linear_head(net: nn.Module, batch: Any) -> None:
     images, targets = batch
-    with explaining(net, images, targets) as (classifier, x, t):
-        with capture(classifier.model, "features") as captured:
-            logits = classifier.scores(x, t, logit)
-            a, g = captured.activation_and_gradient(logits)
+    with (
+        explaining(net, images, targets) as (classifier, x, t),
+        capture(classifier.model, "features") as captured,
+    ):
+        logits = classifier.scores(x, t, logit)
+        a, g = captured.activation_and_gradient(logits)
     head: Any = net.head
     weight, bias, size = head.weight[targets].detach(), head.bias[targets], a[0, 0].numel()
     torch.testing.assert_close(g, (weight / size)[:, :, None, None].expand_as(g))

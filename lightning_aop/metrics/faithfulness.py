@@ -96,7 +96,7 @@ class _FaithfulnessAUC(Metric, ABC):
         return mean
 
     def plot(self, val: object = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-        """Draw the mean curve of each game with its AUC. `val` has no use and is there for torchmetrics."""
+        """Draw the mean curve of each game with its AUC; `val` is torchmetrics' and has no use."""
         from matplotlib import pyplot as plt
 
         if ax is None:

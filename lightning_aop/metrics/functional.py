@@ -1,6 +1,5 @@
 """Deletion and insertion: how well does the score follow the map (Petsiuk et al. 2018).
 
-
 Both games move pixels in the order of falling saliency, in n = ceil(H·W / N) steps of N pixels, and
 record the class score after each, the start included. Deletion replaces the top pixels of the image
 by a fill; insertion replaces the top pixels of a filled image by the true ones. With a faithful

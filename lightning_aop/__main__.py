@@ -1,0 +1,7 @@
+"""`python -m lightning_aop` is the `lightning-aop` command."""
+
+import sys
+
+from lightning_aop.cli import main
+
+sys.exit(main())

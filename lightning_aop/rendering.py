@@ -1,0 +1,366 @@
+"""Tensors in, picture out: heat overlays and captioned grids of them.
+
+Nothing here uses a random number, a figure or a backend. matplotlib lends only its colour table and
+its font, and is imported at the first drawing.
+"""
+
+import math
+import os
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lightning_aop.types import Images, Maps
+
+RGB: TypeAlias = Float[Tensor, "b 3 h w"]
+Picture: TypeAlias = UInt8[Tensor, "3 H W"]
+
+# The overlay keeps this much of the photo's colour and brightness. The untouched photo stands beside
+# it, and a greyer, darker one cannot be mistaken for heat (an orange cat is not a hot region).
+_SATURATION, _BRIGHTNESS = 0.2, 0.75
+# At value 1 a share of the photo stays, so edges remain visible under the peak. The exponent below 1
+# is for middling heat, whose colours are dark and would drown in the photo otherwise.
+_OPACITY, _EXPONENT = 0.85, 0.75
+_LUMA = (0.299, 0.587, 0.114)
+
+_LARGEST = 224  # longer side of a panel in pixels, unless `cell` asks for another
+_SMALLEST = 32
+_PAPER, _INK, _MUTED = (20, 22, 27), (238, 240, 244), (156, 163, 175)
+
+
+def displayable(
+    images: Images, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> RGB:
+    """Turn network inputs into pictures to look at.
+
+    Args:
+        images: (b, c, h, w), any range. One channel becomes grey, of two the first is shown as grey,
+            of more than three the first three are shown as red, green and blue.
+        mean: one number a channel, to undo ``(x - mean) / std``; needs ``std``.
+        std: one positive number a channel; needs ``mean``.
+
+    Returns:
+        (b, 3, h, w) float32 in [0, 1] on the device of ``images``. With ``mean`` and ``std`` the
+        normalisation is undone and the rest is clipped. Without them an image that lies in [0, 1]
+        (give or take 1/255, which a resize may overshoot) is kept, and any other is stretched from
+        its own minimum and maximum over all shown channels; a constant one becomes mid-grey. NaN and
+        infinite pixels become 0.
+
+    Raises:
+        ValueError: ``images`` is not 4-D with at least one channel, only one of ``mean`` and ``std``
+            is given, their length is not c, or a ``std`` is not positive.
+    """
+    if images.ndim != 4 or images.shape[1] == 0:
+        raise ValueError(
+            f"images must have shape [B, C, H, W] with C above 0, got {list(images.shape)}: "
+            "add what is missing, a single image becomes a batch with images[None]"
+        )
+    x = images.detach().float()
+    finite = x.isfinite()
+    x = torch.where(finite, x, 0.0)
+    if mean is not None and std is not None:
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != x.shape[1]:
+                raise ValueError(
+                    f"{name} must hold one number for each of the images' {x.shape[1]} channels, "
+                    f"got {len(values)}, {list(values)}: give the {name} the images were normalised "
+                    "with"
+                )
+        if min(std) <= 0:
+            raise ValueError(
+                f"std must be above 0 in every channel, got {list(std)}: give the std the images "
+                "were normalised with, or neither mean nor std"
+            )
+        x = x * x.new_tensor(std).view(-1, 1, 1) + x.new_tensor(mean).view(-1, 1, 1)
+    elif mean is not None or std is not None:
+        given, missing = ("mean", "std") if std is None else ("std", "mean")
+        raise ValueError(
+            f"mean and std must come together, got {given} but no {missing}: "
+            f"give {missing} too, or neither"
+        )
+    shown = 3 if x.shape[1] >= 3 else 1
+    x, finite = x[:, :shown], finite[:, :shown]
+    if mean is None and x.numel():
+        low = torch.where(finite, x, math.inf).amin((1, 2, 3), keepdim=True)
+        high = torch.where(finite, x, -math.inf).amax((1, 2, 3), keepdim=True)
+        kept = (low >= -1 / 255) & (high <= 1 + 1 / 255)
+        stretched = torch.where(high > low, (x - low) / (high - low), 0.5)
+        x = torch.where(kept, x, stretched)
+    return torch.where(finite, x, 0.0).clamp(0, 1).expand(-1, 3, -1, -1)
+
+
+@cache
+def _colours() -> Float[Tensor, "256 3"]:
+    import matplotlib
+
+    table = matplotlib.colormaps["inferno"](np.arange(256))[:, :3]
+    return torch.from_numpy(table.astype(np.float32))
+
+
+def overlay(images: RGB, maps: Maps) -> RGB:
+    """Lay heat over pictures: equal values get equal colours, in every map and at every epoch.
+
+    The colours are inferno. It is perceptually uniform (equal steps of value look like equal steps),
+    its lightness only ever rises, so it still reads in grey print and with any colour blindness, and
+    it ends in bright yellow, which glows on a darkened photo. Magma ends in a pale pink that is
+    weaker on skin and sky; turbo's lightness peaks in the middle, so its red maximum looks darker
+    than half heat; jet has that fault and false edges besides.
+
+    With v a map's value, the photo is made greyer and darker,
+    ``base = 0.75 * (0.2 * image + 0.8 * grey)``, and heat covers a share ``a = 0.85 * v ** 0.75`` of
+    it: ``out = (1 - a) * base + a * inferno(v)``. Cold regions show ``base`` alone.
+
+    Args:
+        images: (b, 3, h, w) in [0, 1].
+        maps: (b, h, w) in [0, 1], never stretched here; values outside are clipped. NaN and
+            infinite values are drawn as no heat.
+
+    Returns:
+        (b, 3, h, w) float32 in [0, 1] on the device of ``maps``.
+
+    Raises:
+        ValueError: ``images`` and ``maps`` differ in b, h or w, or have other dimensions.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"images must have shape [B, 3, H, W], got {list(images.shape)}: "
+            "make pictures of network inputs with displayable()"
+        )
+    _check_same_size(images, maps)
+    heat = _heat(maps)
+    image = images.detach().to(heat)
+    grey = (image * image.new_tensor(_LUMA).view(-1, 1, 1)).sum(1, keepdim=True)
+    base = _BRIGHTNESS * torch.lerp(grey.expand_as(image), image, _SATURATION)
+    level = (heat * 256).long().clamp(max=255)
+    colour = _colours().to(heat.device)[level].movedim(-1, 1)
+    return torch.lerp(base, colour, _OPACITY * heat[:, None] ** _EXPONENT)
+
+
+def heatmap_grid(
+    images: Images,
+    maps: Maps,
+    captions: Sequence[str],
+    *,
+    title: str | None = None,
+    columns: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    cell: int | None = None,
+) -> Picture:
+    """Draw every sample as "input | overlay" with its caption, and one colour bar for all.
+
+    Args:
+        images: (b, c, h, w), as ``displayable`` takes them.
+        maps: (b, h, w) in [0, 1], as ``overlay`` takes them. One that is zero everywhere is labelled
+            "blank map" on its overlay, and one with a NaN or infinite value "NaN map".
+        captions: b texts of one or two lines (split at a newline). A line too long for its pair is
+            shortened with an ellipsis; a number at its end, such as a score, is kept.
+        title: one line at the top.
+        columns: pairs in a row; by default chosen for a picture about 1.6 times as wide as high.
+        mean: see ``displayable``.
+        std: see ``displayable``.
+        cell: longer side of a panel in pixels, at least 32. By default larger images are reduced to
+            224, smaller ones are enlarged by the largest whole factor that stays within 224.
+
+    Returns:
+        (3, H, W) uint8 on the CPU, reached by one copy from the device of ``maps``.
+
+    Raises:
+        ValueError: ``images``, ``maps`` and ``captions`` differ in number or size, there is no
+            sample, ``columns`` is below 1, ``cell`` is below 32, or ``mean`` and ``std`` are wrong.
+    """
+    pictures = displayable(images, mean, std)
+    _check_same_size(pictures, maps)
+    count = len(pictures)
+    if isinstance(captions, str) or len(captions) != count:
+        given = f"the text {captions!r}" if isinstance(captions, str) else len(captions)
+        raise ValueError(
+            f"captions must hold {count} texts, one an image, got {given}: "
+            "give a list of one text for each image, empty where there is nothing to say"
+        )
+    if pictures.numel() == 0:
+        raise ValueError(
+            f"images must hold at least one image of at least one pixel, got {list(images.shape)}: "
+            "draw nothing when there is nothing to draw"
+        )
+    if columns is not None and columns < 1:
+        raise ValueError(
+            f"columns must be 1 or more, got {columns}: leave it out to have it chosen"
+        )
+    if cell is not None and cell < _SMALLEST:
+        raise ValueError(
+            f"cell must be {_SMALLEST} pixels or more, got {cell}: leave it out to have it chosen"
+        )
+
+    panels, labels = _panels(pictures, maps, cell)
+    high, wide = panels.shape[2:4]
+    em = min(max(round(max(high, wide) / 13), 11), 24)
+    font, bold = _font("DejaVuSans.ttf", em), _font("DejaVuSans-Bold.ttf", round(1.15 * em))
+    small = _font("DejaVuSans.ttf", max(round(0.8 * em), 10))
+
+    seam, margin, line = max(em // 4, 2), round(1.6 * em), round(1.4 * em)
+    texts = [[" ".join(part.split()) for part in text.strip().split("\n", 1)] for text in captions]
+    # A label may be wider than its panel, and must not run into the next pair.
+    pair = wide + seam + max(wide, math.ceil(small.getlength("blank map")) + em)
+    tile_w, tile_h = pair + margin, high + em // 2 + line * max(map(len, texts)) + em
+    bar_w, bar_h = 12 * em, round(0.7 * em)
+    legend_w = math.ceil(font.getlength("saliency")) + em + bar_w
+    top, bottom = margin + (2 * line if title else 0), bar_h + em + margin
+
+    def size(columns: int) -> tuple[int, int]:
+        content = max(columns * tile_w - margin, legend_w)
+        return content + 2 * margin, top + math.ceil(count / columns) * tile_h + bottom
+
+    columns = min(columns or _pleasing(count, size), count)
+    canvas = Image.new("RGB", size(columns), _PAPER)
+    content, foot = canvas.width - 2 * margin, canvas.height - bottom
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        text = _shortened(" ".join(title.split()), bold, content)
+        draw.text((margin, margin), text, _INK, bold, "lt")
+
+    for i, (panel, label, lines) in enumerate(zip(panels, labels, texts, strict=True)):
+        x, y = margin + i % columns * tile_w, top + i // columns * tile_h
+        canvas.paste(Image.fromarray(panel[0]), (x, y))
+        canvas.paste(Image.fromarray(panel[1]), (x + wide + seam, y))
+        if label:
+            _badge(draw, (x + wide + seam, y + high), label, small)
+        for row, text in enumerate(lines):
+            at = (x, y + high + em // 2 + row * line)
+            draw.text(at, _shortened(text, font, pair), _MUTED if row else _INK, font, "la")
+
+    x = margin + content - bar_w
+    # The bar is an overlay on mid-grey, so it shows the colours as they look on a picture.
+    ramp = torch.linspace(0, 1, bar_w, device="cpu", dtype=torch.float32).expand(1, bar_h, -1)
+    bar = overlay(torch.full_like(ramp, 0.5)[:, None].expand(-1, 3, -1, -1), ramp)
+    canvas.paste(Image.fromarray(_bytes(bar)[0].permute(1, 2, 0).numpy()), (x, foot))
+    draw.text((x - em, foot + bar_h / 2), "saliency", _INK, font, "rm")
+    for share, text, anchor in ((0.0, "0", "la"), (0.5, "0.5", "ma"), (1.0, "1", "ra")):
+        draw.text((x + share * bar_w, foot + bar_h + em // 4), text, _MUTED, small, anchor)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+
+
+def write_png(image: Picture, path: str | Path) -> Path:
+    """Write a picture as a PNG file; a reader never sees half a file.
+
+    Args:
+        image: (3, H, W) uint8 on any device.
+        path: where to; missing folders are made and an existing file is replaced.
+
+    Returns:
+        ``path`` as a ``Path``.
+
+    Raises:
+        ValueError: ``image`` has another shape or dtype.
+        OSError: the file cannot be written; an existing one is left as it was.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+        raise ValueError(
+            f"image must be torch.uint8 of shape [3, H, W], got {image.dtype} of shape "
+            f"{list(image.shape)}: give what heatmap_grid() returned"
+        )
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its files are readable by their owner only, and would stay so under the new name.
+    draft = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(draft, "PNG")
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+    return target
+
+
+def _check_same_size(images: RGB, maps: Maps) -> None:
+    expected = [images.shape[0], *images.shape[2:]]
+    if list(maps.shape) != expected:
+        raise ValueError(
+            f"maps must have shape {expected} for images of shape {list(images.shape)}, got "
+            f"{list(maps.shape)}: give one map an image, resized to the images' height and width"
+        )
+
+
+def _heat(maps: Maps) -> Maps:
+    return maps.detach().float().nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+
+
+def _bytes(pictures: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
+    return (pictures * 255).round().byte()
+
+
+def _panels(
+    pictures: RGB, maps: Maps, cell: int | None
+) -> tuple[UInt8[np.ndarray, "b 2 y x 3"], list[str]]:
+    """Draw both panels of every sample at their final size, and name the maps that show nothing."""
+    longer = max(pictures.shape[2:])
+    scale = cell / longer if cell else _LARGEST / longer
+    if cell is None and scale > 1:
+        scale = math.floor(scale)
+    heat = _heat(maps)
+    state = torch.where(heat.amax((1, 2)) > 0, 0, 1)
+    state = torch.where(maps.isfinite().all(2).all(1), state, 2)
+    pictures, heat = _resized(pictures.to(heat), scale), _resized(heat[:, None], scale)[:, 0]
+    both = _bytes(torch.stack((pictures, overlay(pictures, heat)), 1).movedim(2, -1))
+    # The states travel in the same buffer as the pixels, for every copy waits for the device.
+    flat = torch.cat((both.flatten(1), state.byte()[:, None]), 1).cpu().numpy()
+    return flat[:, :-1].reshape(both.shape), [("", "blank map", "NaN map")[i] for i in flat[:, -1]]
+
+
+def _resized(x: Float[Tensor, "b c h w"], scale: float) -> Float[Tensor, "b c H W"]:
+    size = [max(round(side * scale), 1) for side in x.shape[2:]]
+    if size == list(x.shape[2:]):
+        return x
+    if x.shape[1] == 3 and scale == int(scale):
+        # Whole pixels stay what they are: smoothing a 32-pixel picture only blurs it.
+        return F.interpolate(x, size, mode="nearest")
+    # Not bicubic: its overshoot would invent heat beside a sharp edge.
+    return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _pleasing(count: int, size: Callable[[int], tuple[int, int]]) -> int:
+    """Choose the columns that bring the canvas near 1.6 : 1 and leave few places empty."""
+
+    def unpleasant(columns: int) -> float:
+        width, height = size(columns)
+        return abs(math.log(width / height / 1.6)) + (-count % columns) / count / 2
+
+    return min(range(1, count + 1), key=unpleasant)
+
+
+@cache
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    score = re.search(r"\s[-+.\d]+%?$", text)
+    tail = score.group() if score and font.getlength(score.group()) < width / 2 else ""
+    kept = text.removesuffix(tail)
+    while kept and font.getlength(f"{kept}…{tail}") > width:
+        kept = kept[:-1].rstrip()
+    return f"{kept}…{tail}"
+
+
+def _badge(
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, font: ImageFont.FreeTypeFont
+) -> None:
+    """Label the panel whose lower left corner is given."""
+    pad = round(font.size / 3)
+    x, y = corner[0] + pad, corner[1] - pad
+    _, top, right, _ = draw.textbbox((x + pad, y - pad), text, font, "ls")
+    draw.rectangle((x, top - pad, right + pad, y), _PAPER)
+    draw.text((x + pad, y - pad), text, _INK, font, "ls")

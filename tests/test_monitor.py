@@ -1,0 +1,500 @@
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import SmallNet, assert_same, snapshot
+from PIL import Image
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torchmetrics import MetricCollection
+
+from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM
+from lightning_aop.metrics import DeletionAUC, OverallAUC
+from lightning_aop.scores import sigmoid
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:.*GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
+]
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, classes: int = 5, multilabel: bool = False, validates: bool = True) -> None:
+        super().__init__()
+        self.net = SmallNet(classes)
+        self.loss = nn.BCEWithLogitsLoss() if multilabel else nn.CrossEntropyLoss()
+        self.losses: list[float] = []
+        if not validates:
+            self.validation_step = None  # type: ignore[method-assign, assignment]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast("Tensor", self.net(images))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss = cast("Tensor", self.loss(self(batch[0]), batch[1]))
+        self.losses.append(float(loss.detach()))
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self.loss(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Pictures(Dataset[Any]):
+    """Random pictures with augmentation from torch's random stream, and a count of look-ups."""
+
+    classes = ("ant", "bee", "cat", "dog", "emu")
+
+    def __init__(self, count: int = 24, labels: Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(9)
+        self.images = torch.rand(count, 3, 32, 32, generator=generator)
+        self.labels = (
+            torch.randint(0, 5, (count,), generator=generator) if labels is None else labels
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = 0.1 * torch.rand(3, 32, 32) + 0.01 * np.random.rand()
+        return self.images[index] + noise.float(), self.labels[index]
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": CSVLogger(folder),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "log_every_n_steps": 1,
+        "default_root_dir": folder,
+    }
+    return pl.Trainer(callbacks=[*callbacks], **(settings | kwargs))
+
+
+def loaders(count: int = 24) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    train = DataLoader(Pictures(count), batch_size=8, shuffle=True)
+    return train, DataLoader(Pictures(count), batch_size=8)
+
+
+def pictures_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.png"))
+
+
+class Watch(ExplanationMonitor):
+    """The monitor, remembering when it explained and what."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps: list[int] = []
+        self.captions: list[list[str]] = []
+
+    def _explain(self, trainer: Any, pl_module: Any) -> Any:
+        self.steps.append(trainer.global_step)
+        return super()._explain(trainer, pl_module)
+
+    def _captions(self, *args: Any) -> list[str]:
+        self.captions.append(super()._captions(*args))
+        return self.captions[-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# when and what
+
+
+def test_one_line_is_enough(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor="explain/overall_auc", mode="max")
+    monitor = Watch()
+    logger = TensorBoardLogger(tmp_path / "tb")
+    run = trainer(tmp_path, monitor, checkpoint, logger=[logger, CSVLogger(tmp_path / "csv")])
+    run.fit(Classifier(), *loaders())
+    assert monitor.steps == [0, 3, 6]
+    names = ("deletion_auc", "insertion_auc", "overall_auc", "seconds")
+    assert {f"explain/{name}" for name in names} <= run.callback_metrics.keys()
+    overall = (
+        run.callback_metrics["explain/insertion_auc"] - run.callback_metrics["explain/deletion_auc"]
+    )
+    torch.testing.assert_close(run.callback_metrics["explain/overall_auc"], overall)
+    assert checkpoint.best_model_score is not None
+    events = EventAccumulator(str(logger.log_dir), {"images": 0, "scalars": 0}).Reload()
+    assert [image.step for image in events.Images("explain/heatmaps")] == [0, 2, 5]
+    assert [value.step for value in events.Scalars("explain/overall_auc")] == [0, 2, 5]
+    assert pictures_in(tmp_path / "csv") == [f"step-{step:08d}.png" for step in (0, 2, 5)]
+    assert monitor.captions[0][0].startswith(Pictures.classes[int(Pictures().labels[0])])
+
+
+def test_validate_explains_and_reports(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), probe=3)
+    (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
+    assert "explain/overall_auc" in result
+    assert len(monitor.captions[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "run", "steps"),
+    [
+        ({"every_n_epochs": 2}, {"max_epochs": 4}, [0, 6, 12]),
+        ({"every_n_train_steps": 2}, {"max_epochs": 2}, [0, 2, 4, 6]),
+        ({"every_n_train_steps": 2}, {"accumulate_grad_batches": 3, "max_epochs": 4}, [0, 2, 4]),
+        ({"every_n_epochs": 0}, {}, []),
+        ({}, {"val_check_interval": 1 / 3, "max_epochs": 1}, [0, 1, 2, 3]),
+        ({}, {"check_val_every_n_epoch": 2}, [0, 6]),
+        ({}, {"limit_val_batches": 0}, [0, 3, 6]),
+        ({}, {"fast_dev_run": True}, [0, 1]),
+    ],
+)
+def test_when(settings: Any, run: Any, steps: list[int], tmp_path: Path) -> None:
+    monitor = Watch(WGradCAM(), metrics=False, probe=2, **settings)
+    trainer(tmp_path, monitor, **run).fit(Classifier(), *loaders())
+    assert monitor.steps == steps
+
+
+def test_without_a_validation_loop_the_training_samples_are_explained(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(
+        tmp_path, monitor="explain/overall_auc", mode="max", save_on_train_epoch_end=True
+    )
+    monitor = Watch(WGradCAM(), probe=2)
+    trainer(tmp_path, monitor, checkpoint).fit(Classifier(validates=False), loaders()[0])
+    assert monitor.steps == [0, 3, 6]
+    assert checkpoint.best_model_score is not None
+
+
+def test_multilabel_labels_give_one_explanation_a_class(tmp_path: Path) -> None:
+    labels = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]] * 8).float()
+    data = DataLoader(Pictures(24, labels), batch_size=8)
+    monitor = Watch(probe=3, max_classes_per_image=4)
+    trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(multilabel=True), data, data)
+    names = [caption.split()[0] for caption in monitor.captions[0]]
+    assert names == ["ant", "cat", "ant", "bee", "cat", "dog"]
+    assert all("predicted" not in caption for caption in monitor.captions[0])
+
+
+@pytest.mark.parametrize("targets", ["predicted", [4, 1]])
+def test_targets(targets: Any, tmp_path: Path) -> None:
+    monitor = Watch(WGradCAM(), probe=2, targets=targets, class_names=list("VWXYZ"), metrics=False)
+    model = Classifier()
+    trainer(tmp_path, monitor, max_epochs=1).fit(model, *loaders())
+    names = [caption.split()[0] for caption in monitor.captions[-1]]
+    if targets == "predicted":
+        assert monitor._kept is not None
+        with torch.no_grad():
+            best = model.eval()(monitor._kept.images).argmax(dim=1).tolist()
+        assert names == ["VWXYZ"[c] for c in best]
+    else:
+        assert names == ["Z", "W", "Z", "W"]
+
+
+@pytest.mark.parametrize("kind", ["batch", "dictionary", "dataset", "callable", "iterable"])
+def test_where_the_probe_comes_from(kind: str, tmp_path: Path) -> None:
+    images, labels = torch.rand(3, 3, 32, 32), torch.tensor([1, 2, 3])
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return zip(images, labels, strict=True)
+
+    probe: Any = {
+        "batch": (images, labels),
+        "dictionary": {"pixel_values": images, "labels": labels},
+        "dataset": TensorDataset(images, labels),
+        "callable": lambda: (images, labels),
+        "iterable": 3,
+    }[kind]
+    train, val = loaders()
+    if kind == "iterable":
+        val = DataLoader(Stream(), batch_size=2)
+    monitor = Watch(WGradCAM(), probe=probe, metrics=False)
+    trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(), train, val)
+    assert monitor._kept is not None
+    assert torch.equal(monitor._kept.images, images)
+    assert monitor._kept.labels is not None
+    assert torch.equal(monitor._kept.labels, labels)
+
+
+def test_the_probe_comes_through_the_batch_hooks_of_validation(tmp_path: Path) -> None:
+    class OnDevice(Classifier):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            # What is common for augmentation and normalisation on the device.
+            scale = 100.0 if self.trainer.training else 2.0
+            return batch[0] * scale, batch[1]
+
+    images, labels = torch.rand(2, 3, 32, 32), torch.tensor([1, 2])
+    monitor = Watch(WGradCAM(), probe=(images, labels), metrics=False)
+    trainer(tmp_path, monitor, max_epochs=1).fit(OnDevice(), *loaders())
+    assert monitor._kept is not None
+    assert torch.equal(monitor._kept.images, images * 2)
+
+
+def test_metrics_can_be_chosen(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ExplanationMonitor(metrics=OverallAUC(steps=4)), max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    assert "explain/overall_auc" in run.callback_metrics
+    both = MetricCollection([OverallAUC(steps=4), DeletionAUC(steps=4)])
+    run = trainer(tmp_path, ExplanationMonitor(metrics=both), max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    assert "explain/DeletionAUC" in run.callback_metrics
+
+
+def test_the_probe_survives_a_resume(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    first = Watch(WGradCAM(), probe=3, metrics=False)
+    trainer(tmp_path, first, checkpoint).fit(Classifier(), *loaders())
+    again = Watch(WGradCAM(), probe=3, metrics=False)
+    other = DataLoader(Pictures(12, torch.zeros(12, dtype=torch.long)), batch_size=4)
+    run = trainer(tmp_path, again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=3)
+    run.fit(Classifier(), loaders()[0], other, ckpt_path=tmp_path / "last.ckpt")
+    assert again.steps == [9]
+    assert first._kept is not None
+    assert again._kept is not None
+    assert torch.equal(first._kept.images, again._kept.images)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert state["Watch"]["images"].shape == (3, 3, 32, 32)
+
+
+# --------------------------------------------------------------------------------------------------
+# harmless
+
+
+class FrozenNorm(Classifier):
+    """BatchNorm kept in eval mode while the rest trains."""
+
+    def train(self, mode: bool = True) -> "FrozenNorm":
+        super().train(mode)
+        self.net.features[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("kind", [Classifier, FrozenNorm])
+@pytest.mark.parametrize("settings", [{}, {"every_n_train_steps": 1}])
+def test_training_is_bit_for_bit_the_same(kind: Any, settings: Any, tmp_path: Path) -> None:
+    def run(*callbacks: pl.Callback) -> tuple[Any, list[float], Any]:
+        pl.seed_everything(3, verbose=False)
+        model = kind()
+        fit = trainer(tmp_path, *callbacks, max_epochs=3)
+        fit.fit(model, *loaders())
+        logged = {k: v for k, v in fit.logged_metrics.items() if not k.startswith("explain")}
+        optimizer = fit.optimizers[0].state_dict()
+        state = snapshot(model)
+        del state["buffers"]  # the identity of this run's own objects
+        return state, model.losses, [optimizer, logged]
+
+    assert_same(run(), run(ExplanationMonitor(**settings)))
+
+
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
+def test_the_loaders_own_generator_is_not_touched(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    data = DataLoader(Pictures(), batch_size=8, shuffle=True, generator=generator)
+    states: list[Tensor] = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            states.append(generator.get_state())
+
+    monitor = Watch(WGradCAM(), metrics=False)
+    trainer(tmp_path, Look(), monitor, Look(), max_epochs=1).fit(Classifier(), data, data)
+    assert monitor.steps == [0, 3]
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_other_precisions(precision: Any, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*does not have many workers|.*LeafSpec")
+        run = trainer(tmp_path, ExplanationMonitor(probe=2), precision=precision, max_epochs=1)
+        run.fit(Classifier(), *loaders())
+    assert run.callback_metrics["explain/overall_auc"].isfinite()
+
+
+# --------------------------------------------------------------------------------------------------
+# what goes wrong
+
+
+def test_a_failing_explanation_is_a_warning_said_once(tmp_path: Path) -> None:
+    class Broken:
+        def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+            raise RuntimeError(f"no map {torch.rand(())}")
+
+    run = trainer(tmp_path, ExplanationMonitor(Broken()), max_epochs=3)
+    with pytest.warns(UserWarning, match="training goes on. RuntimeError: no map") as caught:
+        run.fit(Classifier(), *loaders())
+    assert sum("no map" in str(w.message) for w in caught) == 1
+    assert run.global_step == 9
+
+
+def test_a_model_without_convolution_trains_on(tmp_path: Path) -> None:
+    model = Classifier()
+    model.net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 5))  # type: ignore[assignment]
+    run = trainer(tmp_path, ExplanationMonitor(), max_epochs=1)
+    with pytest.warns(UserWarning, match="Classifier has no convolutional feature map"):
+        run.fit(model, *loaders())
+    assert run.global_step == 3
+
+
+def test_an_interrupt_is_not_swallowed(tmp_path: Path) -> None:
+    class Interrupt:
+        def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    model = Classifier()
+    run = trainer(tmp_path, ExplanationMonitor(Interrupt()))
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        run.fit(model, *loaders())
+    assert all(not m._forward_hooks for m in model.modules())
+
+
+def test_a_probe_larger_than_the_data_takes_what_there_is(tmp_path: Path) -> None:
+    monitor = Watch(WGradCAM(), probe=64, metrics=False)
+    with pytest.warns(UserWarning, match="probe=64 samples asked for, but the data has 10"):
+        trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(), *loaders(10))
+    assert len(monitor.captions[0]) == 10
+
+
+class Nowhere(Logger):
+    """A logger that holds scalars and has no directory."""
+
+    name = "nowhere"
+    version = 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_a_logger_without_a_directory_loses_nothing(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Watch(WGradCAM()), logger=Nowhere(), max_epochs=1)
+    with pytest.warns(UserWarning, match="Nowhere can't hold pictures and has no directory.*give"):
+        run.fit(Classifier(), *loaders())
+    assert pictures_in(tmp_path) == ["step-00000000.png", "step-00000002.png"]
+
+
+def test_no_logger_at_all(tmp_path: Path) -> None:
+    trainer(tmp_path, Watch(WGradCAM()), logger=False, max_epochs=1).fit(Classifier(), *loaders())
+    assert pictures_in(tmp_path) == ["step-00000000.png", "step-00000003.png"] or pictures_in(
+        tmp_path
+    ) == ["step-00000000.png", "step-00000002.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_epochs": 1, "every_n_train_steps": 5}, "exclude each other: set one"),
+        ({"every_n_epochs": -1}, "must not be negative"),
+        ({"probe": 0}, "probe=0 must be at least 1"),
+        ({"targets": "labels"}, "targets='labels' must be 'label', 'predicted' or"),
+        ({"method": GradCAM(), "target_layer": "x"}, "name the layer in the method given"),
+        ({"max_classes_per_image": 0}, "max_classes_per_image=0 must be at least 1"),
+    ],
+)
+def test_misuse_is_refused_before_training(
+    arguments: Any, message: str, tmp_path: Path, unchecked: None
+) -> None:
+    run = trainer(tmp_path, ExplanationMonitor(**arguments))
+    with pytest.raises(MisconfigurationException, match=message):
+        run.fit(Classifier(), *loaders())
+
+
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        ((torch.rand(2, 3, 8, 8),), "needs labels.*pass probe=.images, labels., or targets='pred"),
+        (({"a": torch.rand(2, 3, 8, 8)}), r"found in a dict with keys \['a'\]: pass probe="),
+        (
+            (torch.rand(2, 3, 8, 8), torch.zeros(2, 5)),
+            "none of the probe's 2 images has a positive",
+        ),
+        ((torch.rand(2, 3, 8, 8), torch.tensor([0, 9])), r"must lie in 0\.\.4.*got 9"),
+        ((torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])), "got torch.uint8"),
+    ],
+)
+def test_a_bad_probe_is_explained(
+    probe: Any, message: str, tmp_path: Path, unchecked: None
+) -> None:
+    run = trainer(tmp_path, ExplanationMonitor(probe=probe), max_epochs=1)
+    with pytest.warns(UserWarning, match=message):
+        run.fit(Classifier(), *loaders())
+    assert run.global_step == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# loggers, and the other Lightning
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_gets_pictures_and_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")
+    run = trainer(tmp_path, Watch(WGradCAM(), probe=2), logger=logger, max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    summary = logger.experiment.summary
+    assert "explain/overall_auc" in summary.keys()  # noqa: SIM118
+    wandb.finish()
+    pictures = list(tmp_path.rglob("media/images/**/*.png"))
+    assert len(pictures) == 2
+    assert np.asarray(Image.open(pictures[0])).std() > 10
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec")
+def test_lightning_pytorch_is_served_as_well(tmp_path: Path, unchecked: None) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.loggers import TensorBoardLogger as Other
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = SmallNet()
+
+        forward = Classifier.forward
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            self(batch[0])
+
+        configure_optimizers = Classifier.configure_optimizers
+
+    monitor, logger = Watch(), Other(tmp_path)
+    run = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[monitor],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+    )
+    run.fit(Module(), *loaders())
+    assert monitor.steps == [0, 3]
+    assert "explain/overall_auc" in run.callback_metrics
+    events = EventAccumulator(logger.log_dir, {"images": 0}).Reload()
+    assert len(events.Images("explain/heatmaps")) == 2
+
+
+def test_score_can_be_chosen(tmp_path: Path) -> None:
+    monitor = Watch(score=sigmoid, probe=2)
+    trainer(tmp_path, monitor, max_epochs=1).fit(model := Classifier(), *loaders())
+    assert monitor._kept is not None
+    assert monitor._kept.labels is not None
+    with torch.no_grad():
+        value = model.eval()(monitor._kept.images)[0, monitor._kept.labels[0]].sigmoid()
+    assert monitor.captions[-1][0].split("\n")[0].endswith(f"{float(value):.2f}")
