@@ -111,7 +111,7 @@ def test_gradcam_plus_plus_is_the_published_formula(net: nn.Module) -> None:
 
 def test_a_map_without_evidence_is_zero(net: nn.Module, batch: Any) -> None:
     images, targets = batch
-    nn.init.constant_(net.head.weight, -1.0)  # type: ignore[union-attr, arg-type]
+    nn.init.constant_(net.head.weight, -1.0)
     for method in (GradCAM(), GradCAMPlusPlus()):
         assert not method.explain(net, images, targets).any()
 

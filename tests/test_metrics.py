@@ -162,7 +162,7 @@ def _worker(rank: int, folder: str) -> None:
 
 
 def test_metrics_are_synchronised_across_processes(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
     for rank in range(2):
         synchronised, alone = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(synchronised, alone)
@@ -176,6 +176,6 @@ def test_bad_input_is_refused(net: nn.Module, batch: Any, maps: Tensor, unchecke
         insertion_curve(net, images, maps * torch.nan, targets)
     with pytest.raises(ValueError, match="steps must be above 0, got 0"):
         OverallAUC(steps=0).update(net, images, maps, targets)
-    net.head.bias.data[1] = torch.nan  # type: ignore[union-attr, index]
+    net.head.bias.data[1] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinite for image\(s\) \[0, 1, 2, 3\]"):
         deletion_curve(net, images, maps, targets)

@@ -37,7 +37,7 @@ class Classifier(pl.LightningModule):
         self.loss = nn.BCEWithLogitsLoss() if multilabel else nn.CrossEntropyLoss()
         self.losses: list[float] = []
         if not validates:
-            self.validation_step = None  # type: ignore[method-assign, assignment]
+            self.validation_step = None
 
     def forward(self, images: Tensor) -> Tensor:
         return cast("Tensor", self.net(images))
@@ -341,7 +341,7 @@ def test_a_failing_explanation_is_a_warning_said_once(tmp_path: Path) -> None:
 
 def test_a_model_without_convolution_trains_on(tmp_path: Path) -> None:
     model = Classifier()
-    model.net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 5))  # type: ignore[assignment]
+    model.net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 5))
     run = trainer(tmp_path, ExplanationMonitor(), max_epochs=1)
     with pytest.warns(UserWarning, match="Classifier has no convolutional feature map"):
         run.fit(model, *loaders())
@@ -457,7 +457,7 @@ def test_lightning_pytorch_is_served_as_well(tmp_path: Path, unchecked: None) ->
     lightning = pytest.importorskip("lightning.pytorch")
     from lightning.pytorch.loggers import TensorBoardLogger as Other
 
-    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+    class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net = SmallNet()

@@ -54,7 +54,7 @@ def test_igos_is_the_slow_float64_loop(
             int(targets[i]),
             1 - start[i],
             lambda iteration, i=i: (light if iteration < warmup else full)[i],
-            [list(d) for d in draws],  # type: ignore[misc]
+            [list(d) for d in draws],
             l1=1.0,
             tv=20.0,
             samples=4,
@@ -100,7 +100,7 @@ def test_bilateral_mask_is_the_slow_float64_loop(
             baseline[i],
             int(targets[i]),
             start[i],
-            points,  # type: ignore[arg-type]
+            points,
             lr=0.1,
             l1=2.0,
             tv=5.0,

@@ -234,7 +234,7 @@ def test_layers_are_refused_by_name(net: nn.Module, batch: Any) -> None:
     with pytest.raises(TargetLayerError, match="'unused' did not run"):
         GradCAM("unused").explain(net, *batch)
     assert not net.unused._forward_hooks
-    given_as_module = GradCAM(net.features).explain(net, *batch)  # type: ignore[arg-type]
+    given_as_module = GradCAM(net.features).explain(net, *batch)
     assert torch.equal(given_as_module, GradCAM("features").explain(net, *batch))
 
 
@@ -275,10 +275,10 @@ def test_bad_batches_are_refused(
 
 
 def test_a_nan_score_is_named(net: nn.Module, batch: Any) -> None:
-    net.head.bias.data[3] = torch.nan  # type: ignore[union-attr, index]
+    net.head.bias.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"logit is NaN or infinite for image\(s\) \[1\]"):
         GradCAM().explain(net, *batch)
-    net.head.bias.data[:] = torch.nan  # type: ignore[union-attr, index]
+    net.head.bias.data[:] = torch.nan
     for second in (fast_sigcam(), sigcam()):
         with pytest.raises(ValueError, match="class score is NaN"):
             second.perturbation.refine(net, *batch, torch.zeros(4, 7, 7))
@@ -295,4 +295,4 @@ def test_a_model_that_gives_no_logits_is_told_what_to_do(batch: Any) -> None:
 
 def test_something_else_than_a_model_is_refused(batch: Any, unchecked: None) -> None:
     with pytest.raises(TypeError, match="must be a torch.nn.Module, got function"):
-        GradCAM("x").explain(lambda x: x, *batch)  # type: ignore[arg-type]
+        GradCAM("x").explain(lambda x: x, *batch)

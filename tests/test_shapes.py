@@ -164,5 +164,5 @@ def test_foreign_annotations_are_never_overwritten(tmp_path: Path) -> None:
 )
 def test_bad_arguments_are_named(tmp_path: Path, arguments: dict[str, int], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        write_shapes(tmp_path / "new", **arguments)  # type: ignore[arg-type]
+        write_shapes(tmp_path / "new", **arguments)
     assert not (tmp_path / "new").exists()
