@@ -49,6 +49,9 @@ class AOP:
             ImageNet and 0.6 for COCO.
         scale: λ of Eq. 5, the depth of the starting mask; 0.15 for ImageNet and 0.25 for COCO.
         percentile: `threshold` is the share of the map's cells that are dropped, not a value.
+        stretch: stretch each refined map to [0, 1], as activation maps are. I-GOS seldom makes a
+            mask deeper than a quarter, which nobody sees; the order of the pixels, and so every
+            faithfulness metric, stays the same. Off, the values are the mask's own depth.
     """
 
     activation: SaliencyMethod
@@ -56,6 +59,7 @@ class AOP:
     threshold: float = 0.7
     scale: float = 0.15
     percentile: bool = False
+    stretch: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (("threshold", self.threshold), ("scale", self.scale)):
@@ -63,16 +67,13 @@ class AOP:
                 raise ValueError(f"AOP: {name} must lie in [0, 1], got {value}")
 
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
-        """Return the refined maps [B, H, W], each stretched to [0, 1] as activation maps are.
-
-        A mask that I-GOS has refined is seldom deeper than a quarter; the stretch changes neither
-        the order of the pixels nor any faithfulness metric. `perturbation.refine` gives it as it is.
-        """
+        """Return the refined maps [B, H, W] in [0, 1]."""
         if isinstance(self.activation, ActivationMethod):
             start = self.activation.activation_map(model, images, targets)
         else:
             start = self.activation.explain(model, images, targets)
-        return min_max(self.perturbation.refine(model, images, targets, self._filtered(start)))
+        maps = self.perturbation.refine(model, images, targets, self._filtered(start))
+        return min_max(maps) if self.stretch else maps
 
     def _filtered(self, maps: CoarseMaps) -> CoarseMaps:
         """Return λ · filter(M < θ) (Eq. 5)."""
@@ -123,7 +124,9 @@ def fast_sigcam(
 ) -> AOP:
     """Return the method for use while training: WGradCAM at half depth, refined by `BilateralMask`.
 
-    Costs 4·`iterations` + 3 model evaluations an image: 43 by default, against SIGCAM's 720.
+    Its maps are not stretched: a value is the depth of the mask, and a class which the model all but
+    excludes shows little or nothing. Costs 4·`iterations` + 3 model evaluations an image: 43 by
+    default, against SIGCAM's 720.
 
     Args:
         target_layer: a name, a module, or None for the last feature map before the classifier.
@@ -136,4 +139,5 @@ def fast_sigcam(
         BilateralMask(iterations=iterations, score=score, eval_batch_size=eval_batch_size),
         threshold=0.0,
         scale=0.5,
+        stretch=False,
     )

@@ -88,7 +88,10 @@ def demo(options: Namespace) -> int:
     """Run the demo."""
     from lightning_aop.demo import run
 
-    run(options.root)
+    try:
+        run(options.root)
+    except ImportError as error:
+        raise CommandError(str(error)) from error
     return 0
 
 

@@ -20,9 +20,6 @@ from lightning_aop.probing import Classifier, explaining
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
-_FAINTEST = 1e-3
-"""A score below this counts as this much where others are measured by it."""
-
 
 @dataclass(frozen=True)
 class _PerturbedScore:
@@ -267,6 +264,8 @@ class BilateralMask:
         lr: Adam's step; a cell of the mask moves by about this much in an iteration.
         l1: weight of the mean saliency: the share of the score that the whole picture costs.
         tv: weight of the total variation.
+        score_floor: a score F_c(x) below this counts as this much. A class that the model all but
+            excludes then gets a faint map or none, and not one made of noise.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         baseline: the image without information.
         align_corners: the mask is enlarged with aligned corners.
@@ -278,7 +277,8 @@ class BilateralMask:
     mask_size: int = 28
     lr: float = 0.1
     l1: float = 2.0
-    tv: float = 5.0
+    tv: float = 60.0
+    score_floor: float = 0.05
     score: Score = softmax
     baseline: Fill = field(default_factory=GaussianBlur)
     align_corners: bool = True
@@ -291,6 +291,7 @@ class BilateralMask:
             iterations=self.iterations,
             mask_size=self.mask_size,
             lr=self.lr,
+            score_floor=self.score_floor,
             eval_batch_size=self.eval_batch_size,
         )
 
@@ -304,7 +305,7 @@ class BilateralMask:
             rows = torch.arange(len(x), device=x.device)
             whole = perturbed.values(torch.ones_like(x[:, 0]), rows)
             require_finite(whole, t, "the class score")
-            gain = 1 / whole.abs().clamp_min(_FAINTEST)
+            gain = 1 / whole.abs().clamp_min(self.score_floor)
             gain, rows = torch.cat([gain, -gain]), rows.repeat(2)
             saliency = 1 - _starting_mask(start, x, self.mask_size, self.align_corners)
             optimizer = torch.optim.Adam([saliency.requires_grad_()], lr=self.lr)

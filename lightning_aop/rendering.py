@@ -332,7 +332,7 @@ def _pleasing(count: int, size: Callable[[int], tuple[int, int]]) -> int:
 
     def unpleasant(columns: int) -> float:
         width, height = size(columns)
-        return abs(math.log(width / height / 1.6)) + (-count % columns) / count / 2
+        return abs(math.log(width / height / 1.6)) + (-count % columns) / count
 
     return min(range(1, count + 1), key=unpleasant)
 

@@ -108,7 +108,7 @@ def bilateral_mask(
     """The two-sided mask on one image, with Adam written out."""
     height, width = image.shape[1:]
     with torch.no_grad():
-        whole = max(float(torch.softmax(model(image[None]), dim=1)[0, target]), 1e-3)
+        whole = max(float(torch.softmax(model(image[None]), dim=1)[0, target]), 0.05)
     saliency = start.clone()
     mean, variance = torch.zeros_like(start), torch.zeros_like(start)
     for number, (a, b) in enumerate(points, start=1):

@@ -294,5 +294,5 @@ def test_a_model_that_gives_no_logits_is_told_what_to_do(batch: Any) -> None:
 
 
 def test_something_else_than_a_model_is_refused(batch: Any, unchecked: None) -> None:
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function"):
         GradCAM("x").explain(lambda x: x, *batch)

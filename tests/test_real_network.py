@@ -24,12 +24,10 @@ from lightning_aop import (
     sigcam,
 )
 from lightning_aop.metrics import auc, deletion_insertion_curves
-from lightning_aop.probing import count_evaluations
+from lightning_aop.probing import count_evaluations, predict
 from lightning_aop.types import SaliencyMethod
 
-TABBY = 281
-# The cat's face in the middle of skimage's 300 × 451 photo, in pixels of the 224 × 224 crop.
-FACE = (slice(35, 190), slice(30, 200))
+TABBY, ESPRESSO = 281, 967
 
 
 def lite0() -> nn.Module:
@@ -56,35 +54,38 @@ def photo(picture: Any, mean: float | list[float], std: float | list[float]) -> 
 
 
 @pytest.fixture(scope="module")
-def cat() -> tuple[nn.Module, Tensor, Tensor]:
-    images = photo(Image.fromarray(skimage.data.chelsea()), 127 / 255, 128 / 255)
-    return lite0(), images, torch.tensor([TABBY])
+def cat_over_coffee() -> tuple[nn.Module, Tensor, Tensor]:
+    """One picture of two photos, twice: its upper half shows a cat, its lower a cup of coffee."""
+    picture = Image.new("RGB", (224, 224))
+    picture.paste(Image.fromarray(skimage.data.chelsea()).resize((224, 149)).crop((0, 0, 224, 112)))
+    coffee = Image.fromarray(skimage.data.coffee()).resize((224, 149)).crop((0, 20, 224, 132))
+    picture.paste(coffee, (0, 112))
+    images = photo(picture, 127 / 255, 128 / 255).repeat(2, 1, 1, 1)
+    return lite0(), images, torch.tensor([TABBY, ESPRESSO])
 
 
-@pytest.mark.parametrize("method", [sigcam(), fast_sigcam(), WGradCAM()])
+@pytest.mark.parametrize("method", [sigcam(), fast_sigcam(), WGradCAM(), GradCAM()])
 def test_the_heat_lies_on_the_cat(
-    method: SaliencyMethod, cat: tuple[nn.Module, Tensor, Tensor]
+    method: SaliencyMethod, cat_over_coffee: tuple[nn.Module, Tensor, Tensor]
 ) -> None:
-    model, images, targets = cat
+    model, images, targets = cat_over_coffee
     maps = method.explain(model, images, targets)
-    share = maps[0][FACE].sum() / maps.sum()
-    area = maps[0][FACE].numel() / maps.numel()
-    assert share > 0.75, (share, area)
-    _, inserted = deletion_insertion_curves(model, images, maps, targets, steps=28)
-    noise = torch.rand(4, 224, 224, generator=torch.Generator().manual_seed(0))
-    chance = deletion_insertion_curves(
-        model, images.expand(4, -1, -1, -1), noise, targets.expand(4), steps=28
-    )[1]
-    assert auc(inserted).item() > auc(chance).mean().item() + 0.2
+    upper = maps[:, :112].sum(dim=(1, 2)) / maps.sum(dim=(1, 2))
+    assert upper[0] > 0.7, upper  # the cat's heat
+    assert upper[1] < 0.3, upper  # the coffee's
+    inserted = auc(deletion_insertion_curves(model, images, maps, targets, steps=28)[1])
+    noise = torch.rand(8, 224, 224, generator=torch.Generator().manual_seed(0))
+    eight = (images.repeat(4, 1, 1, 1), noise, targets.repeat(4))
+    chance = auc(deletion_insertion_curves(model, *eight, steps=28)[1]).view(4, 2).mean(dim=0)
+    assert (inserted > 2 * chance).all(), (inserted, chance)
 
 
-def photos(folder: Path, count: int, mean: Any, std: Any) -> tuple[Tensor, Tensor]:
+def photos(folder: Path, count: int, mean: Any, std: Any) -> Tensor:
     with open(folder / "photos" / "labels.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     chosen = rows[:: max(len(rows) // count, 1)][:count]
     pictures = [Image.open(folder / "photos" / r["file"]).convert("RGB") for r in chosen]
-    images = torch.cat([photo(picture, mean, std) for picture in pictures])
-    return images, torch.tensor([int(r["class_index"]) for r in chosen])
+    return torch.cat([photo(picture, mean, std) for picture in pictures])
 
 
 @pytest.mark.slow
@@ -95,10 +96,12 @@ def test_faithfulness_on_real_photos(network: str, real_data: Path) -> None:
         model: nn.Module = torchvision.models.squeezenet1_1()
         weights = real_data / "weights" / "squeezenet1_1.pth"
         model.load_state_dict(torch.load(weights, weights_only=True))
-        images, targets = photos(real_data, 24, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        images = photos(real_data, 20, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     else:
         model = lite0()
-        images, targets = photos(real_data, 24, 127 / 255, 128 / 255)
+        images = photos(real_data, 20, 127 / 255, 128 / 255)
+    # The class that the network sees, as when somebody asks what it looks at.
+    targets = predict(model.eval(), images).argmax(dim=1)
     methods: dict[str, SaliencyMethod] = {
         "GradCAM": GradCAM(),
         "WGradCAM": WGradCAM(),
@@ -108,16 +111,15 @@ def test_faithfulness_on_real_photos(network: str, real_data: Path) -> None:
         "fast_sigcam(20)": fast_sigcam(iterations=20),
         "I-GOS": AOP(Blank(), IGOS()),
         "sigcam()": sigcam(),
-        "sigcam(warmup=0)": sigcam(warmup=0),
     }
     overall: dict[str, Tensor] = {}
     print(f"\n{network}, {len(images)} photos: deletion, insertion, over-all AUC in %")
     for name, method in methods.items():
         started = time.perf_counter()
         with count_evaluations(model) as count:
-            maps = method.explain(model.eval(), images, targets)
+            maps = method.explain(model, images, targets)
         seconds = time.perf_counter() - started
-        d, n = deletion_insertion_curves(model, images, maps, targets, steps=56)
+        d, n = deletion_insertion_curves(model, images, maps, targets, steps=28)
         overall[name] = auc(n) - auc(d)
         figures = " ".join(f"{100 * float(v.mean()):5.1f}" for v in (auc(d), auc(n), overall[name]))
         error = 100 * float(overall[name].std()) / len(images) ** 0.5

@@ -1,0 +1,426 @@
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_aop.rendering import displayable, heatmap_grid, overlay, write_png
+
+
+def pictures(count: int = 2, size: tuple[int, int] = (128, 160), channels: int = 3) -> Tensor:
+    """Return random bytes as floats, so that every pixel survives the way to uint8 and back."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, channels, *size), generator=generator).float() / 255
+
+
+def ramps(count: int = 2, size: tuple[int, int] = (128, 160)) -> Tensor:
+    return torch.linspace(0, 1, size[1]).expand(count, *size).clone()
+
+
+def find(grid: Tensor, patch: Tensor) -> list[tuple[int, int]]:
+    """Return where the uint8 patch [3, h, w] occurs in the grid, pixel for pixel."""
+    _, height, width = patch.shape
+    places = (grid == patch[:, :1, :1]).all(0).nonzero().tolist()
+    return [(y, x) for y, x in places if torch.equal(grid[:, y : y + height, x : x + width], patch)]
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    return (images * 255).round().byte()
+
+
+# displayable
+
+
+def test_pictures_in_range_are_kept_and_others_stretched_one_by_one() -> None:
+    images = pictures(3, (4, 5))
+    images[1] = images[1] * 8 - 3
+    images[2] = images[2] * 0.1 + 0.3
+    shown = displayable(images)
+    assert torch.equal(shown[0], images[0])
+    assert torch.equal(shown[2], images[2])
+    low, high = images[1].min(), images[1].max()
+    torch.testing.assert_close(shown[1], (images[1] - low) / (high - low))
+    overshoot = torch.tensor([-0.002, 0.4, 1.002]).expand(1, 3, 1, 3)
+    assert displayable(overshoot)[0, 0, 0].tolist() == pytest.approx([0, 0.4, 1])
+
+
+def test_mean_and_std_undo_a_normalisation() -> None:
+    images = pictures(2, (4, 5))
+    mean, std = [0.485, 0.456, 0.406], (0.229, 0.224, 0.225)
+    normalised = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(displayable(normalised, mean, std), images)
+    clipped = displayable(normalised * 9, mean, std)
+    assert [clipped.min().item(), clipped.max().item()] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (7, [0, 1, 2])]
+)
+def test_any_number_of_channels_becomes_three(channels: int, shown: list[int]) -> None:
+    images = pictures(2, (4, 5), channels)
+    assert torch.equal(displayable(images), images[:, shown])
+    images[:, 3:] = 1e6  # a channel that isn't shown must not decide how the others are stretched
+    assert torch.equal(displayable(images), images[:, shown])
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_pixels_without_a_number_are_black_and_spoil_no_other(scale: float) -> None:
+    images = pictures(1, (4, 5)) * scale
+    expected = displayable(images)
+    images[0, :, 1, 1:4] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    shown = displayable(images)
+    assert (shown[0, :, 1, 1:4] == 0).all()
+    shown[0, :, 1, 1:4] = expected[0, :, 1, 1:4]
+    torch.testing.assert_close(shown, expected, atol=0.05, rtol=0)
+    assert (displayable(images, [0.5] * 3, [2.0] * 3)[0, :, 1, 1:4] == 0).all()
+    assert (displayable(torch.full((1, 3, 2, 2), float("nan"))) == 0).all()
+    assert (displayable(torch.full((1, 3, 2, 2), 7.0)) == 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_any_float_is_drawn_as_float32(dtype: torch.dtype) -> None:
+    images, maps = pictures(1, (8, 8)).to(dtype).requires_grad_(), ramps(1, (8, 8)).to(dtype)
+    assert displayable(images).dtype == torch.float32
+    drawn = overlay(images, maps)
+    assert drawn.dtype == torch.float32
+    assert not drawn.requires_grad
+    torch.testing.assert_close(drawn, overlay(images.float(), maps.float()))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (pictures()[0],),
+            r"images must have shape \[B, C, H, W\].*\[3, 128, 160\].*images\[None\]",
+        ),
+        ((pictures()[:, :0],), r"C above 0, got \[2, 0, 128, 160\]"),
+        ((pictures(), [0.5], [0.5] * 3), r"mean must hold one number.* 3 channels, got 1, \[0.5\]"),
+        ((pictures(), [0.5] * 3, [0.5] * 2), "std must hold one number.* 3 channels, got 2"),
+        ((pictures(), [0.5] * 3, [0.5, 0.0, 1.0]), r"std must be above 0.*\[0.5, 0.0, 1.0\]: give"),
+        ((pictures(), [0.5] * 3), "mean and std must come together, got mean but no std: give std"),
+        ((pictures(), None, [0.5] * 3), "got std but no mean: give mean"),
+    ],
+)
+def test_displayable_says_what_is_wrong(arguments: tuple[Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        displayable(*arguments)
+
+
+# overlay
+
+
+def test_overlay_agrees_with_a_loop_over_pixels() -> None:
+    images, maps = pictures(2, (6, 7)), torch.rand(2, 6, 7, generator=torch.manual_seed(3))
+    maps[0, 0, :4] = torch.tensor([0.0, 1.0, 0.5, 1 / 256])
+    drawn = overlay(images, maps)
+    table = matplotlib.colormaps["inferno"]
+    for b, y, x in np.ndindex(2, 6, 7):
+        value, (red, green, blue) = maps[b, y, x].item(), images[b, :, y, x].tolist()
+        grey = 0.299 * red + 0.587 * green + 0.114 * blue
+        share = 0.85 * value**0.75
+        expected = [
+            (1 - share) * 0.75 * (0.2 * photo + 0.8 * grey) + share * heat
+            for photo, heat in zip((red, green, blue), table(value), strict=False)
+        ]
+        assert drawn[b, :, y, x].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_cold_region_is_the_photo_darker_and_greyer() -> None:
+    images = pictures(1, (40, 40))
+    cold = overlay(images, torch.zeros(1, 40, 40))
+    grey = (images * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    torch.testing.assert_close(cold, 0.75 * (0.2 * images + 0.8 * grey))
+    both = torch.stack((cold.mean(1).flatten(), images.mean(1).flatten()))
+    assert torch.corrcoef(both)[0, 1] > 0.8
+
+
+def test_equal_values_get_equal_colours_whatever_else_is_drawn() -> None:
+    images = torch.full((3, 3, 8, 8), 0.4)
+    maps = torch.stack((torch.full((8, 8), 0.3), ramps(1, (8, 8))[0], torch.zeros(8, 8)))
+    maps[1:, 2, 2] = 0.3
+    colours = overlay(images, maps)[:, :, 2, 2]
+    assert torch.equal(colours[0], colours[1])
+    assert torch.equal(colours[0], colours[2])
+    assert torch.equal(overlay(images[:1], maps[:1])[0, :, 2, 2], colours[0])
+
+
+def test_on_a_photo_of_one_shade_more_heat_glows_more() -> None:
+    bar = overlay(torch.full((1, 3, 1, 256), 0.3), ramps(1, (1, 256)))[0, :, 0]
+    luma = (bar * torch.tensor([0.299, 0.587, 0.114])[:, None]).sum(0)
+    assert luma[-1] > 0.7
+    assert (luma[128:].diff() > 0).all()
+
+
+def test_values_that_are_no_heat_are_drawn_cold_and_others_clipped() -> None:
+    images = pictures(1, (1, 6))
+    wild = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.0, 3.0, 0.5])[None, None]
+    tame = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.5])[None, None]
+    assert torch.equal(overlay(images, wild), overlay(images, tame))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_overlay_says_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match=r"images must have shape \[B, 3, H, W\].*displayable\(\)"):
+        overlay(pictures(channels=1), ramps())
+    for maps in (ramps(3), ramps(2, (128, 159)), ramps()[:, None]):
+        with pytest.raises(ValueError, match=r"maps must have shape \[2, 128, 160\].*resized"):
+            overlay(pictures(), maps)
+
+
+# heatmap_grid
+
+
+def test_grid_holds_inputs_and_overlays_pixel_for_pixel_in_reading_order() -> None:
+    images, maps = pictures(5), ramps(5)
+    grid = heatmap_grid(images, maps, list("abcde"), title="epoch 3 · step 120", columns=2)
+    assert (grid.dtype, grid.device.type, grid.is_contiguous()) == (torch.uint8, "cpu", True)
+    places = []
+    for image, heat in zip(as_bytes(images), as_bytes(overlay(images, maps)), strict=True):
+        [(y, x)], [(y_heat, x_heat)] = find(grid, image), find(grid, heat)
+        assert y_heat == y
+        assert 0 < x_heat - (x + 160) < 10
+        places.append((y, x))
+    (top, left), (_, right) = places[:2]
+    assert [x for _, x in places] == [left, right, left, right, left]
+    assert places[1][0] == top < places[2][0] == places[3][0] < places[4][0]
+
+
+def test_small_pictures_are_enlarged_by_whole_pixels() -> None:
+    images, maps = pictures(1, (32, 28)), ramps(1, (32, 28))
+    grid = heatmap_grid(images, maps, ["a"])
+    large = as_bytes(images)[0].repeat_interleave(7, 1).repeat_interleave(7, 2)
+    assert len(find(grid, large)) == 1
+
+
+@pytest.mark.parametrize("cell", [None, 100])
+def test_large_pictures_are_reduced(cell: int | None) -> None:
+    images = torch.full((1, 3, 300, 600), 1.0)
+    grid = heatmap_grid(images, torch.zeros(1, 300, 600), [""], cell=cell)
+    longer = cell or 224
+    white = (grid == 255).all(0)
+    assert [int(white.sum(axis).max()) for axis in (1, 0)] == [longer, longer // 2]
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, (224, 224)), (5, (32, 32)), (16, (32, 32))])
+@pytest.mark.parametrize("caption", ["a 0.9", "a\nb"])
+def test_default_columns_make_a_landscape(count: int, size: tuple[int, int], caption: str) -> None:
+    grid = heatmap_grid(pictures(count, size), ramps(count, size), [caption] * count)
+    assert 1.1 < grid.shape[2] / grid.shape[1] < 2.5
+    tall = heatmap_grid(pictures(count, size), ramps(count, size), [caption] * count, columns=1)
+    assert tall.shape[2] == heatmap_grid(pictures(1, size), ramps(1, size), ["a"]).shape[2]
+
+
+def changed(first: Tensor, second: Tensor) -> tuple[int, int, int, int]:
+    """Return the box (top, bottom, left, right) of what differs."""
+    assert first.shape == second.shape
+    rows, columns = (first != second).any(0).nonzero(as_tuple=True)
+    return int(rows.min()), int(rows.max()), int(columns.min()), int(columns.max())
+
+
+def test_blank_and_nan_maps_are_labelled_on_their_overlay_and_nowhere_else() -> None:
+    images = pictures()
+    faint, blank, nan = (torch.zeros(2, 128, 160) for _ in range(3))
+    faint[:] = 1e-9  # drawn as nothing, yet not blank
+    blank[0] = 1e-9
+    nan[0] = 1e-9
+    nan[1, 0, 0] = float("nan")
+    grids = [heatmap_grid(images, maps, ["a", "b"], columns=2) for maps in (faint, blank, nan)]
+    [(y, x)] = find(grids[0], as_bytes(overlay(images, faint))[1])
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        top, bottom, left, right = changed(grids[first], grids[second])
+        assert y < top < bottom < y + 128
+        assert x < left < right < x + 160
+    negative = torch.where(blank > 0, blank, -1.0)
+    assert torch.equal(heatmap_grid(images, negative, ["a", "b"], columns=2), grids[1])
+    infinite = nan.clone()
+    infinite[1, 0, 0] = float("inf")
+    assert torch.equal(heatmap_grid(images, infinite, ["a", "b"], columns=2), grids[2])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (200, 3)])
+def test_labels_and_texts_are_whole_at_the_smallest_size(size: tuple[int, int]) -> None:
+    images = torch.zeros(1, 3, *size)
+    labelled = heatmap_grid(images, torch.zeros(1, *size), ["cat 0.5"], cell=32, title="epoch 1")
+    bare = heatmap_grid(images, torch.full((1, *size), 1e-9), ["cat 0.5"], cell=32, title="epoch 1")
+    top, bottom, left, right = changed(labelled, bare)
+    assert bottom - top >= 8
+    assert right - left >= 45
+    assert right < labelled.shape[2] - 8
+    ink = (labelled.float().mean(0) > 200).any(1)
+    assert ink.sum() > 20
+    untitled = heatmap_grid(images, torch.zeros(1, *size), ["cat 0.5"], cell=32)
+    assert untitled.shape[1] < labelled.shape[1]
+
+
+def drawn_text(caption: str) -> Tensor:
+    return heatmap_grid(torch.zeros(1, 3, 128, 128), torch.ones(1, 128, 128), [caption])
+
+
+def test_long_captions_are_shortened_and_keep_their_score() -> None:
+    long = "soft-coated wheaten terrier, " * 4
+    assert torch.equal(drawn_text(f"{long} one 0.93"), drawn_text(f"{long} two 0.93"))
+    assert not torch.equal(drawn_text(f"{long} 0.93"), drawn_text(f"{long} 0.94"))
+    assert torch.equal(drawn_text("9" * 90), drawn_text("9" * 99))
+    blank = drawn_text("")
+    for caption in (long, f"{long} 0.93", "a " + "9" * 99, "W" * 99):
+        _, _, left, right = changed(drawn_text(caption), blank)
+        pair = blank.shape[2] - 2 * left
+        assert 0.8 * pair < right - left < pair + 2
+
+
+def test_a_caption_has_up_to_two_lines() -> None:
+    one, two = drawn_text("a"), drawn_text("a\nb")
+    assert two.shape[1] > one.shape[1]
+    assert torch.equal(two, drawn_text(" a \n  b\n"))
+    assert torch.equal(drawn_text("a\nb c"), drawn_text("a\nb\nc"))
+    assert not torch.equal(drawn_text("ä"), drawn_text("ж"))
+
+
+def test_a_long_title_stays_inside() -> None:
+    images, maps = pictures(1), ramps(1)
+    grid = heatmap_grid(images, maps, ["a"], title="epoch " * 99)
+    assert grid.shape == heatmap_grid(images, maps, ["a"], title="epoch 3").shape
+    paper = grid[:, :1, :1]
+    assert (grid[:, :, -15:] == paper).all()
+    assert (grid[:, :, :15] == paper).all()
+
+
+def test_the_colour_bar_shows_the_colours_of_the_overlay() -> None:
+    images, maps = torch.full((1, 3, 140, 144), 0.5), torch.zeros(1, 140, 144)
+    grid = heatmap_grid(images, maps, [""])
+    em = round(144 / 13)
+    ramp = torch.linspace(0, 1, 12 * em)[None, None]
+    bar = as_bytes(overlay(torch.full((1, 3, 1, 12 * em), 0.5), ramp))[0]
+    assert len(find(grid, bar)) == round(0.7 * em)
+
+
+def test_drawing_leaves_the_process_as_it_was() -> None:
+    images, maps = pictures().requires_grad_(), ramps().requires_grad_()
+    kept = images.detach().clone(), maps.detach().clone()
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), dict(matplotlib.rcParams)  # type: ignore[index]
+    first = heatmap_grid(images, maps, ["a", "b"])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        second = heatmap_grid(images, maps, ["a", "b"])
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), dict(matplotlib.rcParams)  # type: ignore[index]
+    assert_same(before, after)
+    assert_same(kept, (images.detach(), maps.detach()))
+    assert torch.equal(first, second)
+
+
+def test_importing_it_imports_no_plotting() -> None:
+    source = Path(sys.modules[displayable.__module__].__file__ or "")
+    code = (
+        "import sys, types; package = types.ModuleType('lightning_aop'); "
+        f"package.__path__ = [{str(source.parent)!r}]; sys.modules['lightning_aop'] = package; "
+        "from lightning_aop.rendering import heatmap_grid; import torch; "
+        "assert 'matplotlib' not in sys.modules; "
+        "heatmap_grid(torch.rand(1, 3, 8, 8), torch.rand(1, 8, 8), ['a']); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+class Copies(TorchDispatchMode):
+    """Count the copies from a device to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(a, Tensor) and a.is_cuda for a in args):
+            self.count += not isinstance(out, Tensor) or not out.is_cuda
+        return out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_the_same_and_is_copied_from_once() -> None:
+    images, maps = pictures(3, (300, 260)), ramps(3, (300, 260))
+    assert overlay(images, maps.cuda()).is_cuda
+    expected = heatmap_grid(images, maps, ["a", "b", "c"])
+    with Copies() as copies:
+        grid = heatmap_grid(images.cuda(), maps.cuda(), ["a", "b", "c"])
+    assert copies.count == 1
+    assert (grid.int() - expected.int()).abs().max() <= 2
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda x, m: heatmap_grid(x, m, ["a"]), "captions must hold 2 texts, .* got 1: give"),
+        (lambda x, m: heatmap_grid(x, m, "ab"), "captions must hold 2 texts, .* got the text 'ab'"),
+        (
+            lambda x, m: heatmap_grid(x, m[:1], ["a", "b"]),
+            r"maps .* \[2, 128, 160\] .*\[1, 128, 160",
+        ),
+        (lambda x, m: heatmap_grid(x, m[:, 1:], ["a", "b"]), r"got \[2, 127, 160\]: .*resized"),
+        (lambda x, m: heatmap_grid(x[:0], m[:0], []), r"at least one image .*\[0, 3, 128, 160\]"),
+        (lambda x, m: heatmap_grid(x[..., :0], m[..., :0], ["a", "b"]), "at least one pixel"),
+        (
+            lambda x, m: heatmap_grid(x, m, ["a", "b"], columns=0),
+            "columns must be 1 or more, got 0",
+        ),
+        (lambda x, m: heatmap_grid(x, m, ["a", "b"], cell=8), "cell must be 32 pixels .*, got 8"),
+        (lambda x, m: heatmap_grid(x, m, ["a", "b"], mean=[0.5] * 3), "got mean but no std"),
+    ],
+)
+def test_grid_says_what_is_wrong(draw: Callable[[Tensor, Tensor], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(pictures(), ramps())
+
+
+# write_png
+
+
+def test_png_holds_the_pixels_and_replaces_an_older_one(tmp_path: Path) -> None:
+    first, second = as_bytes(pictures(2, (9, 7)))
+    path = tmp_path / "new" / "folder" / "grid.png"
+    for picture in (first, second):
+        assert write_png(picture, str(path)) == path
+        with Image.open(path) as image:
+            assert (image.format, image.mode) == ("PNG", "RGB")
+            assert np.array_equal(np.asarray(image), picture.permute(1, 2, 0).numpy())
+    assert list(path.parent.iterdir()) == [path]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = as_bytes(pictures(2, (9, 7)))
+    path = write_png(first, tmp_path / "grid.png")
+    old = path.read_bytes()
+
+    def full(self: Image.Image, file: Path, *_: object) -> None:
+        Path(file).write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_png(second, path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_write_png_says_what_is_wrong(tmp_path: Path) -> None:
+    for wrong in (pictures()[0], as_bytes(pictures()), as_bytes(pictures())[0, :1]):
+        with pytest.raises(ValueError, match=r"image must be torch.uint8 of shape \[3, H, W\]"):
+            write_png(wrong, tmp_path / "grid.png")
+    assert list(tmp_path.iterdir()) == []
