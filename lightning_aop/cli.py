@@ -229,7 +229,7 @@ def load(options: Namespace) -> Recipe:
             f"--model {name}: torchvision has no classifier of this name; it has resnet50, "
             "mobilenet_v3_large, efficientnet_b0, … (torchvision.models.list_models())"
         )
-    published = torchvision.models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    published = torchvision.models.get_model_weights(name).DEFAULT
     wants = published.transforms()
     if file is None:
         try:

@@ -94,6 +94,8 @@ class ShapeFaithfulness(Faithfulness):
         masks: where the explained shape is, for each explanation.
     """
 
+    heat: Tensor
+
     def __init__(self, masks: Bool[Tensor, "p h w"]) -> None:
         super().__init__(sigmoid, steps=28)
         self.masks = masks
@@ -184,7 +186,7 @@ def run(
         trainer.fit(model, batches, val_batches)
     with (Path(csv_logger.log_dir) / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["explain/overall_auc"]]
-    first, last = rows[0] | before, rows[-1]
+    first, last = {**rows[0], **before}, rows[-1]
     result = DemoResult(
         before={name: float(first[name]) for name in MEASURES},
         after={name: float(last[name]) for name in MEASURES},

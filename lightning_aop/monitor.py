@@ -311,7 +311,8 @@ class ExplanationMonitor(Callback):
         values: dict[str, float],
         moment: Literal["start", "step", "epoch"],
     ) -> None:
-        step = _step(trainer)
+        # A first epoch of a single batch ends at step 0 in Lightning's count, as training starts.
+        step = _step(trainer) if moment == "start" else max(_step(trainer), 1)
         scalars = {f"explain/{name}": value for name, value in values.items()}
         if moment == "epoch":
             pl_module.log_dict(scalars, on_step=False, on_epoch=True, batch_size=1)

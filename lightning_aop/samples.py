@@ -133,7 +133,7 @@ def first_samples(loader: Any, count: int) -> Any:
         )
     collate = getattr(loader, "collate_fn", default_collate)
     samples: list[Any]
-    if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset):
+    if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
         samples = [dataset[index] for index in range(min(count, len(dataset)))]
     else:
         stream: Iterable[Any] = copy.deepcopy(dataset)

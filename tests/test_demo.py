@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,5 +47,6 @@ def test_the_watching_example_learns_and_is_watched(tmp_path: Path) -> None:
     output = tmp_path / "watch"
     command = [sys.executable, script, "--data", root, "--backbone", "mobilenet_v3_small"]
     command += ["--weights", weights, "--output", output, "--epochs", "1"]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([str(p) for p in command], check=True, capture_output=True, env=environment)
     assert len(list(output.rglob("step-*.png"))) == 2
