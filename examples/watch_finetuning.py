@@ -26,15 +26,19 @@ from lightning_aop.coco import CocoMultilabel
 
 def replace_head(network: nn.Module, classes: int) -> nn.Module:
     """Put a new last layer, linear or 1 × 1 convolution, in the place of the old; return the new."""
-    layers = [name for name, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    parent, _, name = layers[-1].rpartition(".")
-    old = network.get_submodule(layers[-1])
+    modules = list(network.named_modules())
+    last = max(i for i, (_, m) in enumerate(modules) if isinstance(m, (nn.Linear, nn.Conv2d)))
+    name, old = modules[last]
     new: nn.Module
     if isinstance(old, nn.Linear):
         new = nn.Linear(old.in_features, classes)
     else:
         new = nn.Conv2d(cast("nn.Conv2d", old).in_channels, classes, kernel_size=1)
-    setattr(network.get_submodule(parent), name, new)
+    network.set_submodule(name, new)
+    for name, later in modules[last + 1 :]:
+        if isinstance(later, nn.ReLU):
+            # SqueezeNet cuts its logits off at 0: no class would ever fall below a score of 0.5.
+            network.set_submodule(name, nn.Identity())
     return new
 
 
@@ -90,7 +94,7 @@ def options() -> argparse.Namespace:
     add("--mean", nargs=3, type=float, default=[0.485, 0.456, 0.406])
     add("--std", nargs=3, type=float, default=[0.229, 0.224, 0.225])
     add("--epochs", type=int, default=2)
-    add("--learning-rate", type=float, default=1e-2)
+    add("--learning-rate", type=float, default=3e-3)
     add("--output", type=Path, default=Path("watch_run"))
     return parser.parse_args()
 
@@ -112,6 +116,7 @@ def main() -> None:
     )
     train, val = (CocoMultilabel.from_root(o.data, s, transform) for s in ("train", "val"))
     warnings.filterwarnings("ignore", "No positive samples found in target")  # in one batch
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training")  # it is meant
     pl.seed_everything(0)
     trainer = pl.Trainer(
         max_epochs=o.epochs,

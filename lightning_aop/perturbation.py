@@ -277,7 +277,7 @@ class BilateralMask:
     mask_size: int = 28
     lr: float = 0.1
     l1: float = 2.0
-    tv: float = 60.0
+    tv: float = 10.0
     score_floor: float = 0.05
     score: Score = softmax
     baseline: Fill = field(default_factory=GaussianBlur)

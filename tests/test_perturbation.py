@@ -103,7 +103,7 @@ def test_bilateral_mask_is_the_slow_float64_loop(
             points,
             lr=0.1,
             l1=2.0,
-            tv=60.0,
+            tv=10.0,
         )
         torch.testing.assert_close(maps[i], slow.enlarge(mask, 40, 32), atol=1e-6, rtol=0)
 

@@ -52,7 +52,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         self.transform: Transform = transform or _tensor
         self._coco = _read(self.folder, self.file)
         categories = sorted(self._coco.cats)
-        self.classes: list[str] = [str(self._coco.cats[c]["name"]) for c in categories]
+        self.classes: list[str] = [str(self._coco.cats[c].get("name", c)) for c in categories]
         self._column = {category: column for column, category in enumerate(categories)}
         self._ids: list[Any] = sorted(self._coco.imgs)
         self.labels: Bool[Tensor, "n k"] = torch.zeros(
