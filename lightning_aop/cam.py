@@ -49,7 +49,9 @@ class _ClassActivationMap(ABC):
     def activation_map(self, model: nn.Module, images: Images, targets: Targets) -> CoarseMaps:
         """Return the maps [B, h, w] in [0, 1] at the layer's resolution."""
         with explaining(model, images, targets) as (classifier, x, t):
-            layer = self.target_layer or find_target_layer(classifier.model, x)
+            layer = self.target_layer
+            if layer is None:
+                layer = find_target_layer(classifier.model, x)
             maps, logits = [], []
             with capture(classifier.model, layer) as captured:
                 for part, classes in zip(

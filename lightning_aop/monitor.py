@@ -119,7 +119,7 @@ class ExplanationMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain the untrained model; a resumed run has done so."""
-        if trainer.global_step == 0 and (self.every_n_epochs or self.every_n_train_steps):
+        if trainer.global_step == 0 and self._enabled:
             self._fire(trainer, pl_module, "start")
 
     def on_train_batch_end(
@@ -134,13 +134,18 @@ class ExplanationMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen validations, never in the sanity check."""
-        if not trainer.sanity_checking and (trainer.state.fn != "fit" or self._due(trainer)):
+        due = self._enabled if trainer.state.fn != "fit" else self._due(trainer)
+        if due and not trainer.sanity_checking:
             self._fire(trainer, pl_module, "epoch")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen epochs where there is no validation."""
         if not trainer.enable_validation and self._due(trainer):
             self._fire(trainer, pl_module, "epoch")
+
+    @property
+    def _enabled(self) -> bool:
+        return bool(self.every_n_epochs or self.every_n_train_steps)
 
     def _due(self, trainer: Trainer) -> bool:
         n = self.every_n_epochs

@@ -33,8 +33,9 @@ class TargetLayerError(ValueError):
 def isolated_rng(device: torch.device | None = None, seed: int | None = None) -> Iterator[None]:
     """Restore the random state of Python, NumPy, torch and `device` on exit; seed torch if asked."""
     accelerator = None if device is None or device.type == "cpu" else getattr(torch, device.type)
+    where = () if device is None or device.type == "mps" else (device,)  # MPS has one device only
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    state = None if accelerator is None else accelerator.get_rng_state(device)
+    state = None if accelerator is None else accelerator.get_rng_state(*where)
     try:
         if seed is not None:
             # torch.manual_seed would reseed every device, also those that are not restored here.
@@ -50,7 +51,7 @@ def isolated_rng(device: torch.device | None = None, seed: int | None = None) ->
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         if accelerator is not None:
-            accelerator.set_rng_state(state, device)
+            accelerator.set_rng_state(state, *where)
 
 
 @contextmanager

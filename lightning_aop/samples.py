@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from lightning_aop.types import Images
 
 ProbeSource: TypeAlias = (
-    "int | Tensor | Sequence[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Any]"
+    int | Tensor | Sequence[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Any]
 )
 TargetChoice: TypeAlias = Literal["label", "predicted"] | Sequence[int]
 

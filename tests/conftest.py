@@ -73,6 +73,11 @@ def assert_same(before: Any, after: Any, where: str = "") -> None:
         assert before == after, where
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def net() -> nn.Module:
     torch.manual_seed(0)

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ def test_labels_and_masks_are_those_of_a_direct_loop(root: Path) -> None:
             masks[annotation["category_id"] - 1] |= api.annToMask(annotation).astype(bool)
         np.testing.assert_array_equal(data.masks(index), masks)
         np.testing.assert_array_equal(labels.numpy(), masks.any(axis=(1, 2)).astype(float))
+
+
+def test_reading_is_silent(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Warnings are errors here, so pycocotools' own would raise.
+    CocoMultilabel.from_root(root, "val").masks(0)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_pycocotools_the_extra_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(ImportError, match=r'pip install "lightning-aop\[coco\]"'):
+        CocoMultilabel.from_root(root)
 
 
 def broken(root: Path, folder: Path, change: Any) -> tuple[Path, Path]:
@@ -75,6 +90,15 @@ def test_missing_and_unreadable_files_are_named(root: Path, tmp_path: Path) -> N
     images, file = broken(root, tmp_path, lambda c: c["images"][0].update(file_name="absent.png"))
     with pytest.raises(OSError, match=r"absent.png, image \d+ of .*can't be read.*restore"):
         CocoMultilabel(images, file)[0]
+
+
+def test_boxes_without_masks_label_but_do_not_mask(root: Path, tmp_path: Path) -> None:
+    data = CocoMultilabel(
+        *broken(root, tmp_path, lambda c: c["annotations"][0].update(segmentation=[]))
+    )
+    assert data[0][1].any()
+    with pytest.raises(ValueError, match=r"annotation \d+ of image \d+ has no segmentation"):
+        data.masks(0)
 
 
 def test_an_image_without_annotations_is_negative(root: Path, tmp_path: Path) -> None:

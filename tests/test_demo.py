@@ -1,4 +1,5 @@
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from PIL import Image
 
 pytest.importorskip("pycocotools")
 from lightning_aop.demo import run
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "watch_finetuning.py"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*__array__ implementation")
 
@@ -34,6 +37,22 @@ def test_the_heat_moves_onto_the_objects(tmp_path: Path) -> None:
     assert result.after["explain/overall_auc"] > 0.4
 
 
+def test_a_new_head_can_say_no_on_every_kind_of_network() -> None:
+    import torch
+    import torchvision
+
+    replace_head = runpy.run_path(str(EXAMPLE))["replace_head"]
+    for name in ("resnet18", "mobilenet_v2", "squeezenet1_1", "densenet121", "convnext_tiny"):
+        torch.manual_seed(0)
+        network = torchvision.models.get_model(name, weights=None).eval()
+        head = replace_head(network, 7)
+        with torch.no_grad():
+            logits = network(torch.randn(2, 3, 64, 64))
+        assert logits.shape == (2, 7)
+        assert logits.min() < 0 < logits.max(), name
+        assert any(module is head for module in network.modules())
+
+
 def test_the_watching_example_learns_and_is_watched(tmp_path: Path) -> None:
     import torch
     import torchvision
@@ -43,9 +62,8 @@ def test_the_watching_example_learns_and_is_watched(tmp_path: Path) -> None:
     root = write_shapes(tmp_path / "shapes", train=8, val=4, size=64)
     weights = tmp_path / "weights.pth"
     torch.save(torchvision.models.mobilenet_v3_small(weights=None).state_dict(), weights)
-    script = Path(__file__).parents[1] / "examples" / "watch_finetuning.py"
     output = tmp_path / "watch"
-    command = [sys.executable, script, "--data", root, "--backbone", "mobilenet_v3_small"]
+    command = [sys.executable, EXAMPLE, "--data", root, "--backbone", "mobilenet_v3_small"]
     command += ["--weights", weights, "--output", output, "--epochs", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([str(p) for p in command], check=True, capture_output=True, env=environment)
