@@ -1,4 +1,4 @@
-"""How faithful a map is: functions over curves, and the same as torchmetrics."""
+"""How faithful a map is, and whether it points at the objects: functions, and torchmetrics."""
 
 from lightning_aop.metrics.faithfulness import (
     DeletionAUC,
@@ -14,16 +14,26 @@ from lightning_aop.metrics.functional import (
     deletion_insertion_curves,
     insertion_curve,
 )
+from lightning_aop.metrics.pointing import (
+    EnergyPointingGame,
+    PointingGame,
+    energy_in_mask,
+    pointing_hits,
+)
 
 __all__ = [
     "BLUR",
     "RISE_BLUR",
     "DeletionAUC",
+    "EnergyPointingGame",
     "Faithfulness",
     "InsertionAUC",
     "OverallAUC",
+    "PointingGame",
     "auc",
     "deletion_curve",
     "deletion_insertion_curves",
+    "energy_in_mask",
     "insertion_curve",
+    "pointing_hits",
 ]
