@@ -4,6 +4,7 @@ Nothing here uses a random number, a figure or a backend. matplotlib lends only 
 its font, and is imported at the first drawing.
 """
 
+import itertools
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -36,6 +37,10 @@ _LUMA = (0.299, 0.587, 0.114)
 _LARGEST = 224  # longer side of a panel in pixels, unless `cell` asks for another
 _SMALLEST = 32
 _PAPER, _INK, _MUTED = (20, 22, 27), (238, 240, 244), (156, 163, 175)
+_VERDICTS = {"missed": (245, 180, 80), "false positive": (248, 113, 113)}
+# Cyan is none of inferno's colours.
+_LINE = (0.3, 0.95, 1.0)
+_ABREAST = 5  # overlays of one group in a row
 
 
 def displayable(
@@ -156,6 +161,9 @@ def heatmap_grid(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     cell: int | None = None,
+    outlines: Bool[Tensor, "b h w"] | None = None,
+    groups: Sequence[int] | None = None,
+    headings: Sequence[str] | None = None,
 ) -> Picture:
     """Draw every sample as "input | overlay" with its caption, and one colour bar for all.
 
@@ -163,32 +171,165 @@ def heatmap_grid(
         images: (b, c, h, w), as ``displayable`` takes them.
         maps: (b, h, w) in [0, 1], as ``overlay`` takes them. One that is zero everywhere is labelled
             "blank map" on its overlay, and one with a NaN or infinite value "NaN map".
-        captions: b texts of one or two lines (split at a newline). A line too long for its pair is
-            shortened with an ellipsis; a number at its end, such as a score, is kept.
+        captions: b texts of one or two lines (split at a newline). A line too long for its place is
+            shortened with an ellipsis; a number at its end, such as a score, is kept. A second line
+            "missed" is amber, "false positive" red.
         title: one line at the top.
         columns: pairs in a row; by default chosen for a picture about 1.6 times as wide as high.
         mean: see ``displayable``.
         std: see ``displayable``.
         cell: longer side of a panel in pixels, at least 32. By default larger images are reduced to
             224, smaller ones are enlarged by the largest whole factor that stays within 224.
+        outlines: (b, h, w), where the class of each sample is; drawn as a line on both panels.
+        groups: a number for each sample; neighbours with the same number are drawn as one input
+            beside an overlay for each, with its caption below it.
+        headings: a text of one or two lines for each group, below its input.
 
     Returns:
         (3, H, W) uint8 on the CPU, reached by one copy from the device of ``maps``.
 
     Raises:
-        ValueError: ``images``, ``maps`` and ``captions`` differ in number or size, there is no
-            sample, ``columns`` is below 1, ``cell`` is below 32, or ``mean`` and ``std`` are wrong.
+        ValueError: ``images``, ``maps``, ``captions``, ``outlines``, ``groups`` or ``headings`` differ
+            in number or size, there is no sample, ``columns`` is below 1 or given with ``groups``,
+            ``cell`` is below 32, or ``mean`` and ``std`` are wrong.
     """
     pictures = displayable(images, mean, std)
     _check_same_size(pictures, maps)
+    _check_layout(images, captions, columns, cell, outlines, groups, headings)
     count = len(pictures)
+    members = _runs(groups) if groups is not None else [[i] for i in range(count)]
+    panels, labels = _panels(pictures, maps, cell, outlines, members)
+    high, wide = panels.shape[2:4]
+    em = min(max(round(max(high, wide) / 13), 11), 24)
+    font, bold = _font("DejaVuSans.ttf", em), _font("DejaVuSans-Bold.ttf", round(1.15 * em))
+    small = _font("DejaVuSans.ttf", max(round(0.8 * em), 10))
+
+    seam, margin, line = max(em // 4, 2), round(1.6 * em), round(1.4 * em)
+    texts = [_lines(text) for text in captions]
+    heads = [_lines(text) for text in headings or [""] * len(members)]
+    rows = max(map(len, texts + heads))
+    step = wide + (em // 2 if groups is not None else seam)  # from one panel to the next
+    # A label may be wider than its panel, and must not run into the next tile.
+    last = max(wide, math.ceil(small.getlength("blank map")) + em)
+    down = high + em // 2 + line * rows + em
+    across = [min(len(samples), _ABREAST) for samples in members]
+    sizes = [
+        (n * step + last + margin, math.ceil(len(samples) / n) * down)
+        for n, samples in zip(across, members, strict=True)
+    ]
+    bar_w, bar_h = 12 * em, round(0.7 * em)
+    note = "outline: annotated mask" if outlines is not None else ""
+    legend_w = math.ceil(font.getlength("saliency")) + em + bar_w
+    legend_w += math.ceil(font.getlength(note)) + 5 * em if note else 0
+    top, bottom = margin + (2 * line if title else 0), bar_h + em + margin
+
+    def size(limit: int) -> tuple[int, int]:
+        places = _flow(sizes, limit)
+        right = max(x + w for (x, _), (w, _) in zip(places, sizes, strict=True))
+        under = max(y + h for (_, y), (_, h) in zip(places, sizes, strict=True))
+        return max(right - margin, legend_w) + 2 * margin, top + under + bottom
+
+    if columns is not None or groups is None:
+        columns = min(columns or _pleasing(count, lambda n: size(n * sizes[0][0])), count)
+        limit = columns * sizes[0][0]
+    else:
+        limit = _pleasing_limit(sizes, size)
+    canvas = Image.new("RGB", size(limit), _PAPER)
+    content, foot = canvas.width - 2 * margin, canvas.height - bottom
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        text = _shortened(" ".join(title.split()), bold, content)
+        draw.text((margin, margin), text, _INK, bold, "lt")
+
+    def write(lines: Sequence[str], x: int, y: int, width: float) -> None:
+        for row, text in enumerate(lines):
+            colour = _VERDICTS.get(text, _MUTED) if row else _INK
+            draw.text((x, y + row * line), _shortened(text, font, width), colour, font, "la")
+
+    for place, samples, head, n in zip(_flow(sizes, limit), members, heads, across, strict=True):
+        left, upper = margin + place[0], top + place[1]
+        below = high + em // 2
+        canvas.paste(Image.fromarray(panels[samples[0], 0]), (left, upper))
+        if groups is not None:
+            write(head, left, upper + below, wide - em // 4)
+        for k, i in enumerate(samples):
+            x, y = left + (k % n + 1) * step, upper + k // n * down
+            canvas.paste(Image.fromarray(panels[i, 1]), (x, y))
+            if labels[i]:
+                _badge(draw, (x, y + high), labels[i], small)
+            if groups is None:
+                write(texts[i], left, y + below, step + last)
+            else:
+                write(texts[i], x, y + below, wide - em // 4)
+
+    x = margin + content - bar_w
+    # The bar is an overlay on mid-grey, so it shows the colours as they look on a picture.
+    ramp = torch.linspace(0, 1, bar_w, device="cpu", dtype=torch.float32).expand(1, bar_h, -1)
+    bar = overlay(torch.full_like(ramp, 0.5)[:, None].expand(-1, 3, -1, -1), ramp)
+    canvas.paste(Image.fromarray(_bytes(bar)[0].permute(1, 2, 0).numpy()), (x, foot))
+    draw.text((x - em, foot + bar_h / 2), "saliency", _INK, font, "rm")
+    for share, text, anchor in ((0.0, "0", "la"), (0.5, "0.5", "ma"), (1.0, "1", "ra")):
+        draw.text((x + share * bar_w, foot + bar_h + em // 4), text, _MUTED, small, anchor)
+    if note:
+        colour = tuple(round(255 * c) for c in _LINE)
+        middle = foot + bar_h // 2
+        draw.line((margin, middle, margin + 2 * em, middle), colour, max(em // 6, 2))
+        draw.text((margin + round(2.7 * em), middle), note, _INK, font, "lm")
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+
+
+def _lines(text: str) -> list[str]:
+    return [" ".join(part.split()) for part in text.strip().split("\n", 1)]
+
+
+def _runs(groups: Sequence[int]) -> list[list[int]]:
+    """Return the samples of each group, neighbours with the same number."""
+    found = itertools.groupby(range(len(groups)), key=lambda i: groups[i])
+    return [list(samples) for _, samples in found]
+
+
+def _flow(sizes: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+    """Place tiles of (width, height) left to right in rows no wider than `limit`, if one fits."""
+    places, x, y, row = [], 0, 0, 0
+    for width, height in sizes:
+        if x and x + width > limit:
+            x, y, row = 0, y + row, 0
+        places.append((x, y))
+        x, row = x + width, max(row, height)
+    return places
+
+
+def _unpleasant(size: tuple[int, int]) -> float:
+    """Return how far a canvas is from 1.6 : 1."""
+    return abs(math.log(size[0] / size[1] / 1.6))
+
+
+def _pleasing_limit(
+    sizes: Sequence[tuple[int, int]], size: Callable[[int], tuple[int, int]]
+) -> int:
+    """Choose the width of rows that brings the canvas near 1.6 : 1."""
+    widths = list(itertools.accumulate((width for width, _ in sizes), initial=0))
+    limits = {end - start for start, end in itertools.combinations(widths, 2)}
+    return min(sorted(limits), key=lambda limit: _unpleasant(size(limit)))
+
+
+def _check_layout(
+    images: Images,
+    captions: Sequence[str],
+    columns: int | None,
+    cell: int | None,
+    outlines: Tensor | None,
+    groups: Sequence[int] | None,
+    headings: Sequence[str] | None,
+) -> None:
+    count = len(images)
     if isinstance(captions, str) or len(captions) != count:
         given = f"the text {captions!r}" if isinstance(captions, str) else len(captions)
         raise ValueError(
             f"captions must hold {count} texts, one an image, got {given}: "
             "give a list of one text for each image, empty where there is nothing to say"
         )
-    if pictures.numel() == 0:
+    if images.numel() == 0:
         raise ValueError(
             f"images must hold at least one image of at least one pixel, got {list(images.shape)}: "
             "draw nothing when there is nothing to draw"
@@ -201,53 +342,23 @@ def heatmap_grid(
         raise ValueError(
             f"cell must be {_SMALLEST} pixels or more, got {cell}: leave it out to have it chosen"
         )
-
-    panels, labels = _panels(pictures, maps, cell)
-    high, wide = panels.shape[2:4]
-    em = min(max(round(max(high, wide) / 13), 11), 24)
-    font, bold = _font("DejaVuSans.ttf", em), _font("DejaVuSans-Bold.ttf", round(1.15 * em))
-    small = _font("DejaVuSans.ttf", max(round(0.8 * em), 10))
-
-    seam, margin, line = max(em // 4, 2), round(1.6 * em), round(1.4 * em)
-    texts = [[" ".join(part.split()) for part in text.strip().split("\n", 1)] for text in captions]
-    # A label may be wider than its panel, and must not run into the next pair.
-    pair = wide + seam + max(wide, math.ceil(small.getlength("blank map")) + em)
-    tile_w, tile_h = pair + margin, high + em // 2 + line * max(map(len, texts)) + em
-    bar_w, bar_h = 12 * em, round(0.7 * em)
-    legend_w = math.ceil(font.getlength("saliency")) + em + bar_w
-    top, bottom = margin + (2 * line if title else 0), bar_h + em + margin
-
-    def size(columns: int) -> tuple[int, int]:
-        content = max(columns * tile_w - margin, legend_w)
-        return content + 2 * margin, top + math.ceil(count / columns) * tile_h + bottom
-
-    columns = min(columns or _pleasing(count, size), count)
-    canvas = Image.new("RGB", size(columns), _PAPER)
-    content, foot = canvas.width - 2 * margin, canvas.height - bottom
-    draw = ImageDraw.Draw(canvas)
-    if title:
-        text = _shortened(" ".join(title.split()), bold, content)
-        draw.text((margin, margin), text, _INK, bold, "lt")
-
-    for i, (panel, label, lines) in enumerate(zip(panels, labels, texts, strict=True)):
-        x, y = margin + i % columns * tile_w, top + i // columns * tile_h
-        canvas.paste(Image.fromarray(panel[0]), (x, y))
-        canvas.paste(Image.fromarray(panel[1]), (x + wide + seam, y))
-        if label:
-            _badge(draw, (x + wide + seam, y + high), label, small)
-        for row, text in enumerate(lines):
-            at = (x, y + high + em // 2 + row * line)
-            draw.text(at, _shortened(text, font, pair), _MUTED if row else _INK, font, "la")
-
-    x = margin + content - bar_w
-    # The bar is an overlay on mid-grey, so it shows the colours as they look on a picture.
-    ramp = torch.linspace(0, 1, bar_w, device="cpu", dtype=torch.float32).expand(1, bar_h, -1)
-    bar = overlay(torch.full_like(ramp, 0.5)[:, None].expand(-1, 3, -1, -1), ramp)
-    canvas.paste(Image.fromarray(_bytes(bar)[0].permute(1, 2, 0).numpy()), (x, foot))
-    draw.text((x - em, foot + bar_h / 2), "saliency", _INK, font, "rm")
-    for share, text, anchor in ((0.0, "0", "la"), (0.5, "0.5", "ma"), (1.0, "1", "ra")):
-        draw.text((x + share * bar_w, foot + bar_h + em // 4), text, _MUTED, small, anchor)
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+    expected = [count, *images.shape[2:]]
+    if outlines is not None and (list(outlines.shape) != expected or outlines.dtype != torch.bool):
+        raise ValueError(
+            f"outlines must be torch.bool of shape {expected}, got {outlines.dtype} of shape "
+            f"{list(outlines.shape)}: give one mask an image, resized to its height and width"
+        )
+    if groups is not None and len(groups) != count:
+        raise ValueError(f"groups must hold {count} numbers, one an image, got {len(groups)}")
+    if groups is not None and columns is not None:
+        raise ValueError(f"columns={columns} counts pairs, and groups have none: leave it out")
+    if headings is not None:
+        wanted = 0 if groups is None else len(_runs(groups))
+        if isinstance(headings, str) or len(headings) != wanted:
+            raise ValueError(
+                f"headings must hold {wanted} texts, one a group, got {len(headings)}: give a list "
+                "of one text for each group, empty where there is nothing to say"
+            )
 
 
 def write_png(image: Picture, path: str | Path) -> Path:
@@ -299,7 +410,11 @@ def _bytes(pictures: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
 
 
 def _panels(
-    pictures: RGB, maps: Maps, cell: int | None
+    pictures: RGB,
+    maps: Maps,
+    cell: int | None,
+    outlines: Bool[Tensor, "b h w"] | None,
+    members: Sequence[Sequence[int]],
 ) -> tuple[UInt8[np.ndarray, "b 2 y x 3"], list[str]]:
     """Draw both panels of every sample at their final size, and name the maps that show nothing."""
     longer = max(pictures.shape[2:])
@@ -310,10 +425,37 @@ def _panels(
     state = torch.where(heat.amax((1, 2)) > 0, 0, 1)
     state = torch.where(maps.isfinite().all(2).all(1), state, 2)
     pictures, heat = _resized(pictures.to(heat), scale), _resized(heat[:, None], scale)[:, 0]
-    both = _bytes(torch.stack((pictures, overlay(pictures, heat)), 1).movedim(2, -1))
+    both = torch.stack((pictures, overlay(pictures, heat)), 1)
+    if outlines is not None:
+        masks = _resized(outlines.to(heat)[:, None], scale)[:, 0] > 0.5
+        group = [number for number, samples in enumerate(members) for _ in samples]
+        where = torch.tensor(group, device=heat.device)
+        # The input of a group stands for all of its samples.
+        union = (
+            torch.zeros_like(heat[: len(members)]).index_add(0, where, masks.to(heat))[where] > 0
+        )
+        both = _outlined(both, torch.stack((union, masks), 1))
+    shown = _bytes(both.movedim(2, -1))
     # The states travel in the same buffer as the pixels, for every copy waits for the device.
-    flat = torch.cat((both.flatten(1), state.byte()[:, None]), 1).cpu().numpy()
-    return flat[:, :-1].reshape(both.shape), [("", "blank map", "NaN map")[i] for i in flat[:, -1]]
+    flat = torch.cat((shown.flatten(1), state.byte()[:, None]), 1).cpu().numpy()
+    return flat[:, :-1].reshape(shown.shape), [("", "blank map", "NaN map")[i] for i in flat[:, -1]]
+
+
+def _outlined(
+    pictures: Float[Tensor, "b p 3 y x"], masks: Bool[Tensor, "b p y x"]
+) -> Float[Tensor, "b p 3 y x"]:
+    """Draw the inner border of each mask as a line with a dark halo, seen on any ground."""
+    thick = max(round(max(masks.shape[2:]) / 112), 1)
+    inner = 1 - _dilated(1 - masks.to(pictures), thick)  # beyond the picture there is no border
+    line = masks & (inner < 0.5)
+    halo = (_dilated(line.to(pictures), 1) > 0.5) & ~line
+    colour = pictures.new_tensor(_LINE).view(3, 1, 1)
+    shaded = torch.where(halo[:, :, None], 0.25 * pictures, pictures)
+    return torch.where(line[:, :, None], colour, shaded)
+
+
+def _dilated(x: Float[Tensor, "b p y x"], radius: int) -> Float[Tensor, "b p y x"]:
+    return F.max_pool2d(x, 2 * radius + 1, stride=1, padding=radius)
 
 
 def _resized(x: Float[Tensor, "b c h w"], scale: float) -> Float[Tensor, "b c H W"]:
@@ -331,8 +473,7 @@ def _pleasing(count: int, size: Callable[[int], tuple[int, int]]) -> int:
     """Choose the columns that bring the canvas near 1.6 : 1 and leave few places empty."""
 
     def unpleasant(columns: int) -> float:
-        width, height = size(columns)
-        return abs(math.log(width / height / 1.6)) + (-count % columns) / count
+        return _unpleasant(size(columns)) + (-count % columns) / count
 
     return min(range(1, count + 1), key=unpleasant)
 

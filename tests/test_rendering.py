@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_aop import rendering
 from lightning_aop.rendering import displayable, heatmap_grid, overlay, write_png
 
 
@@ -422,3 +424,112 @@ def test_write_png_says_what_is_wrong(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"image must be torch.uint8 of shape \[3, H, W\]"):
             write_png(wrong, tmp_path / "grid.png")
     assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# outlines and groups
+
+
+def disc(size: int, y: int, x: int, radius: int) -> Tensor:
+    v, u = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return (v - y) ** 2 + (u - x) ** 2 <= radius**2
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("hot", [0.0, 1.0])
+def test_an_outline_stands_out_on_any_ground(level: float, hot: float) -> None:
+    pictures = torch.full((1, 2, 3, 224, 224), level)
+    pictures[:, 1] = overlay(pictures[:, 0], torch.full((1, 224, 224), hot))
+    mask = disc(224, 100, 120, 40)[None, None].expand(1, 2, -1, -1)
+    drawn = rendering._outlined(pictures, mask)
+    luma = torch.tensor([0.2126, 0.7152, 0.0722]).view(3, 1, 1)
+    light = (drawn * luma).sum(2)[0]
+    # The ground is even, so what differs is the line, its halo or the ground beside them.
+    assert (light.amax((1, 2)) - light.amin((1, 2)) > 0.4).all()
+
+
+def test_an_outline_is_the_inner_border_of_the_mask() -> None:
+    pictures = torch.full((2, 1, 3, 60, 50), 0.5)
+    masks = torch.stack([disc(60, 30, 20, 12)[:, :50], torch.zeros(60, 50).bool()])[:, None]
+    drawn = rendering._outlined(pictures, masks)
+    assert torch.equal(drawn[1], pictures[1]), "an empty mask has no outline"
+    mask = masks[0, 0].numpy()
+    line = np.zeros_like(mask)
+    for y in range(60):
+        for x in range(50):
+            near = mask[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+            line[y, x] = mask[y, x] and not near.all()
+    colour = torch.tensor(rendering._LINE).view(3, 1, 1)
+    np.testing.assert_array_equal((drawn[0, 0] == colour).all(0).numpy(), line)
+
+
+def test_outlines_are_drawn_on_both_panels_and_explained() -> None:
+    images, maps = torch.full((1, 3, 64, 64), 0.5), torch.zeros(1, 64, 64)
+    mask = disc(64, 32, 32, 20)[None]
+    plain = heatmap_grid(images, maps, ["a"], outlines=torch.zeros_like(mask))
+    drawn = heatmap_grid(images, maps, ["a"], outlines=mask)
+    columns = (plain != drawn).any(0).any(0).nonzero()[:, 0]
+    assert int(columns.max() - columns.min()) > 192, "both panels"
+    line = torch.tensor(rendering._LINE).mul(255).round().byte()[:, None, None]
+    assert (plain == line).all(0).sum() > 20, "the legend has a sample of the line"
+    assert not (heatmap_grid(images, maps, ["a"]) == line).all(0).any()
+
+
+def test_a_group_shows_its_input_once_with_all_outlines() -> None:
+    images = torch.rand(3, 3, 64, 64)
+    images[1] = images[0]
+    maps = torch.zeros(3, 64, 64)
+    masks = torch.stack([disc(64, 16, 16, 8), disc(64, 48, 48, 8), disc(64, 32, 32, 8)])
+    panels, _ = rendering._panels(images, maps, 64, masks, [[0, 1], [2]])
+    line = np.round(np.array(rendering._LINE) * 255).astype(np.uint8)
+    lines = (panels == line).all(-1)
+    inner = torch.stack([disc(64, 16, 16, 8), disc(64, 48, 48, 8)]).any(0).numpy()
+    assert lines[0, 0][inner].sum() == lines[0, 0].sum() > 0
+    assert lines[0, 0].sum() == lines[0, 1].sum() + lines[1, 1].sum(), "the input has both"
+    # Three panels and two, against three pairs: the input that is shown twice is gone.
+    grouped = heatmap_grid(images, maps, ["a"] * 3, groups=[4, 4, 7], cell=64)
+    background = (grouped == torch.tensor(rendering._PAPER, dtype=torch.uint8)[:, None, None]).all(
+        0
+    )
+    pairs = heatmap_grid(images, maps, ["a"] * 3, cell=64)
+    empty = (pairs == torch.tensor(rendering._PAPER, dtype=torch.uint8)[:, None, None]).all(0)
+    saved = int((~empty).sum()) - int((~background).sum())
+    assert 0.8 * 64 * 64 < saved < 1.2 * 64 * 64
+
+
+def test_tiles_do_not_overlap_and_rows_keep_to_their_width() -> None:
+    sizes = [(100, 50), (300, 50), (120, 80), (500, 50), (90, 50)]
+    for limit in (90, 300, 420, 1200):
+        places = rendering._flow(sizes, limit)
+        boxes = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(places, sizes, strict=True)]
+        for i, a in enumerate(boxes):
+            assert a[2] <= limit or a[0] == 0, "wider than the row only where it stands alone"
+            for b in boxes[i + 1 :]:
+                assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_verdicts_have_their_colours() -> None:
+    images, maps = torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64)
+    for verdict, colour in rendering._VERDICTS.items():
+        picture = heatmap_grid(images, maps, [f"dog 0.31\n{verdict}", "cat 0.9"], groups=[0, 1])
+        same = (picture == torch.tensor(colour, dtype=torch.uint8)[:, None, None]).all(0)
+        assert same.sum() > 20
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            {"outlines": torch.zeros(2, 8, 9).bool()},
+            r"outlines must be torch.bool of shape \[2, 8, 8\]",
+        ),
+        ({"outlines": torch.zeros(2, 8, 8)}, "got torch.float32"),
+        ({"groups": [1]}, "groups must hold 2 numbers"),
+        ({"groups": [1, 1], "columns": 2}, "columns=2 counts pairs"),
+        ({"groups": [1, 1], "headings": ["a", "b"]}, "headings must hold 1 texts, one a group"),
+        ({"headings": ["a", "b"]}, "headings must hold 0 texts"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_told(layout: Any, message: str, unchecked: None) -> None:
+    with pytest.raises(ValueError, match=message):
+        heatmap_grid(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8), ["a", "b"], **layout)
