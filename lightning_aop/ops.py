@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from lightning_aop.scores import full_precision
 from lightning_aop.types import CoarseMaps, Images, Maps
-
-Fill: TypeAlias = Callable[[Images], Images]
-"""What takes the place of removed pixels: a function of the images, such as `GaussianBlur()`."""
 
 
 def resize(
@@ -100,6 +97,16 @@ class Constant:
     def __call__(self, images: Images) -> Images:
         """Return images that hold the value everywhere."""
         return torch.full_like(images, self.value)
+
+
+if TYPE_CHECKING:
+    _Filled: TypeAlias = Images
+else:
+    _Filled = Any  # as in scores.Score
+# The classes are named beside the general type because a command line has to find a type that the
+# default, a dataclass, is an instance of.
+Fill: TypeAlias = GaussianBlur | Constant | Callable[[Images], _Filled]
+"""What takes the place of removed pixels: a function of the images, such as `GaussianBlur()`."""
 
 
 @lru_cache(maxsize=16)

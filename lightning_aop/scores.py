@@ -5,7 +5,7 @@ computed in float32 or wider: exp(11.1) already overflows in half precision.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,14 @@ from torch import Tensor
 
 from lightning_aop.types import Targets
 
-Score: TypeAlias = Callable[[Float[Tensor, "b k"], Targets], Float[Tensor, " b"]]
+if TYPE_CHECKING:
+    _Scores: TypeAlias = Float[Tensor, " b"]
+else:
+    # jsonargparse takes a callable that returns a class for a recipe of objects of that class: it
+    # refuses a plain function for it, and leaves a default as its name.
+    _Scores = Any
+
+Score: TypeAlias = Callable[[Float[Tensor, "b k"], Targets], _Scores]
 """A differentiable function that picks one number for each image out of its logits."""
 
 
