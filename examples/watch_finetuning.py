@@ -114,7 +114,7 @@ def main() -> None:
             v2.ToPureTensor(),
         ]
     )
-    train, val = (CocoMultilabel.from_root(o.data, s, transform) for s in ("train", "val"))
+    train, val = (CocoMultilabel.from_root(o.data, s, transform) for s in ("train2017", "val2017"))
     warnings.filterwarnings("ignore", "No positive samples found in target")  # in one batch
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training")  # it is meant
     pl.seed_everything(0)

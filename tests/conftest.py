@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+# Lightning calls what jsonargparse means to drop.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
 # More threads only wait for each other where the machine has other work, as with networks this small.
 torch.set_num_threads(1)
 

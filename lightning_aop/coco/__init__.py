@@ -1,5 +1,14 @@
-"""Data in COCO's format, for multilabel training: `pip install "lightning-aop[coco]"`."""
+"""Multilabel training on data in COCO's format: `pip install "lightning-aop[coco]"`."""
 
+from lightning_aop.coco.classifier import MultilabelClassifier
+from lightning_aop.coco.datamodule import CocoClassification
 from lightning_aop.coco.dataset import CocoMultilabel
+from lightning_aop.coco.pictures import PictureError, Preprocess
 
-__all__ = ["CocoMultilabel"]
+__all__ = [
+    "CocoClassification",
+    "CocoMultilabel",
+    "MultilabelClassifier",
+    "PictureError",
+    "Preprocess",
+]

@@ -3,10 +3,12 @@
 import contextlib
 import importlib
 import io
+import json
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,26 +17,34 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-Transform: TypeAlias = Callable[[Image.Image], Tensor]
+from lightning_aop.coco.pictures import Picture, PictureError, read_picture, to_tensor
+
+Transform: TypeAlias = Callable[[Picture], Tensor]
 
 _LISTS = ("images", "annotations", "categories")
 
 
 class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
-    """COCO-format photos as (image, multi-hot label) pairs, with the masks of each class.
+    """COCO-format photos as (image, label) pairs, with the masks of each class on demand.
 
-    An image has a class if one of its annotations does, crowds included; an image without
-    annotations is negative for every class.
+    An image has a class if one of its annotations does. The label is multi-hot, 0 or 1 for each
+    class; where `on_error` is "skip", a picture that can't be read becomes zeros with a label of −1
+    for every class, which losses and metrics leave out (torchmetrics: `ignore_index=-1`).
 
     Args:
-        images: the folder of the pictures.
+        images: the folder of the pictures; nothing outside it is read.
         annotations: the JSON file of the instances.
         transform: turns the RGB picture into the tensor that the model takes; by default it becomes
-            a float tensor in [0, 1] at the picture's own size.
+            a float tensor in [0, 1] at the picture's own size. Masks follow it if it has a method
+            `masks`, as `Preprocess` does.
+        keep_empty: keep images without annotations, negative for every class.
+        crowds: let crowd annotations (`iscrowd`) count, in labels and in masks.
+        on_error: "raise", or "skip" what can't be read.
 
     Attributes:
         classes: the names of the classes, by the order of their category ids.
         labels: [N, K], which image has which class.
+        ids: the image ids, ascending, in the order of the dataset.
 
     Raises:
         ImportError: pycocotools is not installed.
@@ -47,70 +57,163 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         images: str | Path,
         annotations: str | Path,
         transform: Transform | None = None,
+        *,
+        keep_empty: bool = True,
+        crowds: bool = True,
+        on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         self.folder, self.file = Path(images), Path(annotations)
-        self.transform: Transform = transform or _tensor
-        self._coco = _read(self.folder, self.file)
-        categories = sorted(self._coco.cats)
-        self.classes: list[str] = [str(self._coco.cats[c].get("name", c)) for c in categories]
+        self.transform: Transform = transform or to_tensor
+        self.crowds = crowds
+        self.on_error = on_error
+        coco = _read(self.folder, self.file)
+        categories = sorted(coco.cats)
+        self.classes: list[str] = [str(coco.cats[c].get("name", c)) for c in categories]
         self._column = {category: column for column, category in enumerate(categories)}
-        self._ids: list[Any] = sorted(self._coco.imgs)
-        self.labels: Bool[Tensor, "n k"] = torch.zeros(
-            len(self._ids), len(categories), dtype=torch.bool
-        )
-        row = {image: index for index, image in enumerate(self._ids)}
-        for annotation in self._coco.dataset["annotations"]:
-            self.labels[row[annotation["image_id"]], self._column[annotation["category_id"]]] = True
+        ids = sorted(coco.imgs)
+        row = {image: index for index, image in enumerate(ids)}
+        labels = torch.zeros(len(ids), len(categories), dtype=torch.bool)
+        pairs = [
+            (row[annotation["image_id"]], self._column[annotation["category_id"]])
+            for annotation in coco.dataset["annotations"]
+            if crowds or not annotation.get("iscrowd")
+        ]
+        if pairs:
+            labels[tuple(torch.tensor(pairs).T)] = True
+        kept = range(len(ids)) if keep_empty else labels.any(dim=1).nonzero()[:, 0].tolist()
+        self.ids: list[Any] = [ids[index] for index in kept]
+        self.labels: Bool[Tensor, "n k"] = labels[kept]
+        self.files: list[str] = [str(coco.imgs[i]["file_name"]) for i in self.ids]
+        sizes = ((coco.imgs[i].get("width"), coco.imgs[i].get("height")) for i in self.ids)
+        self._sizes = [None if None in size else size for size in sizes]
+        # Set by whichever worker meets a bad picture, and seen by the process that reports it.
+        self._skipped = torch.zeros(len(self.ids), dtype=torch.bool).share_memory_()
+        self._coco: Any = coco
 
     @classmethod
     def from_root(
-        cls, root: str | Path, split: str = "train", transform: Transform | None = None
+        cls,
+        root: str | Path,
+        split: str = "train2017",
+        transform: Transform | None = None,
+        **options: Any,
     ) -> "CocoMultilabel":
-        """Open COCO 2017's own layout: `train2017/` and `annotations/instances_train2017.json`."""
+        """Open a split of a folder in COCO's own layout, or in one of its common variants.
+
+        The pictures lie in `root/SPLIT` or `root/images/SPLIT`; the annotations are
+        `root/annotations/instances_SPLIT.json`, `root/annotations/SPLIT.json` or
+        `root/SPLIT/_annotations.coco.json`. `options` are those of the class.
+        """
         root = Path(root)
-        file = root / "annotations" / f"instances_{split}2017.json"
-        return cls(root / f"{split}2017", file, transform)
+        # A split is part of a path: it must not lead out of the root either.
+        _check_inside(split, f"split {split!r}", root)
+        folders = [root / split, root / "images" / split]
+        files = [
+            root / "annotations" / f"instances_{split}.json",
+            root / "annotations" / f"{split}.json",
+            root / split / "_annotations.coco.json",
+        ]
+        folder = next((f for f in folders if f.is_dir()), folders[0])
+        file = next((f for f in files if f.is_file()), files[0])
+        return cls(folder, file, transform, **options)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Float[Tensor, " k"]]:
-        return self.transform(self.picture(index)), self.labels[index].float()
-
-    def picture(self, index: int) -> Image.Image:
-        """Return the picture as it is on disk, in RGB: the geometry that the masks fit."""
-        record = self._coco.imgs[self._ids[index]]
-        path = self.folder / record["file_name"]
         try:
-            with Image.open(path) as opened:
-                picture: Image.Image = opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise OSError(
-                f"{path}, image {record['id']} of {self.file}, can't be read ({error}): restore the "
-                "picture, or take the image out of the annotations"
-            ) from error
-        return picture
+            return self.transform(self.picture(index)), self.labels[index].float()
+        except PictureError:
+            if self.on_error == "raise":
+                raise
+            self._skipped[index] = True
+            blank = self.transform(Image.new("RGB", self._sizes[index] or (64, 64)))
+            return torch.zeros_like(blank), torch.full((len(self.classes),), -1.0)
 
-    def masks(self, index: int) -> Bool[np.ndarray, "k h w"]:
-        """Return where each class is: the union of its instances, at the picture's own size."""
-        record = self._coco.imgs[self._ids[index]]
-        masks = np.zeros((len(self.classes), record["height"], record["width"]), dtype=bool)
-        for annotation in self._coco.imgToAnns.get(record["id"], []):
-            if not annotation.get("segmentation"):
-                raise ValueError(
-                    f"{self.file}: annotation {annotation['id']} of image {record['id']} has no "
-                    "segmentation, only its box: masks need a file with instance segmentations"
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave pycocotools' index behind: a worker needs it for masks only, and reads it then."""
+        return self.__dict__ | {"_coco": None}
+
+    @property
+    def coco(self) -> Any:
+        """Pycocotools' index of the annotations."""
+        if self._coco is None:
+            self._coco = _read(self.folder, self.file)
+        return self._coco
+
+    def picture(self, index: int) -> Picture:
+        """Return the picture in RGB, in the geometry that its masks fit.
+
+        Raises:
+            PictureError: it can't be read, or has another size than the annotations say.
+        """
+        name, image = self.files[index], self.ids[index]
+        remedy = "restore the picture, or take the image out of the annotations"
+        try:
+            return read_picture(self.folder, name, self._sizes[index])
+        except PictureError as error:
+            raise PictureError(
+                f"{self.folder / name}, image {image} of {self.file}: {error}; {remedy}, or leave "
+                "it out with on_error='skip'"
+            ) from error
+
+    def mark_skipped(self, bad: Bool[Tensor, " n"]) -> None:
+        """Note pictures that were found unreadable elsewhere."""
+        self._skipped |= bad
+
+    def skipped(self) -> list[str]:
+        """Return what was left out so far, a line for each picture, with the reason."""
+        lines = []
+        for index in self._skipped.nonzero()[:, 0].tolist():
+            try:
+                self.picture(index)
+            except PictureError as error:
+                lines.append(str(error).removesuffix(", or leave it out with on_error='skip'"))
+            else:
+                lines.append(
+                    f"{self.folder / self.files[index]}, image {self.ids[index]} of {self.file}: it "
+                    "was left out, but can be read now; run again to have it in"
                 )
-            with warnings.catch_warnings():
-                # pycocotools has not followed NumPy 2 here.
-                warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
-                mask = self._coco.annToMask(annotation)
-            masks[self._column[annotation["category_id"]]] |= mask.astype(bool)
+        return lines
+
+    def masks(
+        self, index: int, classes: Sequence[int] | None = None
+    ) -> Bool[np.ndarray, "classes h w"]:
+        """Return where each class is: the union of its instances, at the picture's own size.
+
+        Args:
+            index: which image.
+            classes: which classes; all by default.
+
+        Raises:
+            ValueError: an annotation has no segmentation, or a broken one.
+        """
+        classes = range(len(self.classes)) if classes is None else classes
+        width, height = self._sizes[index] or self.picture(index).size
+        masks = np.zeros((len(classes), height, width), dtype=bool)
+        for annotation in self.coco.imgToAnns.get(self.ids[index], []):
+            column = self._column[annotation["category_id"]]
+            if column in classes and (self.crowds or not annotation.get("iscrowd")):
+                masks[classes.index(column)] |= _decoded(annotation, height, width, self.file)
         return masks
 
-
-def _tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    def input_masks(
+        self, index: int, classes: Sequence[int] | None = None
+    ) -> Bool[Tensor, "classes h w"]:
+        """Return the masks in the geometry of the tensor that the dataset gives for this image."""
+        masks = self.masks(index, classes)
+        follow = getattr(self.transform, "masks", None)
+        if follow is not None:
+            followed: Tensor = follow(masks)
+            return followed
+        if self.transform is not to_tensor:
+            raise ValueError(
+                f"the masks can't follow the transform {self.transform!r}: give it a method "
+                "masks(array [K, h, w]) -> tensor [K, H, W], or take coco.Preprocess"
+            )
+        return torch.from_numpy(masks)
 
 
 def _read(folder: Path, file: Path) -> Any:
@@ -130,36 +233,171 @@ def _read(folder: Path, file: Path) -> Any:
             f"{file} is no file: give the annotations, such as instances_train2017.json"
         )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = coco_class(str(file))
-    except ValueError as error:
+        # COCO() would read in the encoding of the system.
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is no valid JSON ({error}): it may be cut short, copy or export it again"
         ) from error
-    except (AssertionError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is no COCO instances file ({type(error).__name__}: {error}): its lists "
-            f"{', '.join(_LISTS)} must hold objects with their ids"
-        ) from error
+    _check(content, file, folder)
+    coco = coco_class()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _check(content: Any, file: Path, folder: Path) -> None:
+    """Refuse what the index, a picture or a mask would stumble over, in words for the user."""
     for name in _LISTS:
-        if not isinstance(coco.dataset.get(name), list):
+        entries = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise ValueError(
-                f"{file} has no list '{name}': give an instances file, such as "
+                f"{file} has no list '{name}' of objects: give an instances file, such as "
                 "instances_train2017.json"
             )
-    for image in coco.imgs.values():
-        # Read as Windows does, which knows both kinds of slash and drives.
-        path = PureWindowsPath(str(image.get("file_name", "")))
-        if path.anchor or ".." in path.parts or not path.parts:
+        _check_ids(file, name, [entry.get("id") for entry in entries])
+    for image in content["images"]:
+        where = f"{file}: image {image['id']} has"
+        name = image.get("file_name")
+        _check_inside(name, f"{where} file_name {name!r}, which", folder)
+        sides = [image[key] for key in ("width", "height") if image.get(key) is not None]
+        if not all(type(side) is int and 0 < side < 1 << 16 for side in sides):
             raise ValueError(
-                f"{file}: image {image['id']} has file_name {image.get('file_name')!r}, which must "
-                f"name a file inside {folder}: write it relative to that folder"
+                f"{where} width and height {sides}, which must be whole numbers of pixels from 1 to "
+                "65535: correct them"
             )
-    for annotation in coco.dataset["annotations"]:
-        for key, known in (("category_id", coco.cats), ("image_id", coco.imgs)):
-            if annotation.get(key) not in known:
+        # Masks are made at the annotated size, and Pillow reads no larger picture.
+        if math.prod(sides) > (limit := Image.MAX_IMAGE_PIXELS or math.inf) and len(sides) == 2:
+            raise ValueError(
+                f"{where} width and height {sides}, which is more than {limit} pixels: correct "
+                "them, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            )
+    references = {
+        f"{key}_id": {entry["id"] for entry in content[name]}
+        for key, name in (("image", "images"), ("category", "categories"))
+    }
+    for annotation in content["annotations"]:
+        for key, known in references.items():
+            value = annotation.get(key)
+            if not isinstance(value, (int, float, str)) or value not in known:
                 raise ValueError(
-                    f"{file}: annotation {annotation.get('id')} has {key} {annotation.get(key)}, "
-                    f"which the file does not list: add it, or take the annotation out"
+                    f"{file}: annotation {annotation['id']} has {key} {value!r}, which the file "
+                    "does not list: add it, or take the annotation out"
                 )
-    return coco
+
+
+def _check_ids(file: Path, name: str, ids: list[Any]) -> None:
+    """Refuse ids that can't be told apart, or can't be sorted."""
+    kinds = {type(i) for i in ids}
+    if kinds - {int} and kinds - {str}:
+        odd = next(i for i in ids if type(i) is not int)
+        raise ValueError(
+            f"{file}: the list '{name}' has the id {odd!r}, where ids are whole numbers: correct it"
+        )
+    # Merged files repeat the ids of annotations, to which nothing refers.
+    if name != "annotations" and len(set(ids)) < len(ids):
+        seen: set[Any] = set()
+        twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+        raise ValueError(f"{file}: the list '{name}' has the id {twice!r} twice: take one out")
+
+
+def _check_inside(name: object, where: str, folder: Path) -> None:
+    """Refuse a file name that leads out of the folder, on any system."""
+    # Read as Windows does, which knows both kinds of slash and drives.
+    path = PureWindowsPath(name if isinstance(name, str) else "")
+    if path.anchor or ".." in path.parts or not path.parts or "\0" in str(name):
+        raise ValueError(
+            f"{where} must name a file inside {folder}: write it relative to that folder"
+        )
+
+
+def _decoded(
+    annotation: Mapping[str, Any], height: int, width: int, file: Path
+) -> Bool[np.ndarray, "h w"]:
+    """Decode the mask of an annotation."""
+    segmentation = annotation.get("segmentation")
+    where = f"{file}: annotation {annotation['id']} of image {annotation['image_id']}"
+    if not segmentation:
+        raise ValueError(
+            f"{where} has no segmentation, only its box: masks need a file with instance "
+            "segmentations"
+        )
+    decode = _filled if isinstance(segmentation, list) else _unpacked
+    try:
+        return decode(segmentation, height, width)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} has a broken segmentation: {error}; correct it, or take the annotation out"
+        ) from error
+
+
+def _filled(polygons: list[Any], height: int, width: int) -> Bool[np.ndarray, "h w"]:
+    """Fill polygons, after checks that keep pycocotools' C code within bounds."""
+    # Beyond, its code of a mask may outgrow the memory that it takes for it.
+    if height * width > 1 << 26:
+        raise ValueError(f"{width} x {height} pixels are too many for polygons")
+    length = 0.0
+    for polygon in polygons:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError("a polygon must list x and y of at least 3 corners")
+        odd = [value for value in polygon if type(value) not in (int, float)]
+        if odd:
+            raise ValueError(f"a polygon has the coordinate {odd[0]!r}")
+        reach = 2 * max(height, width)
+        # NaN compares as outside.
+        if not all(-reach <= value <= 2 * reach for value in polygon):
+            raise ValueError(f"a polygon leaves the picture of {width} x {height} pixels by far")
+        corners = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        length += np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum()
+    # It takes some 100 bytes for each pixel of the way round.
+    if length > 1 << 22:
+        raise ValueError(f"its outline is {length:.0f} pixels long")
+    tool = importlib.import_module("pycocotools.mask")
+    with warnings.catch_warnings():
+        # pycocotools has not followed NumPy 2 here.
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        code = tool.merge(tool.frPyObjects(polygons, height, width))
+        return np.asarray(tool.decode(code), dtype=bool)
+
+
+def _unpacked(code: Any, height: int, width: int) -> Bool[np.ndarray, "h w"]:
+    """Unpack a run-length code, plain or compressed: down the columns, background first."""
+    if not isinstance(code, dict) or not {"size", "counts"} <= set(code):
+        raise ValueError("a run-length code must have size and counts")
+    if code["size"] != [height, width]:
+        raise ValueError(f"its size is {code['size']}, where the picture has {[height, width]}")
+    runs = code["counts"]
+    if isinstance(runs, str):
+        runs = _runs(runs)
+    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
+        raise ValueError("its counts are no run lengths")
+    if sum(runs) != height * width:
+        raise ValueError(
+            f"its runs cover {sum(runs)} pixels, where the picture has {height * width}"
+        )
+    pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return np.asarray(pixels.reshape(width, height).T)
+
+
+def _runs(text: str) -> list[int] | None:
+    """Return the run lengths of COCO's compressed code, None where it is none.
+
+    Six bits a character from "0" on: five of the number, low ones first, and one that says that more
+    follow; from the fourth run on, the difference to the run before the last.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 40:
+            return None
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number = shift = 0
+    return runs if shift == 0 else None
