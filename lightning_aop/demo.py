@@ -15,19 +15,17 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MultilabelAveragePrecision
 
 from lightning_aop import ExplanationMonitor
 from lightning_aop.coco import CocoMultilabel
-from lightning_aop.metrics import Faithfulness
 from lightning_aop.probing import isolated_rng
-from lightning_aop.scores import sigmoid
 from lightning_aop.shapes import CLASSES, write_shapes
-from lightning_aop.types import Images, Maps, Targets
+from lightning_aop.types import Images
 
 PROBE = 8
 """How many validation pictures are explained."""
@@ -87,32 +85,19 @@ class ShapeClassifier(pl.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-class ShapeFaithfulness(Faithfulness):
-    """The monitor's own metric, and as the masks are known here, the heat that lies in them.
+class Decoded(Dataset[tuple[Tensor, Tensor]]):
+    """The pictures of a data set, read once: reading them in every epoch takes longer than learning."""
 
-    Args:
-        masks: where the explained shape is, for each explanation.
-    """
+    def __init__(self, data: CocoMultilabel) -> None:
+        self.samples = [data[index] for index in range(len(data))]
+        self.classes = data.classes
+        self.input_masks = data.input_masks
 
-    heat: Tensor
+    def __len__(self) -> int:
+        return len(self.samples)
 
-    def __init__(self, masks: Bool[Tensor, "p h w"]) -> None:
-        super().__init__(sigmoid, steps=28)
-        self.masks = masks
-        self.add_state("heat", torch.tensor(0.0), dist_reduce_fx="sum")
-
-    def update(self, model: nn.Module, images: Images, maps: Maps, targets: Targets) -> None:
-        """Judge one map for each mask."""
-        super().update(model, images, maps, targets)
-        inside = torch.where(self.masks, maps, 0.0).sum(dim=(1, 2))
-        self.heat += (inside / maps.sum(dim=(1, 2)).clamp(min=1e-12)).sum()
-
-    def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """Return the means, with the heat on the object and the share it has of the area."""
-        return super().compute() | {
-            "heat_on_object": self.heat / self.total,
-            "object_area": self.masks.float().mean(),
-        }
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.samples[index]
 
 
 @dataclass(frozen=True)
@@ -120,12 +105,15 @@ class DemoResult:
     """What the demo measured, and where it wrote.
 
     Attributes:
+        object_area: the share of a probe picture that an object covers: what the heat of a map that
+            knows nothing has on it.
         before: the measurements of the untrained network, by name.
         after: those of the trained one.
         logs: the folder of this run, for TensorBoard.
         grids: the folder of the heatmaps, one PNG a step.
     """
 
+    object_area: float
     before: dict[str, float]
     after: dict[str, float]
     logs: Path
@@ -137,8 +125,8 @@ MEASURES = {
     "explain/deletion_auc": "deletion AUC (lower is better)",
     "explain/insertion_auc": "insertion AUC (higher is better)",
     "explain/overall_auc": "over-all AUC (higher is better)",
-    "explain/heat_on_object": "heat on the object",
-    "explain/object_area": "area of the object (a map that knows nothing)",
+    "explain/energy_in_mask": "share of the heat on the object",
+    "explain/pointing_game": "hottest pixel on the object",
 }
 
 
@@ -154,20 +142,18 @@ def run(
         pictures: how many to train with.
     """
     write_shapes(root / "shapes", train=pictures, progress=True)
-    train, val = (CocoMultilabel.from_root(root / "shapes", split) for split in ("train", "val"))
+    train, val = (
+        CocoMultilabel.from_root(root / "shapes", split) for split in ("train2017", "val2017")
+    )
     csv_logger = CSVLogger(root, name="logs")
     tensorboard = TensorBoardLogger(
         root, name="logs", version=csv_logger.version, default_hp_metric=False
     )
-    # One explanation for each class in a picture, in the order of the labels.
-    masks = [torch.from_numpy(val.masks(index))[val.labels[index]] for index in range(PROBE)]
-    monitor = ExplanationMonitor(
-        probe=PROBE, metrics=ShapeFaithfulness(torch.cat(masks)), class_names=CLASSES
-    )
+    monitor = ExplanationMonitor(probe=PROBE)
     with _quiet(), isolated_rng(seed=seed):
         model = ShapeClassifier(len(CLASSES))
-        batches = DataLoader(_decoded(train), batch_size=16, shuffle=True)
-        val_batches = DataLoader(_decoded(val), batch_size=60)
+        batches = DataLoader(Decoded(train), batch_size=16, shuffle=True)
+        val_batches = DataLoader(Decoded(val), batch_size=60)
         settings: dict[str, Any] = {
             "accelerator": "cpu",
             "enable_model_summary": False,
@@ -187,7 +173,11 @@ def run(
     with (Path(csv_logger.log_dir) / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["explain/overall_auc"]]
     first, last = {**rows[0], **before}, rows[-1]
+    masks = torch.cat(
+        [val.input_masks(i, val.labels[i].nonzero()[:, 0].tolist()) for i in range(PROBE)]
+    )
     result = DemoResult(
+        object_area=float(masks.float().mean()),
         before={name: float(first[name]) for name in MEASURES},
         after={name: float(last[name]) for name in MEASURES},
         logs=Path(csv_logger.log_dir),
@@ -195,13 +185,6 @@ def run(
     )
     _report(result)
     return result
-
-
-def _decoded(data: CocoMultilabel) -> TensorDataset:
-    """Read every picture once: reading them again in every epoch takes longer than learning."""
-    return TensorDataset(
-        torch.stack([data[index][0] for index in range(len(data))]), data.labels.float()
-    )
 
 
 @contextmanager
@@ -233,6 +216,7 @@ def _report(result: DemoResult) -> None:
     print(f"\n{'':{width}}  before   after")
     for name, title in MEASURES.items():
         print(f"{title:{width}}  {result.before[name]:6.3f}  {result.after[name]:6.3f}")
+    print(f"(an object covers {result.object_area:.3f} of its picture)")
     tool = Path(sys.executable).with_name("tensorboard")
     command = tool if tool.exists() else "tensorboard"
     print(f"\nheatmaps     {result.grids}")

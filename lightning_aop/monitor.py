@@ -5,19 +5,27 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, UInt8
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_aop.aop import fast_sigcam
 from lightning_aop.image_log import log_image
-from lightning_aop.metrics import Faithfulness
+from lightning_aop.metrics import EnergyPointingGame, Faithfulness, PointingGame
+from lightning_aop.panels import Explanations, draw_probe
 from lightning_aop.probing import device_of, isolated_rng, predict, undisturbed
-from lightning_aop.rendering import heatmap_grid
-from lightning_aop.samples import Probe, ProbeSource, TargetChoice, class_names_of, collect
+from lightning_aop.samples import (
+    Probe,
+    ProbeSource,
+    TargetChoice,
+    class_names_of,
+    collect,
+    normalisation_of,
+)
 from lightning_aop.scores import Score, sigmoid, softmax
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 
@@ -43,7 +51,13 @@ class ExplanationMonitor(Callback):
       colour scale for the whole run;
     - `explain/deletion_auc`, `explain/insertion_auc`, `explain/overall_auc`: how faithful the maps
       are (`ModelCheckpoint(monitor="explain/overall_auc", mode="max")` works);
+    - `explain/pointing_game`, `explain/energy_in_mask`: where the data has masks, how often the
+      maximum of a map lies on the object, and which share of the heat; means over the classes;
     - `explain/seconds`: what it took.
+
+    Where the data has masks (a dataset with `input_masks(index, classes)`, or a batch with bool
+    `masks`), their outlines are drawn. Multilabel pictures show also what the model sees but the
+    labels don't (a score above 0.5): the strongest such class is explained, but not judged.
 
     Training is left bit for bit as it would have been: weights, buffers, gradients, modes and random
     state. An explanation that fails gives a warning, and training goes on. With a callback that
@@ -68,7 +82,8 @@ class ExplanationMonitor(Callback):
             `compute()` gives a value or a dictionary of values; by default `Faithfulness(steps=28)`,
             56 model evaluations an explanation. False for none.
         class_names: names by class index; by default the dataset's `classes`, or the index.
-        mean, std: what the pictures were normalised with, to show them as they were.
+        mean, std: what the pictures were normalised with, to show them as they were; by default what
+            the dataset's `transform` says.
         max_classes_per_image: the most positive classes of one multilabel picture to explain.
     """
 
@@ -185,12 +200,12 @@ class ExplanationMonitor(Callback):
         """Return the probe, so that a resumed run goes on with the same pictures."""
         if self._kept is None:
             return {}
-        return {"images": self._kept.images, "labels": self._kept.labels}
+        return asdict(self._kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the probe of the run that is resumed."""
         if "images" in state_dict:
-            self._kept = Probe(state_dict["images"], state_dict["labels"])
+            self._kept = Probe(**state_dict)
 
     # ---------------------------------------------------------------------------------------------
     # what happens
@@ -227,18 +242,29 @@ class ExplanationMonitor(Callback):
         images = probe.images.to(device_of(pl_module))
         logits = predict(pl_module, images)
         rows, targets = probe.pairs(self.targets, logits, self.max_classes_per_image)
+        labelled = len(rows)
+        if probe.multilabel and self.targets == "label":
+            # Judged are the labelled classes only, which stay the same from epoch to epoch.
+            wrong = probe.false_positives(logits.sigmoid().cpu())
+            rows, targets = (torch.cat(both) for both in zip((rows, targets), wrong, strict=True))
+        masks, known = probe.masks_of(rows, targets)
         rows, targets = rows.to(images.device), targets.to(images.device)
-        images, logits = images[rows], logits[rows]
         method = self.method or fast_sigcam(self.target_layer, score=score)
-        maps = method.explain(pl_module, images, targets)
-        values = self._judge(pl_module, images, maps, targets, score)
-        panel = heatmap_grid(
-            images,
-            maps,
-            self._captions(trainer, logits, targets, score, probe.multilabel),
+        maps = method.explain(pl_module, images[rows], targets)
+        judged = slice(labelled)
+        values = self._judge(pl_module, images[rows[judged]], maps[judged], targets[judged], score)
+        values |= _located(maps[known], masks[known], targets[known], logits.shape[1])
+        mean, std = self.mean, self.std
+        if mean is None and std is None:
+            mean, std = normalisation_of(_loaders(trainer)) or (None, None)
+        panel = draw_probe(
+            probe,
+            Explanations(rows, targets, maps, masks, logits),
+            score,
+            self.class_names or class_names_of(_loaders(trainer)),
             title=_title(trainer),
-            mean=self.mean,
-            std=self.std,
+            mean=mean,
+            std=std,
         )
         return panel, values
 
@@ -274,39 +300,27 @@ class ExplanationMonitor(Callback):
             # Hooks such as on_after_batch_transfer must not augment it as if it were for training.
             trainer.validating = True
             with undisturbed(pl_module), torch.no_grad():
-                batch, count = collect(self.probe, _loaders(trainer))
-                batch = trainer.precision_plugin.convert_input(batch)
+                found = collect(self.probe, _loaders(trainer))
+                batch = trainer.precision_plugin.convert_input(found.batch)
                 batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         finally:
             trainer.state.stage = stage
-        probe = Probe.from_batch(batch, count)
+        probe, count = Probe.from_batch(batch, found.limit), found.limit
+        if found.read_masks is not None and probe.masks is None:
+            try:
+                probe = probe.with_masks(found.read_masks)
+            except Exception as error:
+                self._warn(
+                    "ExplanationMonitor: no outlines and no pointing game, for the masks of the "
+                    f"probe could not be read. {type(error).__name__}: {error}"
+                )
         if count is not None and len(probe.images) < count:
             self._warn(
                 f"ExplanationMonitor: probe={count} samples asked for, but the data has "
                 f"{len(probe.images)}: all of them are explained; lower probe to silence this"
             )
         return probe
-
-    def _captions(
-        self,
-        trainer: Trainer,
-        logits: Float[Tensor, "p k"],
-        targets: Targets,
-        score: Score,
-        multilabel: bool,
-    ) -> list[str]:
-        """Return the class and its score for each pair; for a wrong prediction that one as well."""
-        names = self.class_names or class_names_of(_loaders(trainer))
-        predicted = logits.argmax(dim=1)
-        columns = (targets, score(logits, targets), predicted, score(logits, predicted))
-        captions = []
-        for target, value, other, higher in zip(*(c.tolist() for c in columns), strict=True):
-            caption = f"{_name(names, target)} {value:.2f}"
-            if other != target and not multilabel:
-                caption += f"\npredicted {_name(names, other)} {higher:.2f}"
-            captions.append(caption)
-        return captions
 
     def _log(
         self,
@@ -367,8 +381,23 @@ def _title(trainer: Trainer) -> str:
     return "before training" if step == 0 else f"epoch {trainer.current_epoch} · step {step}"
 
 
-def _name(names: Sequence[str] | None, index: int) -> str:
-    return str(names[index]) if names is not None and index < len(names) else f"class {index}"
+def _located(
+    maps: Maps, masks: Bool[Tensor, "b h w"], targets: Targets, num_classes: int
+) -> dict[str, float]:
+    """Return how much of the heat lies on the objects, as a mean over their classes."""
+    if len(maps) == 0:
+        return {}
+    games = {
+        "pointing_game": PointingGame(num_classes, score_threshold=None, sync_on_compute=False),
+        "energy_in_mask": EnergyPointingGame(
+            num_classes, score_threshold=None, sync_on_compute=False
+        ),
+    }
+    result = {}
+    for name, game in games.items():
+        game.update(maps.cpu(), masks, targets.cpu())  # in float64, which not every device has
+        result[name] = float(game.compute()["mean"])
+    return result
 
 
 def _precision(trainer: Trainer, device: torch.device) -> AbstractContextManager[Any]:

@@ -1,19 +1,27 @@
 """The probe: which pictures, and which of their classes, are explained over and over.
 
 A probe is a list of (image, class) pairs. Pictures come from whatever the user's data gives: a batch,
-a dataset, or the first samples behind a DataLoader, whose own state stays untouched.
+a dataset, or the first samples behind a DataLoader, whose own state stays untouched. What a dataset
+may offer beside its samples is found by name, also under wrappers with a `dataset` (a `Subset`):
+
+- `classes`: the names of the classes;
+- `input_masks(index, classes)`: where each of these classes is, bool [len(classes), H, W] at the size
+  of the sample's image;
+- `transform` with `mean` and `std`: what images were normalised with;
+- `image_dataset`: the images, in the same order, where its own samples are something else, such as
+  features that were computed before.
 """
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from lightning_aop.types import Images
 
@@ -24,24 +32,40 @@ TargetChoice: TypeAlias = Literal["label", "predicted"] | Sequence[int]
 
 _IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs", "data")
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
+_MASK_KEYS = ("masks", "mask")
+
+MaskReader: TypeAlias = Callable[[int, Sequence[int]], Tensor]
+"""From the number of a sample, and some classes, to their masks [classes, H, W]."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Pictures with the labels that the data gives them: [N] class indices or [N, K] multi-hot."""
+    """Pictures with what the data says of them.
+
+    Attributes:
+        images: the pictures as the model takes them.
+        labels: [N] class indices or [N, K] multi-hot.
+        masks: where a class is in a picture.
+        mask_pairs: [M, 2], which picture and which class each mask is of.
+    """
 
     images: Images
     labels: Num[Tensor, "b *classes"] | None = None
+    masks: Bool[Tensor, "m h w"] | None = None
+    mask_pairs: Int[Tensor, "m 2"] | None = None
 
     @classmethod
     def from_batch(cls, batch: Any, limit: int | None = None) -> "Probe":
         """Read images and labels out of a batch: a tensor, (images, labels, …) or a dictionary."""
         labels: Any = None
+        masks: Any = None
         if isinstance(batch, Mapping):
             images = next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
             labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+            masks = next((batch[key] for key in _MASK_KEYS if key in batch), None)
         elif isinstance(batch, (tuple, list)) and batch:
-            images, labels = batch[0], batch[1] if len(batch) > 1 else None
+            parts: list[Any] = [*batch, None, None]
+            images, labels, masks = parts[:3]
         else:
             images = batch
         if not isinstance(images, Tensor) or images.ndim != 4:
@@ -53,10 +77,59 @@ class Probe:
             )
         if not isinstance(labels, Tensor) or labels.ndim not in (1, 2):
             labels = None
-        return cls(
+        probe = cls(
             images[:limit].detach().clone().cpu(),
             None if labels is None else labels[:limit].detach().clone().cpu(),
         )
+        if isinstance(masks, Tensor) and masks.dtype == torch.bool and masks.ndim in (3, 4):
+            given = masks.detach().cpu()
+            return probe.with_masks(
+                # [B, H, W] is where the class of the label is, [B, K, H, W] where each class is.
+                lambda row, classes: given[row][classes] if given.ndim == 4 else given[row][None]
+            )
+        return probe
+
+    def with_masks(self, read: MaskReader) -> "Probe":
+        """Return the probe with the masks of every class that a picture is labelled with.
+
+        Raises:
+            ValueError: the masks have another size than the images.
+        """
+        if self.labels is None:
+            return self
+        positive = self.labels > 0.5 if self.labels.ndim == 2 else None
+        pairs, masks = [], []
+        for row in range(len(self.images)):
+            classes = (
+                [int(self.labels[row])]
+                if positive is None
+                else positive[row].nonzero()[:, 0].tolist()
+            )
+            if classes:
+                pairs += [(row, index) for index in classes]
+                masks.append(read(row, classes).bool().cpu())
+        if not masks:
+            return self
+        found = torch.cat(masks)
+        if found.shape[1:] != self.images.shape[2:] or len(found) != len(pairs):
+            raise ValueError(
+                f"the masks must have the size of the images, {list(self.images.shape[2:])}, one for "
+                f"each class, got {list(found.shape)}: let them take the way of the images, resizing "
+                "by nearest neighbour"
+            )
+        return replace(self, masks=found, mask_pairs=torch.tensor(pairs))
+
+    def masks_of(
+        self, rows: Int[Tensor, " p"], targets: Int[Tensor, " p"]
+    ) -> tuple[Bool[Tensor, "p h w"], Bool[Tensor, " p"]]:
+        """Return the mask of each pair, and whether the data has one; otherwise it is empty."""
+        height, width = self.images.shape[2:]
+        if self.masks is None or self.mask_pairs is None:
+            return torch.zeros(len(rows), height, width).bool(), torch.zeros(len(rows)).bool()
+        wanted = torch.stack([rows, targets], dim=1).cpu()
+        same = (wanted[:, None] == self.mask_pairs[None]).all(dim=2)
+        known = same.any(dim=1)
+        return self.masks[same.int().argmax(dim=1)] & known[:, None, None], known
 
     def pairs(
         self,
@@ -90,14 +163,36 @@ class Probe:
             )
         return rows, classes
 
+    def false_positives(
+        self, scores: Float[Tensor, "b k"]
+    ) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
+        """Return for each multilabel picture the strongest class with a score above 0.5 but no label.
+
+        Pictures without one are left out.
+        """
+        assert self.labels is not None
+        value, index = scores.masked_fill(self.labels > 0.5, 0.0).max(dim=1)
+        # Labels below 0 mark a picture that doesn't count.
+        rows = ((value > 0.5) & (self.labels >= 0).all(dim=1)).nonzero()[:, 0]
+        return rows, index[rows]
+
     @property
     def multilabel(self) -> bool:
         """Whether the labels are multi-hot."""
         return self.labels is not None and self.labels.ndim == 2
 
 
-def collect(source: ProbeSource, loaders: Any) -> tuple[Any, int | None]:
-    """Return a batch for the probe and how many of its samples to take (None for all).
+@dataclass(frozen=True)
+class Collected:
+    """A batch for the probe, how many of its samples to take (None for all), and their masks."""
+
+    batch: Any
+    limit: int | None = None
+    read_masks: MaskReader | None = None
+
+
+def collect(source: ProbeSource, loaders: Any) -> Collected:
+    """Return a batch for the probe.
 
     Args:
         source: a number of samples to take from the loaders; or a batch; or a dataset, used whole;
@@ -105,18 +200,53 @@ def collect(source: ProbeSource, loaders: Any) -> tuple[Any, int | None]:
         loaders: a DataLoader, or several in a list, dictionary or CombinedLoader: the first counts.
     """
     if isinstance(source, int):
-        return first_samples(_first_loader(loaders), source), source
+        loader = _first_loader(loaders)
+        reader = _mask_reader(getattr(loader, "dataset", None))
+        return Collected(first_samples(loader, source), source, reader)
     if isinstance(source, (Tensor, Mapping, tuple, list)):
-        return source, None
+        return Collected(source)
     if callable(source):
-        return source(), None
+        return Collected(source())
     if not isinstance(source, Sized):
         raise TypeError(
             f"probe must be a number, a batch, a dataset with a length or a callable, got "
             f"{type(source).__name__}"
         )
-    dataset: Any = source
-    return default_collate([dataset[index] for index in range(len(dataset))]), None
+    dataset: Any = _pictures(source)
+    batch = default_collate([dataset[index] for index in range(len(dataset))])
+    return Collected(batch, None, _mask_reader(dataset))
+
+
+def _chain(dataset: Any) -> Iterator[Any]:
+    """Go down from a dataset to those that it wraps."""
+    while dataset is not None:
+        yield dataset
+        dataset = getattr(dataset, "dataset", None)
+
+
+def _pictures(dataset: Any) -> Any:
+    """Return the dataset whose samples have the images."""
+    return next((d.image_dataset for d in _chain(dataset) if hasattr(d, "image_dataset")), dataset)
+
+
+def _mask_reader(dataset: Any) -> MaskReader | None:
+    """Return what reads the masks of a dataset's samples, None if they have none."""
+    subsets: list[Sequence[int]] = []
+    for layer in _chain(_pictures(dataset)):
+        if callable(read := getattr(layer, "input_masks", None)):
+            break
+        if isinstance(layer, Subset):
+            subsets.append(layer.indices)
+    else:
+        return None
+
+    def masks(index: int, classes: Sequence[int]) -> Tensor:
+        for indices in subsets:
+            index = indices[index]
+        found: Tensor = read(index, classes)
+        return found
+
+    return masks
 
 
 def first_samples(loader: Any, count: int) -> Any:
@@ -131,7 +261,11 @@ def first_samples(loader: Any, count: int) -> Any:
             f"a {type(loader).__name__} has no dataset to take {count} samples from: pass the probe "
             "itself, probe=(images, labels)"
         )
-    collate = getattr(loader, "collate_fn", default_collate)
+    pictures = _pictures(dataset)
+    collate = (
+        getattr(loader, "collate_fn", default_collate) if pictures is dataset else default_collate
+    )
+    dataset = pictures
     samples: list[Any]
     if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
         samples = [dataset[index] for index in range(min(count, len(dataset)))]
@@ -159,10 +293,24 @@ def _first_loader(loaders: Any) -> Any:
 
 def class_names_of(loaders: Any) -> Sequence[str] | None:
     """Return the `classes` of the loader's dataset, as torchvision's datasets name them, or None."""
+    return next((d.classes for d in _datasets(loaders) if hasattr(d, "classes")), None)
+
+
+def normalisation_of(loaders: Any) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Return mean and std of the loader's transform, or of the last step of it that has them."""
+    for dataset in _datasets(loaders):
+        transform = getattr(dataset, "transform", None)
+        steps = getattr(transform, "transforms", None)
+        for step in (*reversed(steps if isinstance(steps, (list, tuple)) else []), transform):
+            mean, std = getattr(step, "mean", None), getattr(step, "std", None)
+            if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)):
+                return mean, std
+    return None
+
+
+def _datasets(loaders: Any) -> Iterator[Any]:
     try:
         dataset = getattr(_first_loader(loaders), "dataset", None)
     except ValueError:
-        return None
-    while dataset is not None and not hasattr(dataset, "classes"):
-        dataset = getattr(dataset, "dataset", None)  # a Subset's
-    return getattr(dataset, "classes", None)
+        return
+    yield from _chain(_pictures(dataset))

@@ -14,11 +14,13 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchmetrics import MetricCollection
+from torchvision.transforms import v2
 
-from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM
+from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM, panels
 from lightning_aop.metrics import DeletionAUC, OverallAUC
+from lightning_aop.rendering import heatmap_grid
 from lightning_aop.scores import sigmoid
 
 pytestmark = [
@@ -105,14 +107,18 @@ class Watch(ExplanationMonitor):
         super().__init__(*args, **kwargs)
         self.steps: list[int] = []
         self.captions: list[list[str]] = []
+        self.layouts: list[dict[str, Any]] = []
 
     def _explain(self, trainer: Any, pl_module: Any) -> Any:
         self.steps.append(trainer.global_step)
-        return super()._explain(trainer, pl_module)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(panels, "heatmap_grid", self._grid)
+            return super()._explain(trainer, pl_module)
 
-    def _captions(self, *args: Any) -> list[str]:
-        self.captions.append(super()._captions(*args))
-        return self.captions[-1]
+    def _grid(self, images: Any, maps: Any, captions: Any, **layout: Any) -> Any:
+        self.captions.append(list(captions))
+        self.layouts.append(layout)
+        return heatmap_grid(images, maps, captions, **layout)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,9 +187,138 @@ def test_multilabel_labels_give_one_explanation_a_class(tmp_path: Path) -> None:
     data = DataLoader(Pictures(24, labels), batch_size=8)
     monitor = Watch(probe=3, max_classes_per_image=4)
     trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(multilabel=True), data, data)
-    names = [caption.split()[0] for caption in monitor.captions[0]]
-    assert names == ["ant", "cat", "ant", "bee", "cat", "dog"]
+    labelled = [c.split()[0] for c in monitor.captions[0] if "false positive" not in c]
+    assert labelled == ["ant", "cat", "ant", "bee", "cat", "dog"]
     assert all("predicted" not in caption for caption in monitor.captions[0])
+
+
+class Masked(Pictures):
+    """Multilabel pictures whose classes lie in known places."""
+
+    def input_masks(self, index: int, classes: Any) -> Tensor:
+        masks = torch.zeros(len(classes), 32, 32, dtype=torch.bool)
+        for row, k in enumerate(classes):
+            masks[row, 4 * k : 4 * k + 8, 2 + index : 20] = True
+        return masks
+
+
+def masked(count: int = 24) -> DataLoader[Any]:
+    labels = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 1]] * 8).float()
+    return DataLoader(Masked(24, labels), batch_size=8)
+
+
+def test_masks_are_outlined_and_judge_the_maps(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), probe=3)
+    model = Classifier(multilabel=True)
+    run = trainer(tmp_path, monitor, max_epochs=1)
+    run.fit(model, masked(), masked())
+    probe = monitor._kept
+    assert probe is not None
+    assert probe.mask_pairs is not None
+    assert probe.mask_pairs.tolist() == [[0, 0], [0, 2], [2, 1], [2, 4]]
+    rows, targets = probe.mask_pairs.T
+    masks = torch.cat(
+        [masked().dataset.input_masks(0, [0, 2]), masked().dataset.input_masks(2, [1, 4])]
+    )  # type: ignore[attr-defined]
+    maps = GradCAM("net.features").explain(model, probe.images[rows], targets)
+    hits, shares = [], []
+    for found, mask in zip(maps, masks, strict=True):
+        best = (found == found.max()).nonzero().tolist()
+        hits.append(np.mean([bool(mask[y, x]) for y, x in best]))
+        shares.append(float(found[mask].sum() / found.sum()) if found.sum() else 0.0)
+    # Every class is there once, so the mean over classes is that over pairs.
+    assert float(run.callback_metrics["explain/pointing_game"]) == pytest.approx(np.mean(hits))
+    assert float(run.callback_metrics["explain/energy_in_mask"]) == pytest.approx(np.mean(shares))
+    layout = monitor.layouts[-1]
+    known = [i for i, c in enumerate(monitor.captions[-1]) if "false positive" not in c]
+    assert torch.equal(layout["outlines"][known], masks)
+    assert sorted(set(layout["groups"])) == sorted({0, 2} | set(layout["groups"]))
+
+
+def test_false_positives_are_drawn_and_not_judged(tmp_path: Path) -> None:
+    class Sure(Classifier):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * 0.01 + torch.tensor([3.0, -3.0, -3.0, 2.0, 4.0])
+
+    values = []
+    for targets in ("label", [0, 2]):
+        monitor = Watch(GradCAM("net.features"), probe=1, targets=targets)
+        run = trainer(tmp_path, monitor)
+        torch.manual_seed(0)
+        run.validate(Sure(multilabel=True), masked(), verbose=False)
+        values.append({k: float(v) for k, v in run.callback_metrics.items() if "auc" in k})
+        if targets == "label":
+            found, missed, wrong = monitor.captions[0]
+            assert found.startswith("ant 0.9")
+            assert "missed" not in found
+            assert missed.startswith("cat 0.0")
+            assert missed.endswith("\nmissed")
+            assert wrong.startswith("emu 0.9")
+            assert wrong.endswith("\nfalse positive")
+            assert monitor.layouts[0]["groups"] == [0, 0, 0]
+            (heading,) = monitor.layouts[0]["headings"]
+            assert heading.startswith("false: dog 0.8")
+            assert not monitor.layouts[0]["outlines"][2].any()
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
+
+
+def test_masks_may_come_with_the_batch(tmp_path: Path) -> None:
+    images, labels = torch.rand(2, 3, 32, 32), torch.tensor([1, 3])
+    masks = torch.zeros(2, 32, 32).bool()
+    masks[:, 8:20, 8:20] = True
+    for probe in ((images, labels, masks), {"image": images, "label": labels, "masks": masks}):
+        monitor = Watch(GradCAM("net.features"), probe=probe, metrics=False)
+        (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
+        assert "explain/pointing_game" in result
+        assert torch.equal(monitor.layouts[0]["outlines"], masks)
+
+
+def test_masks_behind_a_subset_are_those_of_its_samples(tmp_path: Path) -> None:
+    data = Subset(masked().dataset, [5, 2, 0])
+    monitor = Watch(GradCAM("net.features"), probe=2, metrics=False)
+    trainer(tmp_path, monitor).validate(
+        Classifier(multilabel=True), DataLoader(data, batch_size=3), verbose=False
+    )
+    assert monitor._kept is not None
+    assert monitor._kept.masks is not None
+    expected = torch.cat([masked().dataset.input_masks(i, [1, 4]) for i in (5, 2)])  # type: ignore[attr-defined]
+    assert torch.equal(monitor._kept.masks, expected)
+
+
+def test_masks_that_cannot_be_read_cost_only_the_outlines(tmp_path: Path) -> None:
+    class Broken(Masked):
+        def input_masks(self, index: int, classes: Any) -> Tensor:
+            return super().input_masks(index, classes)[:, :9]
+
+    data = DataLoader(Broken(8, torch.ones(8, 5)), batch_size=8)
+    monitor = Watch(GradCAM("net.features"), probe=2, metrics=False)
+    with pytest.warns(UserWarning, match="no outlines and no pointing game.*size of the images"):
+        trainer(tmp_path, monitor).validate(Classifier(multilabel=True), data, verbose=False)
+    assert monitor.captions
+    assert "outlines" not in monitor.layouts[0]
+
+
+def test_a_resumed_run_keeps_its_masks(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), probe=3, metrics=False)
+    trainer(tmp_path, monitor).validate(Classifier(multilabel=True), masked(), verbose=False)
+    path = tmp_path / "state.pt"
+    torch.save(monitor.state_dict(), path)
+    again = ExplanationMonitor(GradCAM())
+    again.load_state_dict(torch.load(path, weights_only=True))
+    assert again._kept is not None
+    assert monitor._kept is not None
+    assert_same(monitor.state_dict(), again.state_dict())
+
+
+def test_the_normalisation_is_that_of_the_dataset(tmp_path: Path) -> None:
+    class Normalised(Pictures):
+        transform = v2.Compose([v2.ToImage(), v2.Normalize([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])])
+
+    data = DataLoader(Normalised(8), batch_size=8)
+    monitor = Watch(GradCAM("net.features"), probe=2, metrics=False)
+    trainer(tmp_path, monitor).validate(Classifier(), data, verbose=False)
+    assert list(monitor.layouts[0]["mean"]) == [0.1, 0.2, 0.3]
+    assert list(monitor.layouts[0]["std"]) == [0.4, 0.5, 0.6]
 
 
 @pytest.mark.parametrize("targets", ["predicted", [4, 1]])
