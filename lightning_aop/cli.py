@@ -1,295 +1,274 @@
-"""The `lightning-aop` command: explain photos, or run the demo."""
+"""The `lightning-aop` command: train, explain, and play the pointing game."""
 
+import importlib.resources
+import json
 import sys
-import urllib.error
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import traceback
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
-import torchvision
 from jsonargparse import ArgumentParser, Namespace
-from PIL import Image, ImageOps
-from torch import Tensor, nn
-from torchvision.transforms import v2
-from tqdm import tqdm
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_aop import __version__
-from lightning_aop.aop import AOP, Blank, fast_sigcam, sigcam
-from lightning_aop.cam import GradCAM, GradCAMPlusPlus, WGradCAM
-from lightning_aop.metrics import Faithfulness
-from lightning_aop.perturbation import IGOS
-from lightning_aop.probing import Evaluations, count_evaluations, predict
-from lightning_aop.rendering import heatmap_grid, write_png
-from lightning_aop.types import Images, SaliencyMethod
+from lightning_aop.aop import sigcam
+from lightning_aop.coco import CocoClassification, MultilabelClassifier
+from lightning_aop.coco.predictions import PredictionWriter
+from lightning_aop.errors import CommandError
+from lightning_aop.methods import METHODS, MethodName
+from lightning_aop.photos import explain, explain_parser
+from lightning_aop.pointing_game import Rules, details, play, table
+from lightning_aop.scores import sigmoid
+from lightning_aop.types import SaliencyMethod
 
-METHODS: dict[str, Callable[[str | None], SaliencyMethod]] = {
-    "sigcam": sigcam,
-    "fast_sigcam": fast_sigcam,
-    "gradcam": GradCAM,
-    "gradcam++": GradCAMPlusPlus,
-    "wgradcam": WGradCAM,
-    "igos": lambda layer: AOP(Blank(), IGOS()),
-}
+DESCRIPTION = """\
+See what a PyTorch Lightning model looks at while it trains.
+
+fit, validate, test, predict and pointing-game work on a multilabel classifier and a folder in COCO's
+format; each takes --config FILE or the name of a configuration that comes with the package
+({configs}), and options that override it. `lightning-aop COMMAND --help` lists them.
+"""
 
 
-class CommandError(Exception):
-    """What the user can mend; shown without a traceback."""
+# What Lightning warns of, and what is meant or none of the user's business.
+_MEANT = (
+    ".*in eval mode at the start of training",
+    ".*LeafSpec",
+    ".*does not have many workers",
+    ".*replicates",
+    "The dirpath has changed",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = ArgumentParser(prog="lightning-aop", description=__doc__, version=__version__)
-    commands = parser.add_subcommands(dest="command")
-    commands.add_subcommand("explain", _explain_parser(), help="explain photos and draw the maps")
-    commands.add_subcommand("demo", _demo_parser(), help="watch a small network learn, offline")
-    options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
-    command = {"explain": explain, "demo": demo}[options.command]
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return command(options[options.command])
+        if words[:1] == ["explain"]:
+            return explain(explain_parser().parse_args(words[1:]))
+        if words[:1] == ["demo"]:
+            return _demo(_demo_parser().parse_args(words[1:]))
+        for message in _MEANT:
+            warnings.filterwarnings("ignore", message)
+        CommandLine(_with_shipped_configs(words))
     except CommandError as error:
         print(f"lightning-aop: {error}", file=sys.stderr)
         return 1
+    except (ValueError, OSError, ImportError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"lightning-aop: {_message(error)}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def _explain_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Show where in a photo a torchvision classifier sees a class. Writes one picture "
-        "with every photo beside its heatmap, and prints how faithful each map is."
-    )
-    add = parser.add_argument
-    add("photos", nargs="+", type=Path, metavar="PHOTO", help="picture files")
-    add("--model", default="resnet50", help="a torchvision classifier by name")
-    add("--weights", type=Path | None, help="a local state_dict; default: the published weights")
-    add("--method", default="sigcam", choices=list(METHODS), help="how to explain")
-    add("--target-class", nargs="+", help="index or name; default: the likeliest class")
-    add("--target-layer", type=str | None, help="by name; default: the last feature map")
-    add("--fit", choices=["crop", "squash"], default="crop", help="how a photo becomes square")
-    add("--size", type=int | None, help="pixels; default: what the model was published with")
-    add("--mean", nargs=3, type=float, help="normalisation; default: the published weights'")
-    add("--std", nargs=3, type=float, help="normalisation; default: the published weights'")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, …")
-    add("-o", "--output", type=Path, default=Path("explanation.png"), help="the picture to write")
-    return parser
+class Trainer(pl.Trainer):
+    """Lightning's trainer, with one more thing to do."""
+
+    def pointing_game(
+        self,
+        model: MultilabelClassifier,
+        datamodule: CocoClassification,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = True,
+        method: MethodName | SaliencyMethod | list[MethodName | SaliencyMethod] = "fast_sigcam",
+        rules: Rules = Rules(),  # noqa: B008
+        output: Path = Path("pointing_game"),
+    ) -> None:
+        """Play the pointing game: does the heat of a class lie on its objects?
+
+        A run that was stopped goes on where it was when it is started again. Writes a table and
+        the figures of each class to `output`.
+
+        Args:
+            model: what is explained.
+            datamodule: its validation split is played on.
+            ckpt_path: the checkpoint of the trained model.
+            weights_only: load nothing but tensors and plain values from it.
+            method: how to explain: a name, a class with its arguments, or a list of these. By name,
+                the methods have the paper's settings for COCO.
+            rules: what is counted.
+            output: the folder of the results.
+        """
+        datamodule.prepare_data()
+        datamodule.setup("validate")
+        if ckpt_path is None:
+            raise CommandError(
+                "pointing-game: the head is untrained; name a checkpoint: --ckpt_path"
+            )
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        data = datamodule.dataset("val")
+        model.check_classes(data.classes)
+        results = []
+        for chosen in method if isinstance(method, list) else [method]:
+            name = chosen if isinstance(chosen, str) else type(chosen).__name__
+            way = coco_method(chosen) if isinstance(chosen, str) else chosen
+            workers = datamodule.num_workers
+            results.append(play(self, model, data, way, name, output, rules, workers))
+            if self.is_global_zero:
+                text = table(results, rules.tolerances)
+                (output / "table.md").write_text(text + "\n")
+                every = [details(result, rules.tolerances) for result in results]
+                (output / "results.json").write_text(json.dumps(every, indent=1))
+        datamodule.teardown("validate")
+        if self.is_global_zero:
+            print(f"\n{text}\n\nwrote {output / 'table.md'} and {output / 'results.json'}")
+
+
+# What the subcommand is called, beside what Python allows.
+setattr(Trainer, "pointing-game", Trainer.pointing_game)
+
+
+def coco_method(name: MethodName) -> SaliencyMethod:
+    """Return a method with the paper's settings for COCO: θ = 0.6, λ = 0.25, a sigmoid score."""
+    if name == "sigcam":
+        return sigcam(threshold=0.6, scale=0.25, score=sigmoid)
+    return METHODS[name](None, sigmoid)
+
+
+class CommandLine(LightningCLI):
+    """fit, validate, test, predict and pointing-game; explain and demo are listed beside them."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+        super().__init__(
+            MultilabelClassifier,
+            CocoClassification,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "lightning-aop",
+                "description": DESCRIPTION.format(configs=", ".join(shipped_configs())),
+                "version": __version__,
+            },
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Add the pointing game to what Lightning has."""
+        return LightningCLI.subcommands() | {"pointing-game": {"model", "datamodule"}}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        commands: Any = parser._subcommands_action
+        commands.add_subcommand(
+            "explain", explain_parser(), help="Explain photos and draw the maps."
+        )
+        commands.add_subcommand(
+            "demo", _demo_parser(), help="Watch a small network learn, offline."
+        )
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if "weights_only" in self._subcommand_method_arguments[subcommand]:
+            parser.set_defaults({"weights_only": True})
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words given, not those of the process."""
+        self.config = parser.parse_args(self.words)
+
+    def before_instantiate_classes(self) -> None:
+        """Take no published weights where a checkpoint holds the whole network."""
+        options = self.config[str(self.subcommand)]
+        if options.get("ckpt_path"):
+            options.model.weights = None
+
+    def after_fit(self) -> None:
+        """Say where things are."""
+        if not self.trainer.is_global_zero:
+            return
+        checkpoints = [c.best_model_path for c in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
+        print(f"\ncheckpoint   {', '.join(filter(None, checkpoints)) or 'none'}")
+        if self.trainer.log_dir:
+            print(f"TensorBoard  tensorboard --logdir {Path(self.trainer.log_dir).parent}")
+
+    def before_predict(self) -> None:
+        """Write the predictions to a file."""
+        self.trainer.callbacks.append(PredictionWriter())  # type: ignore[attr-defined]
 
 
 def _demo_parser() -> ArgumentParser:
     parser = ArgumentParser(
+        prog="lightning-aop demo",
         description="Train a small multilabel network on generated pictures, with an "
-        "ExplanationMonitor attached, and say where to look. About a minute on two CPU cores."
+        "ExplanationMonitor attached, and say where to look. About a minute on two CPU cores.",
     )
     parser.add_argument("--root", type=Path, default=Path("demo_run"), help="where to write")
     return parser
 
 
-def demo(options: Namespace) -> int:
-    """Run the demo."""
+def _demo(options: Namespace) -> int:
     from lightning_aop.demo import run
 
-    try:
-        run(options.root)
-    except ImportError as error:
-        raise CommandError(str(error)) from error
+    run(options.root)
     return 0
 
 
 # --------------------------------------------------------------------------------------------------
-# explain
+# configurations that come with the package
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A model with what it wants of a photo."""
+def _config_folder() -> Path:
+    """Return the folder of the configurations, in a wheel or in a checkout."""
+    package = Path(str(importlib.resources.files("lightning_aop")))
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
-    model: nn.Module
-    size: int
-    resize: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: list[str]
 
-    def read(self, photo: Path, fit: str) -> Images:
-        """Return the photo as a batch of one, the right way up and normalised."""
-        try:
-            with Image.open(photo) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise CommandError(f"{photo}: no readable picture ({error})") from error
-        shape = (
-            [v2.Resize((self.size, self.size))]
-            if fit == "squash"
-            else [v2.Resize(self.resize), v2.CenterCrop(self.size)]
-        )
-        transform = v2.Compose(
-            [
-                v2.ToImage(),
-                *shape,
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(self.mean, self.std),
-            ]
-        )
-        return cast("Tensor", transform(picture))[None].as_subclass(Tensor)
+def shipped_configs() -> list[str]:
+    """Return the names that --config knows."""
+    return sorted(path.stem for path in _config_folder().glob("*.yaml"))
 
-    def class_index(self, name: str) -> int:
-        """Return the class that a user means by an index or a name."""
-        if name.isdigit():
-            if int(name) < len(self.classes):
-                return int(name)
-            raise CommandError(
-                f"--target-class {name}: the model has classes 0..{len(self.classes) - 1}"
-            )
-        wanted = name.lower().replace("_", " ")
-        exact = [i for i, c in enumerate(self.classes) if c.lower() == wanted]
-        partly = [i for i, c in enumerate(self.classes) if wanted in c.lower()]
-        found = exact[:1] or partly
-        if len(found) == 1:
-            return found[0]
-        some = ", ".join(f"{i} {self.classes[i]}" for i in found[:5])
-        raise CommandError(
-            f"--target-class {name}: "
-            + (
-                f"could be {some}; give the index"
-                if found
-                else "no class of the model has this name"
-            )
+
+def _with_shipped_configs(words: Sequence[str]) -> list[str]:
+    """Replace the names of shipped configurations by their files; a file of the user's goes first."""
+
+    def resolved(value: str) -> str:
+        name = Path(value).name.removesuffix(".yaml")
+        # `configs/coco_resnet50.yaml`, as in a checkout, is found from anywhere too.
+        shipped = value in (name, f"configs/{name}.yaml") and name in shipped_configs()
+        return (
+            str(_config_folder() / f"{name}.yaml")
+            if shipped and not Path(value).exists()
+            else value
         )
 
-
-def explain(options: Namespace) -> int:
-    """Explain photos; one that can't be read is named and left out."""
-    recipe = load(options)
-    chosen = [recipe.class_index(name) for name in options.target_class or []]
-    method = METHODS[options.method](options.target_layer)
-    device = next(recipe.model.parameters()).device
-    failures = 0
-    pictures: list[Tensor] = []
-    maps: list[Tensor] = []
-    captions: list[str] = []
-    with _progress(recipe.model, len(options.photos) * max(len(chosen), 1)) as bar:
-        for photo in options.photos:
-            try:
-                images = recipe.read(photo, options.fit).to(device)
-            except CommandError as error:
-                bar.write(f"lightning-aop: {error}", file=sys.stderr)
-                bar.update(max(len(chosen), 1))
-                failures += 1
-                continue
-            probabilities = predict(recipe.model, images).softmax(dim=1)[0]
-            targets = torch.tensor(chosen or [int(probabilities.argmax())], device=device)
-            images = images.repeat(len(targets), 1, 1, 1)
-            found = method.explain(recipe.model, images, targets)
-            for target, image, found_map in zip(targets, images, found, strict=True):
-                judge = Faithfulness(steps=28)
-                judge.update(recipe.model, image[None], found_map[None], target[None])
-                auc = {name: float(value) for name, value in judge.to("cpu").compute().items()}
-                label = f"{recipe.classes[int(target)]} {float(probabilities[target]):.2f}"
-                captions.append(f"{label}\nover-all AUC {auc['overall_auc']:.2f}")
-                bar.write(
-                    f"{photo}: {label}, deletion {auc['deletion_auc']:.3f}, "
-                    f"insertion {auc['insertion_auc']:.3f}, over-all {auc['overall_auc']:.3f}"
-                )
-            pictures.append(images.cpu())
-            maps.append(found.cpu())
-            bar.update(len(targets))
-            # After every photo, so that an interrupted run leaves what it has.
-            grid = heatmap_grid(
-                torch.cat(pictures),
-                torch.cat(maps),
-                captions,
-                title=f"{options.model} · {options.method}",
-                mean=recipe.mean,
-                std=recipe.std,
-            )
-            write_png(grid, options.output)
-    if pictures:
-        print(f"wrote {options.output}")
-    return 1 if failures else 0
+    result: list[str] = []
+    for word in words:
+        if result and result[-1] in ("--config", "-c"):
+            word = resolved(word)
+        elif word.startswith("--config="):
+            word = "--config=" + resolved(word.removeprefix("--config="))
+        result.append(word)
+    return result
 
 
-@contextmanager
-def _progress(model: nn.Module, total: int) -> Iterator[Any]:
-    """Show a bar of explanations, with the model evaluations that they have cost so far."""
-    with tqdm(total=total, unit="map", dynamic_ncols=True) as bar:
-
-        def show(count: Evaluations) -> None:
-            bar.set_postfix_str(f"{count.total} model evaluations", refresh=False)
-            bar.update(0)
-
-        with count_evaluations(model, show):
-            yield bar
+# --------------------------------------------------------------------------------------------------
+# what the user can mend
 
 
-def load(options: Namespace) -> Recipe:
-    """Build the model, with published or local weights, and say what it wants of a photo."""
-    name, file = options.model, options.weights
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise CommandError(
-            f"--model {name}: torchvision has no classifier of this name; it has resnet50, "
-            "mobilenet_v3_large, efficientnet_b0, … (torchvision.models.list_models())"
-        )
-    published = torchvision.models.get_model_weights(name).DEFAULT
-    wants = published.transforms()
-    if file is None:
-        try:
-            model = torchvision.models.get_model(name, weights=published)
-        except (urllib.error.URLError, OSError) as error:
-            raise CommandError(
-                f"--model {name}: its published weights could not be downloaded ({error}); give a "
-                "local file with --weights"
-            ) from error
-        classes = list(published.meta["categories"])
-    else:
-        model, classes = _from_file(name, file, list(published.meta["categories"]))
-    size = options.size or wants.crop_size[0]
-    return Recipe(
-        model.eval().to(_device(options.device)),
-        size,
-        resize=round(size * wants.resize_size[0] / wants.crop_size[0]),
-        mean=tuple(options.mean or wants.mean),
-        std=tuple(options.std or wants.std),
-        classes=classes,
+def _is_ours(error: BaseException) -> bool:
+    """Tell an error that this package raised on purpose from a bug, whose traceback is needed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = str(Path(__file__).parent)
+    in_worker = "DataLoader worker process" in str(error) and "PictureError" in str(error)
+    return in_worker or (bool(frames) and frames[-1].filename.startswith(here))
+
+
+def _message(error: BaseException) -> str:
+    text = str(error)
+    # A worker's error comes with its traceback, the error itself last.
+    return (
+        text.strip().splitlines()[-1].split("Error: ", 1)[-1] if "worker process" in text else text
     )
-
-
-def _from_file(name: str, file: Path, imagenet: list[str]) -> tuple[nn.Module, list[str]]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CommandError(f"--weights {file}: no such file") from error
-    except Exception as error:
-        raise CommandError(
-            f"--weights {file}: no state_dict can be read from it ({error})"
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CommandError(f"--weights {file}: holds no state_dict of tensors")
-    classes = len(list(state.values())[-1])
-    extra: dict[str, Any] = (
-        # Their own initialisation takes minutes and is overwritten.
-        {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
-    )
-    try:
-        model = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
-        model.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CommandError(
-            f"--weights {file}: these are no weights of {name} ({reason}); name their architecture "
-            "with --model"
-        ) from error
-    return model, imagenet if classes == len(imagenet) else [f"class {i}" for i in range(classes)]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        if name == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {name}: not to be had here ({error})") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -111,4 +111,4 @@ def test_what_a_user_can_mend_is_said(
 def test_the_module_is_the_command() -> None:
     command = [sys.executable, "-m", "lightning_aop", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "explain photos and draw the maps" in result.stdout
+    assert "Explain photos and draw the maps" in result.stdout
