@@ -297,7 +297,7 @@ def broken_instances(draw: Any) -> tuple[Any, str]:
         node, key = draw(st.sampled_from(chosen or found))
         how = draw(st.sampled_from(["replace", "replace", "replace", "drop", "double", "nest"]))
         if how == "replace":
-            node[key] = draw(st.sampled_from(JUNK))
+            node[key] = copy.deepcopy(draw(st.sampled_from(JUNK)))
         elif how == "drop":
             del node[key]
         elif how == "double" and isinstance(node, list):

@@ -135,7 +135,7 @@ def test_timm_networks() -> None:
 def test_wrong_names_and_weights_are_told(weights: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'resnet19' is no classifier of torchvision"):
         load_backbone("resnet19", None)
-    with pytest.raises(ValueError, match="'V9' of resnet18 are not published.*IMAGENET1K_V1"):
+    with pytest.raises(ValueError, match=r"'V9' of resnet18 are not published.*IMAGENET1K_V1"):
         load_backbone("resnet18", "V9")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such file"):
         load_backbone("resnet18", "nowhere.pth")
@@ -273,7 +273,7 @@ def test_a_head_of_other_classes_is_refused(root: Path, weights: str, tmp_path: 
 
 
 def test_bad_settings_are_told(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="root .*nowhere is no folder: give one in COCO's"):
+    with pytest.raises(FileNotFoundError, match=r"root .*nowhere is no folder: give one in COCO's"):
         data(tmp_path / "nowhere", tmp_path).setup("fit")
     with pytest.raises(FileNotFoundError, match="train1999 is no folder"):
         data(root, tmp_path, train="train1999").setup("fit")
