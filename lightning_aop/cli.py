@@ -39,7 +39,8 @@ _MEANT = (
     ".*in eval mode at the start of training",
     ".*LeafSpec",
     ".*does not have many workers",
-    ".*replicates",
+    ".*replicates",  # the data module's blank images take the place of repeated ones
+    ".*sync_dist=True",  # every process explains the same probe
     "The dirpath has changed",
 )
 
@@ -141,6 +142,7 @@ class CommandLine(LightningCLI):
             MultilabelClassifier,
             CocoClassification,
             trainer_class=Trainer,
+            trainer_defaults={"max_epochs": 10},
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
@@ -190,8 +192,10 @@ class CommandLine(LightningCLI):
             return
         checkpoints = [c.best_model_path for c in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
         print(f"\ncheckpoint   {', '.join(filter(None, checkpoints)) or 'none'}")
-        if self.trainer.log_dir:
-            print(f"TensorBoard  tensorboard --logdir {Path(self.trainer.log_dir).parent}")
+        # Not trainer.log_dir, which every process would have to ask for.
+        folders = [getattr(logger, "root_dir", None) for logger in self.trainer.loggers]
+        if folder := next(filter(None, folders), None):
+            print(f"TensorBoard  tensorboard --logdir {folder}")
 
     def before_predict(self) -> None:
         """Write the predictions to a file."""

@@ -115,7 +115,8 @@ def cached_features(
         )
     features = np.load(folder / "features.npy", mmap_mode="r+")
     state = np.load(folder / "state.npy", mmap_mode="r+")
-    missing = np.flatnonzero(state == _TODO)[rank::world_size].tolist()
+    todo = np.flatnonzero(state == _TODO).tolist()
+    missing = todo[rank::world_size]
     # The generator keeps the loader from drawing on the global one, and so from changing the run.
     loader = DataLoader(
         Subset(dataset, missing),
@@ -125,10 +126,15 @@ def cached_features(
         pin_memory=device is not None and device.type == "cuda",
     )
     if missing:
-        with tqdm(
-            desc="features", total=len(dataset), initial=len(dataset) - len(missing), unit="image",
-            disable=rank > 0, dynamic_ncols=True,
-        ) as bar, torch.no_grad():  # fmt: skip
+        bar = tqdm(
+            desc="features",
+            total=len(dataset),
+            initial=len(dataset) - len(todo),
+            unit="image",
+            disable=rank > 0,
+            dynamic_ncols=True,
+        )
+        with bar, torch.no_grad():
             done = 0
             for images, labels in loader:
                 rows = missing[done : done + len(images)]
@@ -147,7 +153,8 @@ def cached_features(
                 state[rows] = np.where((labels < 0).any(dim=1).numpy(), _BAD, _DONE)
                 state.flush()
                 done += len(images)
-                bar.update(len(images) * world_size if world_size > 1 else len(images))
+                # The other processes get on at about the same pace.
+                bar.update(min(len(images) * world_size, len(dataset) - bar.n))
     barrier()
     bad = np.load(folder / "state.npy") == _BAD
     dataset.mark_skipped(torch.from_numpy(bad))
