@@ -1,5 +1,4 @@
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -35,22 +34,6 @@ def test_the_heat_moves_onto_the_objects(tmp_path: Path) -> None:
     assert result.after["explain/energy_in_mask"] > 5 * result.object_area
     assert result.after["explain/pointing_game"] > 0.6
     assert result.after["explain/overall_auc"] > 0.4
-
-
-def test_a_new_head_can_say_no_on_every_kind_of_network() -> None:
-    import torch
-    import torchvision
-
-    replace_head = runpy.run_path(str(EXAMPLE))["replace_head"]
-    for name in ("resnet18", "mobilenet_v2", "squeezenet1_1", "densenet121", "convnext_tiny"):
-        torch.manual_seed(0)
-        network = torchvision.models.get_model(name, weights=None).eval()
-        head = replace_head(network, 7)
-        with torch.no_grad():
-            logits = network(torch.randn(2, 3, 64, 64))
-        assert logits.shape == (2, 7)
-        assert logits.min() < 0 < logits.max(), name
-        assert any(module is head for module in network.modules())
 
 
 def test_the_watching_example_learns_and_is_watched(tmp_path: Path) -> None:
