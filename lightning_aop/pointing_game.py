@@ -326,7 +326,7 @@ def _digest(model: nn.Module, data: CocoMultilabel, method: SaliencyMethod, rule
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     digest.update(data.file.read_bytes())
-    digest.update(json.dumps(data.files).encode())
+    digest.update(data.fingerprint().encode())
     return digest.hexdigest()[:12]
 
 

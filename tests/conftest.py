@@ -6,11 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jaxtyping
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
+
+# The same examples in every run: a new one that fails is for those who look for it.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 # Lightning calls what jsonargparse means to drop.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
@@ -108,3 +114,12 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("LIGHTNING_AOP_DATA names no folder of real photos and weights")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file with random weights of SqueezeNet 1.1, the smallest of the published networks."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "squeezenet.pth"
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), path)
+    return path

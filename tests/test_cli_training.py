@@ -10,21 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 import yaml
 
 from lightning_aop.cli import main, shipped_configs
 from lightning_aop.shapes import CLASSES, write_shapes
 
 pytest.importorskip("pycocotools")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec",
-    "ignore:.*__array__ implementation",
-    "ignore:.*does not have many workers",
-    "ignore:.*in eval mode at the start",
-    "ignore:.*available but not used",
-    "ignore:The dirpath has changed",
-)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -36,14 +27,6 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shapes(tmp_path_factory.mktemp("shapes"), train=24, val=11, size=64)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "squeezenet.pth"
-    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), path)
-    return path
 
 
 def options(root: Path, weights: Path, *more: str) -> list[str]:

@@ -29,13 +29,6 @@ from lightning_aop.coco.features import cached_features
 from lightning_aop.shapes import CLASSES, write_shapes
 
 pytest.importorskip("pycocotools")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec",
-    "ignore:.*__array__ implementation",
-    "ignore:.*does not have many workers",
-    "ignore:.*in eval mode at the start",
-    "ignore:.*available but not used",
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
@@ -132,7 +125,7 @@ def test_timm_networks() -> None:
         load_backbone("timm/nothing", None)
 
 
-def test_wrong_names_and_weights_are_told(weights: str, tmp_path: Path) -> None:
+def test_wrong_names_and_weights_are_told(resnet: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'resnet19' is no classifier of torchvision"):
         load_backbone("resnet19", None)
     with pytest.raises(ValueError, match=r"'V9' of resnet18 are not published.*IMAGENET1K_V1"):
@@ -140,7 +133,7 @@ def test_wrong_names_and_weights_are_told(weights: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such file"):
         load_backbone("resnet18", "nowhere.pth")
     with pytest.raises(ValueError, match=r"resnet18.pth are none of mobilenet_v2: .* as backbone"):
-        load_backbone("mobilenet_v2", weights)
+        load_backbone("mobilenet_v2", resnet)
     text = tmp_path / "text.pth"
     text.write_text("no weights")
     with pytest.raises(ValueError, match=r"text.pth: no state_dict can be read"):
@@ -162,9 +155,9 @@ def test_weights_with_a_head_of_another_size_fit(tmp_path: Path) -> None:
 
 
 def test_the_head_learns_and_the_backbone_does_not_stir(
-    root: Path, weights: str, tmp_path: Path
+    root: Path, resnet: str, tmp_path: Path
 ) -> None:
-    network = model(weights, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+    network = model(resnet, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
     before = copy.deepcopy(network.backbone.state_dict())
     module = data(root, tmp_path, val="train2017")
     (first,) = trainer(tmp_path).validate(network, datamodule=module, verbose=False)
@@ -180,8 +173,8 @@ def test_the_head_learns_and_the_backbone_does_not_stir(
     )
 
 
-def test_a_backbone_that_is_trained_changes(root: Path, weights: str, tmp_path: Path) -> None:
-    network = model(weights, train_backbone=True, per_class=True)
+def test_a_backbone_that_is_trained_changes(root: Path, resnet: str, tmp_path: Path) -> None:
+    network = model(resnet, train_backbone=True, per_class=True)
     before = network.backbone.get_parameter("conv1.weight").clone()
     run = trainer(tmp_path, max_epochs=1)
     run.fit(network, datamodule=data(root, tmp_path, horizontal_flip=True))
@@ -224,9 +217,9 @@ def test_the_report_agrees_with_scikit_learn() -> None:
     torch.testing.assert_close(values["loss"], loss)
 
 
-def test_a_schedule_is_stepped_after_each_epoch(root: Path, weights: str, tmp_path: Path) -> None:
+def test_a_schedule_is_stepped_after_each_epoch(root: Path, resnet: str, tmp_path: Path) -> None:
     network = model(
-        weights,
+        resnet,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=1, gamma=0.5),
     )
@@ -235,8 +228,8 @@ def test_a_schedule_is_stepped_after_each_epoch(root: Path, weights: str, tmp_pa
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
 
 
-def test_checkpoints_are_plain_and_come_back(root: Path, weights: str, tmp_path: Path) -> None:
-    network = model(weights)
+def test_checkpoints_are_plain_and_come_back(root: Path, resnet: str, tmp_path: Path) -> None:
+    network = model(resnet)
     run = trainer(tmp_path, max_epochs=1)
     run.fit(network, datamodule=data(root, tmp_path))
     path = tmp_path / "last.ckpt"
@@ -255,12 +248,12 @@ def test_checkpoints_are_plain_and_come_back(root: Path, weights: str, tmp_path:
     assert results[0] == pytest.approx(results[1])
 
 
-def test_a_head_of_other_classes_is_refused(root: Path, weights: str, tmp_path: Path) -> None:
+def test_a_head_of_other_classes_is_refused(root: Path, resnet: str, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"the head has 3 classes, the data has \d+: give the data"
     ):
-        trainer(tmp_path).fit(model(weights, num_classes=3), datamodule=data(root, tmp_path))
-    network = model(weights, num_classes=len(CLASSES))
+        trainer(tmp_path).fit(model(resnet, num_classes=3), datamodule=data(root, tmp_path))
+    network = model(resnet, num_classes=len(CLASSES))
     network.classes = ["other", *CLASSES[1:]]
     with pytest.raises(ValueError, match="class 0 of the head is 'other', of the data"):
         trainer(tmp_path).fit(network, datamodule=data(root, tmp_path))
@@ -310,16 +303,16 @@ def test_splits_with_other_classes_are_refused(root: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kept", ["live", "cached"])
 def test_skipped_pictures_are_left_out_and_listed(
-    kept: str, root: Path, weights: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kept: str, root: Path, resnet: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(root, tmp_path / "data")
     broken = sorted((tmp_path / "data" / "val2017").iterdir())[2]
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(OSError, match=f"{broken.name}, image .*can't be read"):
         trainer(tmp_path).validate(
-            model(weights), datamodule=data(tmp_path / "data", tmp_path), verbose=False
+            model(resnet), datamodule=data(tmp_path / "data", tmp_path), verbose=False
         )
-    network = model(weights, num_classes=len(CLASSES))
+    network = model(resnet, num_classes=len(CLASSES))
     options: dict[str, Any] = {"on_error": "skip", "features": kept}
     with caplog.at_level(logging.WARNING):
         (result,) = trainer(tmp_path).validate(
@@ -360,11 +353,11 @@ class Counting(nn.Module):
 
 
 def test_the_head_becomes_the_same_with_and_without_the_cache(
-    root: Path, weights: str, tmp_path: Path
+    root: Path, resnet: str, tmp_path: Path
 ) -> None:
     results = {}
     for kept in ("live", "cached", "cached"):
-        network = model(weights, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+        network = model(resnet, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
         torch.manual_seed(2)
         run = trainer(tmp_path, max_epochs=3)
         run.fit(network, datamodule=data(root, tmp_path, features=kept))
@@ -439,10 +432,10 @@ def test_half_precision_features(root: Path, tmp_path: Path) -> None:
         cached_features(backbone, module.dataset("val"), tmp_path / "f", precision="float16")
 
 
-def test_what_cannot_be_cached_is_told(root: Path, weights: str, tmp_path: Path) -> None:
+def test_what_cannot_be_cached_is_told(root: Path, resnet: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a frozen backbone"):
         trainer(tmp_path).fit(
-            model(weights, train_backbone=True), datamodule=data(root, tmp_path, features="cached")
+            model(resnet, train_backbone=True), datamodule=data(root, tmp_path, features="cached")
         )
 
     class Other(pl.LightningModule):
@@ -458,11 +451,11 @@ def test_what_cannot_be_cached_is_told(root: Path, weights: str, tmp_path: Path)
 
 
 def test_the_monitor_explains_pictures_where_features_are_trained_on(
-    root: Path, weights: str, tmp_path: Path
+    root: Path, resnet: str, tmp_path: Path
 ) -> None:
     monitor = ExplanationMonitor(GradCAM(), probe=3, metrics=False)
     run = trainer(tmp_path, monitor, max_epochs=1)
-    run.fit(model(weights), datamodule=data(root, tmp_path, features="cached"))
+    run.fit(model(resnet), datamodule=data(root, tmp_path, features="cached"))
     assert {"explain/pointing_game", "explain/energy_in_mask"} <= set(run.callback_metrics)
     assert monitor._kept is not None
     assert monitor._kept.images.shape == (3, 3, 48, 48)

@@ -11,8 +11,6 @@ from lightning_aop.demo import run
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "watch_finetuning.py"
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*__array__ implementation")
-
 
 def test_a_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(tmp_path, epochs=2, pictures=240)

@@ -24,10 +24,7 @@ from lightning_aop.rendering import heatmap_grid
 from lightning_aop.scores import sigmoid
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*GPU available but not used"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
 ]
 

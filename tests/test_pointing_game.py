@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
 
 from lightning_aop import GradCAM, pointing_game
 from lightning_aop.cli import coco_method, main
@@ -24,27 +23,12 @@ from lightning_aop.pointing_game import Rules
 from lightning_aop.shapes import CLASSES, write_shapes
 
 pytest.importorskip("pycocotools")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec",
-    "ignore:.*__array__ implementation",
-    "ignore:.*does not have many workers",
-    "ignore:.*in eval mode at the start",
-    "ignore:.*available but not used",
-)
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.logger=false", "--data.num_workers=0")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shapes(tmp_path_factory.mktemp("shapes"), train=48, val=13, size=64)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "squeezenet.pth"
-    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Pictures and instance masks in COCO's format, read for multilabel training with pycocotools."""
 
 import contextlib
+import hashlib
 import importlib
 import io
 import json
@@ -158,6 +159,15 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
                 f"{self.folder / name}, image {image} of {self.file}: {error}; {remedy}, or leave "
                 "it out with on_error='skip'"
             ) from error
+
+    def fingerprint(self) -> str:
+        """Return a hash of the name, size and time of every picture, which changes when one does."""
+        digest = hashlib.sha256()
+        for name in self.files:
+            path = self.folder / name
+            stat = path.stat() if path.is_file() else None
+            digest.update(f"{name}\n{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+        return digest.hexdigest()
 
     def mark_skipped(self, bad: Bool[Tensor, " n"]) -> None:
         """Note pictures that were found unreadable elsewhere."""

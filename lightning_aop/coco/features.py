@@ -169,10 +169,7 @@ def _key(backbone: nn.Module, dataset: CocoMultilabel, precision: Precision) -> 
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    for name in dataset.files:
-        path = dataset.folder / name
-        stat = path.stat() if path.is_file() else None
-        digest.update(f"\n{name} {stat and (stat.st_size, stat.st_mtime_ns)}".encode())
+    digest.update(dataset.fingerprint().encode())
     return digest.hexdigest()[:20]
 
 
