@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_aop import __version__
 from lightning_aop.aop import sigcam
@@ -21,7 +21,7 @@ from lightning_aop.coco.predictions import PredictionWriter
 from lightning_aop.errors import CommandError
 from lightning_aop.methods import METHODS, MethodName
 from lightning_aop.photos import explain, explain_parser
-from lightning_aop.pointing_game import Rules, details, play, table
+from lightning_aop.pointing_game import Rules, details, name_of, play, table
 from lightning_aop.scores import sigmoid
 from lightning_aop.types import SaliencyMethod
 
@@ -97,10 +97,9 @@ class Trainer(pl.Trainer):
         """
         datamodule.prepare_data()
         datamodule.setup("validate")
-        if ckpt_path is None:
-            raise CommandError(
-                "pointing-game: the head is untrained; name a checkpoint: --ckpt_path"
-            )
+        assert ckpt_path is not None, "seen to by the command line"
+        if method == []:
+            raise CommandError("pointing-game: no method is named; name one: --method sigcam")
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
@@ -108,7 +107,7 @@ class Trainer(pl.Trainer):
         model.check_classes(data.classes)
         results = []
         for chosen in method if isinstance(method, list) else [method]:
-            name = chosen if isinstance(chosen, str) else type(chosen).__name__
+            name = chosen if isinstance(chosen, str) else name_of(chosen)
             way = coco_method(chosen) if isinstance(chosen, str) else chosen
             workers = datamodule.num_workers
             results.append(play(self, model, data, way, name, output, rules, workers))
@@ -133,6 +132,17 @@ def coco_method(name: MethodName) -> SaliencyMethod:
     return METHODS[name](None, sigmoid)
 
 
+class SaveConfig(SaveConfigCallback):
+    """Keeps the configuration of a training run with its logs, and never in the working folder."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write it, where there is a folder of the run's own."""
+        if stage == "fit" and trainer.loggers:
+            folder = trainer.log_dir
+            if folder is not None and Path(folder).resolve() != Path.cwd():
+                super().setup(trainer, pl_module, stage)
+
+
 class CommandLine(LightningCLI):
     """fit, validate, test, predict and pointing-game; explain and demo are listed beside them."""
 
@@ -144,6 +154,7 @@ class CommandLine(LightningCLI):
             trainer_class=Trainer,
             trainer_defaults={"max_epochs": 10},
             seed_everything_default=0,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_kwargs={
@@ -180,11 +191,35 @@ class CommandLine(LightningCLI):
         """Parse the words given, not those of the process."""
         self.config = parser.parse_args(self.words)
 
-    def before_instantiate_classes(self) -> None:
-        """Take no published weights where a checkpoint holds the whole network."""
-        options = self.config[str(self.subcommand)]
-        if options.get("ckpt_path"):
-            options.model.weights = None
+    def _parse_ckpt_path(self) -> None:
+        """Leave alone what the user has set: Lightning would let the checkpoint override it."""
+
+    def instantiate_classes(self) -> None:
+        """Make the network that the checkpoint holds, without looking for weights elsewhere."""
+        command = str(self.subcommand)
+        path = self.config[command].get("ckpt_path")
+        if path is None and command in ("predict", "pointing-game"):
+            raise CommandError(f"{command}: the head is untrained; name a checkpoint: --ckpt_path")
+        if path is None or (path in ("best", "last") and command != "pointing-game"):
+            super().instantiate_classes()
+            return
+        if not Path(path).is_file():
+            raise CommandError(f"--ckpt_path {path}: no such file")
+        saved = self.config
+        self._dump_config()
+        self.config = saved.clone()
+        options = self.config[command].model
+        network = torch.load(path, map_location="cpu", weights_only=True).get(
+            "hyper_parameters", {}
+        )
+        for key in {"backbone", "num_classes"} & set(network):
+            options[key] = network[key]
+        options.weights = None
+        super().instantiate_classes()
+        self.config = saved
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfig):
+                callback.config = saved[command]
 
     def after_fit(self) -> None:
         """Say where things are."""
@@ -244,7 +279,7 @@ def _with_shipped_configs(words: Sequence[str]) -> list[str]:
         shipped = value in (name, f"configs/{name}.yaml") and name in shipped_configs()
         return (
             str(_config_folder() / f"{name}.yaml")
-            if shipped and not Path(value).exists()
+            if shipped and not Path(value).is_file()
             else value
         )
 

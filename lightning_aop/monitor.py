@@ -25,6 +25,7 @@ from lightning_aop.samples import (
     class_names_of,
     collect,
     normalisation_of,
+    source_of,
 )
 from lightning_aop.scores import Score, sigmoid, softmax
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
@@ -255,13 +256,14 @@ class ExplanationMonitor(Callback):
         values = self._judge(pl_module, images[rows[judged]], maps[judged], targets[judged], score)
         values |= _located(maps[known], masks[known], targets[known], logits.shape[1])
         mean, std = self.mean, self.std
+        source, validation = (source_of(p, _loaders(trainer)) for p in (self.probe, 1))
         if mean is None and std is None:
-            mean, std = normalisation_of(_loaders(trainer)) or (None, None)
+            mean, std = normalisation_of(source) or (None, None)
         panel = draw_probe(
             probe,
             Explanations(rows, targets, maps, masks, logits),
             score,
-            self.class_names or class_names_of(_loaders(trainer)),
+            self.class_names or class_names_of(source) or class_names_of(validation),
             title=_title(trainer),
             mean=mean,
             std=std,

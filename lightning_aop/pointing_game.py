@@ -2,10 +2,12 @@
 
 The images are cut into fixed groups. A group is explained as a whole, by whichever process gets it,
 and becomes one line of a file; groups that have a line are never explained again. So the figures
-don't depend on the number of processes, or on how often the run was stopped.
+don't depend on the number of processes, or on how often the run was stopped; but each process counts
+the evaluation that finds the target layer.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -125,7 +127,8 @@ def play(
     Returns:
         The figures of all groups, those of earlier runs included.
     """
-    folder = output / f"{_slug(name)}-{_digest(model, data, method, rules)}"
+    digest = _digest(model, data, method, rules, str(trainer.precision))
+    folder = output / f"{_slug(name)}-{digest}"
     count = min(len(data), rules.limit or len(data))
     groups = [range(i, min(i + rules.group_size, count)) for i in range(0, count, rules.group_size)]
     # Every process sees the same: none writes before all have come to predict().
@@ -133,15 +136,21 @@ def play(
     missing = [group for group in range(len(groups)) if group not in done]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
+        # No process may be left without any: Lightning would not run it.
+        missing += [_NOTHING] * (trainer.world_size - len(missing))
         player = _Player(model, data, method, rules, folder)
         loader = DataLoader(
-            _Groups(data, [(group, groups[group]) for group in missing]),
+            _Groups(data, [(n, range(0) if n == _NOTHING else groups[n]) for n in missing]),
             batch_size=1,
             collate_fn=_only,
             num_workers=num_workers,
         )
         trainer.predict(player, loader, return_predictions=False)
     return _result(name, folder, data.classes, rules)
+
+
+_NOTHING = -1
+"""The number of a group without images."""
 
 
 class _Groups(Dataset[tuple[int, list[int], Tensor, Tensor]]):
@@ -155,6 +164,8 @@ class _Groups(Dataset[tuple[int, list[int], Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[int, list[int], Tensor, Tensor]:
         number, rows = self.groups[index]
+        if not rows:
+            return number, [], torch.empty(0), torch.empty(0)
         images, labels = zip(*(self.data[row] for row in rows), strict=True)
         return number, list(rows), torch.stack(images), torch.stack(labels)
 
@@ -181,6 +192,8 @@ class _Player(pl.LightningModule):
     def predict_step(self, batch: tuple[int, list[int], Tensor, Tensor], batch_idx: int) -> int:
         """Explain a group, and return how many pairs were tested."""
         number, rows, images, labels = batch
+        if number == _NOTHING:
+            return 0
         started = time.perf_counter()
         with count_evaluations(self.model) as evaluations:
             scores = predict(self.model, images).sigmoid()
@@ -318,9 +331,11 @@ def details(result: Result, tolerances: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _digest(model: nn.Module, data: CocoMultilabel, method: SaliencyMethod, rules: Rules) -> str:
+def _digest(
+    model: nn.Module, data: CocoMultilabel, method: SaliencyMethod, rules: Rules, precision: str
+) -> str:
     """Return a name for all that the lines of a run depend on."""
-    settings = _described([method, rules, data.transform, data.crowds])
+    settings = _described([method, rules, data.transform, data.crowds, data.on_error, precision])
     digest = hashlib.sha256(settings.encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -336,13 +351,26 @@ def _described(value: object) -> str:
         return f"[{', '.join(map(_described, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{k!r}: {_described(v)}' for k, v in value.items())}}}"
+    if isinstance(value, functools.partial):
+        return f"partial({_described([value.func, value.args, value.keywords])})"
+    if isinstance(value, Tensor):
+        return hashlib.sha256(value.detach().cpu().numpy().tobytes()).hexdigest()
     name = getattr(value, "__qualname__", None)
     if name is not None:
-        return f"{getattr(value, '__module__', '')}.{name}"
+        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        bound = [*cells, *(getattr(value, "__defaults__", None) or ())]
+        return f"{getattr(value, '__module__', '')}.{name}{_described(bound) if bound else ''}"
     if dataclasses.is_dataclass(value) or type(value).__repr__ is object.__repr__:
         kind = type(value)
         return f"{kind.__module__}.{kind.__qualname__}({_described(vars(value))})"
-    return repr(value)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def name_of(method: SaliencyMethod) -> str:
+    """Return a name for tables: the class, and for a method of two stages those of both."""
+    stages = [getattr(method, stage, None) for stage in ("activation", "perturbation")]
+    inner = ", ".join(type(stage).__name__ for stage in stages if stage is not None)
+    return type(method).__name__ + (f"({inner})" if inner else "")
 
 
 def _slug(name: str) -> str:

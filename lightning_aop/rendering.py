@@ -173,17 +173,21 @@ def heatmap_grid(
             "blank map" on its overlay, and one with a NaN or infinite value "NaN map".
         captions: b texts of one or two lines (split at a newline). A line too long for its place is
             shortened with an ellipsis; a number at its end, such as a score, is kept. A second line
-            "missed" is amber, "false positive" red.
+            is muted, but "missed" is amber and "false positive" a soft red.
         title: one line at the top.
         columns: pairs in a row; by default chosen for a picture about 1.6 times as wide as high.
         mean: see ``displayable``.
         std: see ``displayable``.
         cell: longer side of a panel in pixels, at least 32. By default larger images are reduced to
             224, smaller ones are enlarged by the largest whole factor that stays within 224.
-        outlines: (b, h, w), where the class of each sample is; drawn as a line on both panels.
-        groups: a number for each sample; neighbours with the same number are drawn as one input
-            beside an overlay for each, with its caption below it.
-        headings: a text of one or two lines for each group, below its input.
+        outlines: (b, h, w), where the class of each sample is; its border is drawn on both panels
+            and explained beside the colour bar. An empty mask has none, and none runs along the edge
+            of the picture.
+        groups: a number for each sample; neighbours with the same number show the same image. They
+            are drawn as one input with all their outlines, beside an overlay for each with its caption
+            below it. Groups are laid out for a picture about 1.6 times as wide as high.
+        headings: a text of one or two lines for each group, below its input, shortened without keeping
+            a number; needs ``groups``.
 
     Returns:
         (3, H, W) uint8 on the CPU, reached by one copy from the device of ``maps``.
@@ -191,7 +195,7 @@ def heatmap_grid(
     Raises:
         ValueError: ``images``, ``maps``, ``captions``, ``outlines``, ``groups`` or ``headings`` differ
             in number or size, there is no sample, ``columns`` is below 1 or given with ``groups``,
-            ``cell`` is below 32, or ``mean`` and ``std`` are wrong.
+            ``headings`` come without them, ``cell`` is below 32, or ``mean`` and ``std`` are wrong.
     """
     pictures = displayable(images, mean, std)
     _check_same_size(pictures, maps)
@@ -208,11 +212,16 @@ def heatmap_grid(
     texts = [_lines(text) for text in captions]
     heads = [_lines(text) for text in headings or [""] * len(members)]
     rows = max(map(len, texts + heads))
-    step = wide + (em // 2 if groups is not None else seam)  # from one panel to the next
-    # A label may be wider than its panel, and must not run into the next tile.
+    # A label may be wider than its panel, and must not run into the next tile or, in a group, panel.
     last = max(wide, math.ceil(small.getlength("blank map")) + em)
+    step = wide + seam  # from one panel to the next
+    if groups is not None:
+        # Of each caption a verdict must fit, and with it a score.
+        last = max(last, math.ceil(font.getlength("false positive")) + em // 4)
+        step = last + em // 2
     down = high + em // 2 + line * rows + em
-    across = [min(len(samples), _ABREAST) for samples in members]
+    # As many in each row of a group that is too long for one.
+    across = [math.ceil(len(s) / math.ceil(len(s) / _ABREAST)) for s in members]
     sizes = [
         (n * step + last + margin, math.ceil(len(samples) / n) * down)
         for n, samples in zip(across, members, strict=True)
@@ -241,17 +250,19 @@ def heatmap_grid(
         text = _shortened(" ".join(title.split()), bold, content)
         draw.text((margin, margin), text, _INK, bold, "lt")
 
-    def write(lines: Sequence[str], x: int, y: int, width: float) -> None:
+    def write(lines: Sequence[str], x: int, y: int, width: float, keep_score: bool = True) -> None:
         for row, text in enumerate(lines):
             colour = _VERDICTS.get(text, _MUTED) if row else _INK
-            draw.text((x, y + row * line), _shortened(text, font, width), colour, font, "la")
+            text = _shortened(text, font, width, keep_score)
+            draw.text((x, y + row * line), text, colour, font, "la")
 
     for place, samples, head, n in zip(_flow(sizes, limit), members, heads, across, strict=True):
         left, upper = margin + place[0], top + place[1]
         below = high + em // 2
         canvas.paste(Image.fromarray(panels[samples[0], 0]), (left, upper))
         if groups is not None:
-            write(head, left, upper + below, wide - em // 4)
+            # A heading lists classes: its last score belongs to the last of them, not to the first.
+            write(head, left, upper + below, last - em // 4, keep_score=False)
         for k, i in enumerate(samples):
             x, y = left + (k % n + 1) * step, upper + k // n * down
             canvas.paste(Image.fromarray(panels[i, 1]), (x, y))
@@ -260,7 +271,7 @@ def heatmap_grid(
             if groups is None:
                 write(texts[i], left, y + below, step + last)
             else:
-                write(texts[i], x, y + below, wide - em // 4)
+                write(texts[i], x, y + below, last - em // 4)
 
     x = margin + content - bar_w
     # The bar is an overlay on mid-grey, so it shows the colours as they look on a picture.
@@ -349,16 +360,26 @@ def _check_layout(
             f"{list(outlines.shape)}: give one mask an image, resized to its height and width"
         )
     if groups is not None and len(groups) != count:
-        raise ValueError(f"groups must hold {count} numbers, one an image, got {len(groups)}")
+        raise ValueError(
+            f"groups must hold {count} numbers, one an image, got {len(groups)}: "
+            "give images that belong together the same number"
+        )
     if groups is not None and columns is not None:
         raise ValueError(f"columns={columns} counts pairs, and groups have none: leave it out")
-    if headings is not None:
-        wanted = 0 if groups is None else len(_runs(groups))
-        if isinstance(headings, str) or len(headings) != wanted:
-            raise ValueError(
-                f"headings must hold {wanted} texts, one a group, got {len(headings)}: give a list "
-                "of one text for each group, empty where there is nothing to say"
-            )
+    if headings is None:
+        return
+    if groups is None:
+        raise ValueError(
+            f"headings must come with groups, got {len(headings)} but no groups: "
+            "give groups too, or write the texts into captions"
+        )
+    wanted = len(_runs(groups))
+    if isinstance(headings, str) or len(headings) != wanted:
+        given = f"the text {headings!r}" if isinstance(headings, str) else len(headings)
+        raise ValueError(
+            f"headings must hold {wanted} texts, one a group, got {given}: "
+            "give a list of one text for each group, empty where there is nothing to say"
+        )
 
 
 def write_png(image: Picture, path: str | Path) -> Path:
@@ -427,7 +448,8 @@ def _panels(
     pictures, heat = _resized(pictures.to(heat), scale), _resized(heat[:, None], scale)[:, 0]
     both = torch.stack((pictures, overlay(pictures, heat)), 1)
     if outlines is not None:
-        masks = _resized(outlines.to(heat)[:, None], scale)[:, 0] > 0.5
+        # Whole pixels when enlarged; when reduced, a thin or small object does not vanish.
+        masks = F.adaptive_max_pool2d(outlines.to(heat), list(both.shape[-2:])) > 0
         group = [number for number, samples in enumerate(members) for _ in samples]
         where = torch.tensor(group, device=heat.device)
         # The input of a group stands for all of its samples.
@@ -485,10 +507,12 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def _shortened(
+    text: str, font: ImageFont.FreeTypeFont, width: float, keep_score: bool = True
+) -> str:
     if font.getlength(text) <= width:
         return text
-    score = re.search(r"\s[-+.\d]+%?$", text)
+    score = re.search(r"\s[-+.\d]+%?$", text) if keep_score else None
     tail = score.group() if score and font.getlength(score.group()) < width / 2 else ""
     kept = text.removesuffix(tail)
     while kept and font.getlength(f"{kept}…{tail}") > width:

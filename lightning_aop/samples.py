@@ -14,6 +14,7 @@ may offer beside its samples is found by name, also under wrappers with a `datas
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -81,8 +82,18 @@ class Probe:
             images[:limit].detach().clone().cpu(),
             None if labels is None else labels[:limit].detach().clone().cpu(),
         )
-        if isinstance(masks, Tensor) and masks.dtype == torch.bool and masks.ndim in (3, 4):
+        if isinstance(masks, Tensor) and masks.dtype == torch.bool and labels is not None:
             given = masks.detach().cpu()
+            classes = labels.shape[1:]
+            if given.shape != (len(images), *classes, *images.shape[2:]):
+                # A batch may hold other things; only what is called masks is missed.
+                if isinstance(batch, Mapping):
+                    warnings.warn(
+                        f"ExplanationMonitor: the batch's masks have shape {list(given.shape)}, where "
+                        f"{[len(images), *classes, *images.shape[2:]]} was expected: none is drawn",
+                        stacklevel=2,
+                    )
+                return probe
             return probe.with_masks(
                 # [B, H, W] is where the class of the label is, [B, K, H, W] where each class is.
                 lambda row, classes: given[row][classes] if given.ndim == 4 else given[row][None]
@@ -225,8 +236,17 @@ def _chain(dataset: Any) -> Iterator[Any]:
 
 
 def _pictures(dataset: Any) -> Any:
-    """Return the dataset whose samples have the images."""
-    return next((d.image_dataset for d in _chain(dataset) if hasattr(d, "image_dataset")), dataset)
+    """Return the dataset whose samples have the images, in the order of the dataset given."""
+    subsets: list[Sequence[int]] = []
+    for layer in _chain(dataset):
+        if hasattr(layer, "image_dataset"):
+            pictures: Any = layer.image_dataset
+            for indices in reversed(subsets):
+                pictures = Subset(pictures, indices)
+            return pictures
+        if isinstance(layer, Subset):
+            subsets.append(layer.indices)
+    return dataset
 
 
 def _mask_reader(dataset: Any) -> MaskReader | None:
@@ -291,26 +311,30 @@ def _first_loader(loaders: Any) -> Any:
     return loaders
 
 
-def class_names_of(loaders: Any) -> Sequence[str] | None:
-    """Return the `classes` of the loader's dataset, as torchvision's datasets name them, or None."""
-    return next((d.classes for d in _datasets(loaders) if hasattr(d, "classes")), None)
+def source_of(probe: ProbeSource, loaders: Any) -> Any:
+    """Return the dataset that the probe comes from, None for a batch of the user's own."""
+    if not isinstance(probe, int):
+        return probe if isinstance(probe, Dataset) else None
+    try:
+        return getattr(_first_loader(loaders), "dataset", None)
+    except ValueError:
+        return None
 
 
-def normalisation_of(loaders: Any) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Return mean and std of the loader's transform, or of the last step of it that has them."""
-    for dataset in _datasets(loaders):
-        transform = getattr(dataset, "transform", None)
+def class_names_of(dataset: Any) -> Sequence[str] | None:
+    """Return the `classes` of a dataset, as torchvision's datasets name them, or None."""
+    layers = _chain(_pictures(dataset))
+    return next((layer.classes for layer in layers if hasattr(layer, "classes")), None)
+
+
+def normalisation_of(dataset: Any) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Return mean and std of the dataset's transform, or of the last step of it that has them."""
+    for layer in _chain(_pictures(dataset)):
+        transform = getattr(layer, "transform", None)
         steps = getattr(transform, "transforms", None)
         for step in (*reversed(steps if isinstance(steps, (list, tuple)) else []), transform):
             mean, std = getattr(step, "mean", None), getattr(step, "std", None)
-            if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)):
-                return mean, std
+            if mean is not None and std is not None and not callable(mean):
+                first, second = (torch.as_tensor(v).flatten().tolist() for v in (mean, std))
+                return first, second
     return None
-
-
-def _datasets(loaders: Any) -> Iterator[Any]:
-    try:
-        dataset = getattr(_first_loader(loaders), "dataset", None)
-    except ValueError:
-        return
-    yield from _chain(_pictures(dataset))

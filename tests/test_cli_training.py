@@ -149,6 +149,7 @@ def test_methods_nest_in_the_monitor(root: Path, weights: Path, tmp_path: Path) 
         (["--model.num_classes=9"], "the head has 9 classes, the data has 6"),
         (["--data.features=cached", "--model.train_backbone=true"], "needs a frozen backbone"),
         (["--config=nothing"], "nothing"),
+        (["--ckpt_path=gone.ckpt"], "--ckpt_path gone.ckpt: no such file"),
     ],
 )
 def test_what_a_user_can_mend_is_said_without_a_traceback(
@@ -231,3 +232,35 @@ def test_two_processes_give_the_metrics_of_one(root: Path, weights: Path, tmp_pa
     assert results[0] == pytest.approx(results[1], abs=1e-5)
     # And they are what two processes saw while they trained.
     assert results[0]["val/mAP"] == pytest.approx(float(rows[-1]["val/mAP"]), abs=1e-5)
+
+
+def test_predicting_needs_a_checkpoint(
+    root: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", *options(root, weights)]) == 1
+    assert "the head is untrained; name a checkpoint" in capsys.readouterr().err
+
+
+def test_nothing_of_the_user_is_overwritten(root: Path, weights: Path, tmp_path: Path) -> None:
+    own = tmp_path / "config.yaml"
+    own.write_text("# mine\ndata: {batch_size: 2}\n")
+    (tmp_path / "shapes_demo").mkdir()  # a folder is no configuration
+    words = ["--config=shapes_demo", *options(root, weights, f"--config={own}")]
+    words += ["--data.shapes=null", "--trainer.callbacks=null", "--trainer.logger=false"]
+    assert main(["validate", *words]) == 0
+    assert own.read_text() == "# mine\ndata: {batch_size: 2}\n"
+
+
+def test_the_command_line_goes_before_the_checkpoint(
+    root: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = options(root, weights, "--trainer.max_epochs=1")
+    assert main(["fit", *fit]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    more = [f"--ckpt_path={checkpoint}", "--model.per_class=true", "--trainer.logger=false"]
+    assert main(["test", *options(root, weights, *more)]) == 0
+    assert "test/AP/" in capsys.readouterr().out
+    # Going on from a checkpoint leaves the weights of the configuration in the new one.
+    assert main(["fit", *fit[:-1], "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"]) == 0
+    config: Any = yaml.safe_load(Path("lightning_logs/version_1/config.yaml").read_text())
+    assert config["model"]["weights"] == str(weights)

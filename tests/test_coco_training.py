@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -500,3 +501,94 @@ def test_a_killed_process_leaves_its_features(root: Path, tmp_path: Path) -> Non
     )
     assert again.stdout.count("images 2") == (24 - done) // 2
     assert (np.load(state) == 1).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# what once went wrong
+
+
+def test_shares_fit_each_other_though_another_process_has_begun(root: Path, tmp_path: Path) -> None:
+    module = data(root, tmp_path)
+    module.setup("fit")
+    images = module.dataset("val")
+    torch.manual_seed(0)
+    backbone = Counting(limit=5)
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(backbone, images, tmp_path / "f", batch_size=2)
+    backbone.limit = 10**6
+    # The first of two is done before the second looks: it must not find its share shifted.
+    with pytest.raises(OSError, match="which another process had to compute"):
+        cached_features(backbone, images, tmp_path / "f", batch_size=2, rank=0, world_size=2)
+    found = cached_features(backbone, images, tmp_path / "f", batch_size=2, rank=1, world_size=2)
+    with torch.no_grad():
+        expected = torch.cat([backbone(images[i][0][None]) for i in range(len(images))])
+    torch.testing.assert_close(torch.from_numpy(np.array(found.features)), expected)
+
+
+def test_a_picture_that_is_mended_is_taken_in(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    picture = sorted((tmp_path / "data" / "val2017").iterdir())[0]
+    whole, stat = picture.read_bytes(), picture.stat()
+    picture.write_bytes(bytes(len(whole)))
+    os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    backbone = Counting()
+    for expected in (True, False):
+        module = data(tmp_path / "data", tmp_path, on_error="skip")
+        module.setup("validate")
+        found = cached_features(backbone, module.dataset("val"), tmp_path / "f")
+        assert bool((found[0][1] < 0).all()) is expected
+        # The same size and time, as after an error of the disk that passes.
+        picture.write_bytes(whole)
+        os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_features_of_a_backbone_in_half_precision(root: Path, tmp_path: Path) -> None:
+    module = data(root, tmp_path)
+    module.setup("validate")
+    found = cached_features(Counting().bfloat16(), module.dataset("val"), tmp_path / "f")
+    assert found[0][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_networks_that_transform_their_input_do_so_with_any_weights(name: str) -> None:
+    backbone, _ = load_backbone(name, None)
+    assert backbone.transform_input
+
+
+def _judge(rank: int, port: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    report = Report(["a", "b"])
+    logits, labels = torch.tensor([[2.0, -1.0], [-1.0, 1.0]]), torch.tensor([[1.0, 0], [0, 1]])
+    if rank == 1:
+        labels = torch.full_like(labels, -1.0)
+    report.update(torch.tensor(0.5), torch.tensor(2.0 if rank == 0 else 0.0), logits, labels)
+    values = {name: float(value) for name, value in report.compute().items()}
+    Path(folder, f"{rank}.json").write_text(json.dumps(values))
+    dist.destroy_process_group()
+
+
+def test_a_process_without_a_picture_that_counts(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_judge, (port, str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["mAP"] == first["F1_micro"] == 1.0
+
+
+def test_each_epoch_that_asks_for_a_loader_gets_another_order(
+    root: Path, resnet: str, tmp_path: Path
+) -> None:
+    orders = []
+
+    class Note(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            orders.append(list(trainer.train_dataloader.sampler))
+
+    run = trainer(tmp_path, Note(), max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    run.fit(model(resnet), datamodule=data(root, tmp_path, features="cached"))
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(24))
+    assert orders[0] != orders[1]

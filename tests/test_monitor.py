@@ -314,8 +314,8 @@ def test_the_normalisation_is_that_of_the_dataset(tmp_path: Path) -> None:
     data = DataLoader(Normalised(8), batch_size=8)
     monitor = Watch(GradCAM("net.features"), probe=2, metrics=False)
     trainer(tmp_path, monitor).validate(Classifier(), data, verbose=False)
-    assert list(monitor.layouts[0]["mean"]) == [0.1, 0.2, 0.3]
-    assert list(monitor.layouts[0]["std"]) == [0.4, 0.5, 0.6]
+    assert list(monitor.layouts[0]["mean"]) == pytest.approx([0.1, 0.2, 0.3])
+    assert list(monitor.layouts[0]["std"]) == pytest.approx([0.4, 0.5, 0.6])
 
 
 @pytest.mark.parametrize("targets", ["predicted", [4, 1]])

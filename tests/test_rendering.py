@@ -1,3 +1,4 @@
+import itertools
 import os
 import stat
 import subprocess
@@ -508,6 +509,115 @@ def test_tiles_do_not_overlap_and_rows_keep_to_their_width() -> None:
                 assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
+def grouped(
+    sizes: list[int], size: tuple[int, int], captions: list[str] | None = None, **layout: Any
+) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+    """Return a grid of groups, and where the input and the overlays of each group are in it."""
+    count = sum(sizes)
+    groups = [i for i, n in enumerate(sizes) for _ in range(n)]
+    generator = torch.Generator().manual_seed(1)
+    images, maps = pictures(len(sizes), size)[groups], torch.rand(count, *size, generator=generator)
+    grid = heatmap_grid(images, maps, captions or ["a"] * count, groups=groups, **layout)
+    heats = iter(as_bytes(overlay(images, maps)))
+    places = []
+    for i, n in enumerate(sizes):
+        patches = [as_bytes(images)[groups.index(i)], *(next(heats) for _ in range(n))]
+        found = [find(grid, patch) for patch in patches]
+        assert all(len(f) == 1 for f in found), "each panel is there once, pixel for pixel"
+        places.append([f[0] for f in found])
+    return grid, places
+
+
+def test_groups_are_whole_apart_and_in_reading_order() -> None:
+    grid, places = grouped([1, 4, 2, 3, 1, 7], (128, 160))
+    assert 1.1 < grid.shape[2] / grid.shape[1] < 2.3
+    for (y, x), *heats in places[:5]:
+        assert {row for row, _ in heats} == {y}, "not split"
+        gaps = np.diff([x, *(at for _, at in heats)]) - 160
+        assert (gaps > 0).all()
+        assert (gaps < 10).all(), "close together"
+    ends = [(group[0], group[-1]) for group in places]
+    for (_, (y, x)), ((next_y, next_x), _) in itertools.pairwise(ends):
+        assert (next_y == y and next_x >= x + 160 + 15) or next_y > y + 128
+    (top, left), *heats = places[5]
+    rows = sorted({y for y, _ in heats})
+    assert rows[0] == top < rows[1] - 128, "seven are too many for one row"
+    assert sum(y == top for y, _ in heats) == 4
+    assert all(x > left for _, x in heats)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (64, 64), (224, 40), (40, 224)])
+def test_texts_of_neighbours_do_not_touch(size: tuple[int, int]) -> None:
+    heads = [f"missed: {'W' * 40} 0.12\nfalse: {'M' * 40} 0.55"]
+    long = [f"{'W' * 40} 0.{i}\n{'M' * 40}" for i in range(10, 13)]
+    cell = max(size)
+    whole, [places] = grouped([3], size, long, headings=heads, cell=cell)
+    right = [x for _, x in places[1:]] + [whole.shape[2]]
+    for i, start in enumerate(x for _, x in places):
+        fewer, texts = list(heads), list(long)
+        if i:
+            texts[i - 1] = "\n"
+        else:
+            fewer = ["\n"]
+        without, _ = grouped([3], size, texts, headings=fewer, cell=cell)
+        below = places[0][0] + size[0]
+        _, _, first, last = changed(whole[:, below:], without[:, below:])
+        assert start <= first
+        assert last < right[i] - 3
+
+
+@pytest.mark.parametrize("size", [(32, 32), (224, 40)])
+def test_narrow_panels_of_a_group_keep_scores_verdicts_and_labels(size: tuple[int, int]) -> None:
+    images, maps = torch.zeros(2, 3, *size), torch.full((2, *size), 1e-9)
+
+    def drawn(captions: list[str], maps: Tensor = maps) -> Tensor:
+        return heatmap_grid(images, maps, captions, groups=[0, 0], cell=max(size))
+
+    long = "W" * 30
+    first = drawn([f"{long} 0.93\nfalse positive", "b"])
+    assert not torch.equal(first, drawn([f"{long} 0.94\nfalse positive", "b"])), "score"
+    assert not torch.equal(first, drawn([f"{long} 0.93\nfalse positivW", "b"])), "verdict"
+    blank = [maps.clone() for _ in range(2)]
+    for i in range(2):
+        blank[i][i] = 0
+    plain = drawn(["a", "b"])
+    boxes = [changed(plain, drawn(["a", "b"], m)) for m in blank]
+    assert boxes[0][3] - boxes[0][2] == boxes[1][3] - boxes[1][2], "both labels are whole"
+    assert boxes[0][3] < boxes[1][2]
+
+
+def test_a_shortened_heading_keeps_no_score_of_another_class() -> None:
+    images, maps = torch.zeros(1, 3, 64, 64), torch.ones(1, 64, 64)
+
+    def drawn(heading: str) -> Tensor:
+        return heatmap_grid(images, maps, ["a"], groups=[0], headings=[heading], cell=64)
+
+    assert torch.equal(drawn(f"missed: {'W' * 40} 0.12"), drawn(f"missed: {'W' * 40} 0.93"))
+    assert not torch.equal(drawn("chair 0.12"), drawn("chair 0.93"))
+
+
+@pytest.mark.parametrize("cell", [64, 224])
+def test_outlines_follow_whole_pixels_and_small_objects_stay(cell: int) -> None:
+    masks = torch.zeros(2, 448, 448).bool()
+    masks[0, 200:202, 200:202] = True
+    masks[1, 100, 50:400] = True
+    line = torch.tensor(rendering._LINE).mul(255).round().byte().numpy()
+    large = torch.full((2, 3, 448, 448), 0.5)
+    panels, _ = rendering._panels(large, torch.zeros(2, 448, 448), cell, masks, [[0], [1]])
+    drawn = (panels[:, 1] == line).all(-1)
+    assert drawn[0].any()
+    assert drawn[1].any(0).sum() >= 350 * cell // 448
+    blocky = disc(16, 7, 8, 5)[None]
+    panels, _ = rendering._panels(
+        torch.full((1, 3, 16, 16), 0.5), torch.zeros(1, 16, 16), 96, blocky, [[0]]
+    )
+    drawn = (panels[0, 0] == line).all(-1)
+    inside = blocky[0].repeat_interleave(6, 0).repeat_interleave(6, 1).numpy()
+    assert not drawn[~inside].any()
+    border = inside & ~np.roll(inside, 1, 0)
+    assert drawn[border].all()
+
+
 def test_verdicts_have_their_colours() -> None:
     images, maps = torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64)
     for verdict, colour in rendering._VERDICTS.items():
@@ -524,10 +634,14 @@ def test_verdicts_have_their_colours() -> None:
             r"outlines must be torch.bool of shape \[2, 8, 8\]",
         ),
         ({"outlines": torch.zeros(2, 8, 8)}, "got torch.float32"),
-        ({"groups": [1]}, "groups must hold 2 numbers"),
+        ({"groups": [1]}, "groups must hold 2 numbers, one an image, got 1: give"),
         ({"groups": [1, 1], "columns": 2}, "columns=2 counts pairs"),
         ({"groups": [1, 1], "headings": ["a", "b"]}, "headings must hold 1 texts, one a group"),
-        ({"headings": ["a", "b"]}, "headings must hold 0 texts"),
+        (
+            {"groups": [1, 1], "headings": "a"},
+            "headings must hold 1 texts.* got the text 'a': give",
+        ),
+        ({"headings": ["a", "b"]}, "headings must come with groups, got 2 but no groups: give"),
     ],
 )
 def test_layouts_that_do_not_fit_are_told(layout: Any, message: str, unchecked: None) -> None:

@@ -58,7 +58,12 @@ def _torchvision(name: str, weights: str | None) -> nn.Module:
     options: dict[str, Any] = {}
     if name in ("inception_v3", "googlenet"):
         # Their second head has no use here; their own initialisation takes minutes.
-        options = {"aux_logits": weights is not None, "init_weights": False}
+        # Published weights want the input transformed, also where they come from a file.
+        options = {
+            "aux_logits": weights is not None,
+            "init_weights": False,
+            "transform_input": True,
+        }
     try:
         network = torchvision.models.get_model(name, weights=weights, **options)
     except (KeyError, ValueError) as error:

@@ -33,7 +33,7 @@ class Report(nn.Module):
         self.classes = list(classes)
         count = len(classes)
         self.loss = MeanMetric()
-        self.average_precision = MultilabelAveragePrecision(count, average=None)
+        self.average_precision = MultilabelAveragePrecision(count, average=None, ignore_index=-1)
         kinds = {
             "precision": MultilabelPrecision,
             "recall": MultilabelRecall,
@@ -57,11 +57,11 @@ class Report(nn.Module):
     ) -> None:
         """Add a batch with its mean loss and the number of its images that count."""
         self.loss.update(loss, images)
-        counts = labels[:, 0] >= 0
-        scores, truth = logits.float().sigmoid()[counts], labels[counts].int()
-        if len(truth):
-            self.average_precision.update(scores, truth)
-            self.at_half.update(scores, truth)
+        scores, truth, counts = logits.float().sigmoid(), labels.int(), labels[:, 0] >= 0
+        # With what doesn't count: processes can't gather a list that one of them has left empty.
+        self.average_precision.update(scores, truth)
+        if counts.any():
+            self.at_half.update(scores[counts], truth[counts])
 
     def compute(self, per_class: bool = False) -> dict[str, Float[Tensor, ""]]:
         """Return the values by name, of all processes together."""
@@ -126,8 +126,11 @@ class MultilabelClassifier(pl.LightningModule):
         super().__init__()
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        # Not the callables: a checkpoint holds plain values, and loads with weights_only.
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        # What it takes to make the network again, in plain values that load with weights_only. The
+        # weights are in the checkpoint, and how it was trained is no matter of the network.
+        self.save_hyperparameters(
+            {"backbone": backbone, "weights": None, "num_classes": num_classes}
+        )
         self.backbone, self.num_features = load_backbone(backbone, weights)
         self.train_backbone = train_backbone
         self.backbone.requires_grad_(train_backbone)

@@ -158,7 +158,8 @@ class CocoClassification(pl.LightningDataModule):
         """Return shuffled batches."""
         data = self._inputs("train")
         # Its own generator: the order then depends on the seed alone, not on what else is drawn.
-        generator = torch.Generator().manual_seed(torch.initial_seed())
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        generator = torch.Generator().manual_seed((torch.initial_seed() + epoch) % 2**63)
         return self._loader(data, sampler=RandomSampler(data, generator=generator))
 
     def val_dataloader(self) -> Any:

@@ -162,7 +162,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
 
     def fingerprint(self) -> str:
         """Return a hash of the name, size and time of every picture, which changes when one does."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self._sizes).encode())
         for name in self.files:
             path = self.folder / name
             stat = path.stat() if path.is_file() else None

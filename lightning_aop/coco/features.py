@@ -101,10 +101,11 @@ def cached_features(
         OSError: the folder can't be written, or is not the same one for all processes.
     """
     key = _key(backbone, dataset, precision)
+    dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
     folder = directory / key
     if rank == 0 and not folder.is_dir():
         with torch.no_grad():
-            blank = torch.zeros_like(dataset[0][0])[None].to(device)
+            blank = torch.zeros_like(dataset[0][0])[None].to(device, dtype)
             size = backbone(blank).shape[1]
         _create(folder, (len(dataset), size), precision, dataset)
     barrier()
@@ -115,8 +116,10 @@ def cached_features(
         )
     features = np.load(folder / "features.npy", mmap_mode="r+")
     state = np.load(folder / "state.npy", mmap_mode="r+")
-    todo = np.flatnonzero(state == _TODO).tolist()
-    missing = todo[rank::world_size]
+    # Pictures that could not be read are tried again. Shares go by row, so that they fit each other
+    # also where another process has begun to write.
+    todo = np.flatnonzero(state != _DONE)
+    missing = todo[todo % world_size == rank].tolist()
     # The generator keeps the loader from drawing on the global one, and so from changing the run.
     loader = DataLoader(
         Subset(dataset, missing),
@@ -138,7 +141,7 @@ def cached_features(
             done = 0
             for images, labels in loader:
                 rows = missing[done : done + len(images)]
-                values = backbone(images.to(device, non_blocking=True)).float().cpu().numpy()
+                values = backbone(images.to(device, dtype, non_blocking=True)).float().cpu().numpy()
                 with np.errstate(over="ignore"):
                     values = values.astype(precision)
                 if not np.isfinite(values).all():
@@ -156,7 +159,13 @@ def cached_features(
                 # The other processes get on at about the same pace.
                 bar.update(min(len(images) * world_size, len(dataset) - bar.n))
     barrier()
-    bad = np.load(folder / "state.npy") == _BAD
+    state = np.load(folder / "state.npy")
+    if (state == _TODO).any():
+        raise OSError(
+            f"the feature cache {folder} lacks {int((state == _TODO).sum())} of {len(state)} images, "
+            "which another process had to compute: run it again"
+        )
+    bad = state == _BAD
     dataset.mark_skipped(torch.from_numpy(bad))
     return CachedFeatures(dataset, np.load(folder / "features.npy", mmap_mode="r"), bad)
 

@@ -53,7 +53,10 @@ class PredictionWriter(BasePredictionWriter):
         with self._path.open("a", newline="") as file:
             csv.writer(file).writerows(
                 [files[index], *(f"{score:.6f}" for score in scores)]
-                for index, scores in zip(batch_indices, prediction.tolist(), strict=True)
+                for index, scores, label in zip(
+                    batch_indices, prediction.tolist(), batch[1][:, 0].tolist(), strict=True
+                )
+                if label >= 0  # else the picture could not be read
             )
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
