@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_aop.coco import CocoMultilabel
+from lightning_aop.coco.features import update_with_weights
 from lightning_aop.metrics import energy_in_mask, pointing_hits
 from lightning_aop.probing import count_evaluations, predict
 from lightning_aop.types import SaliencyMethod
@@ -78,14 +79,12 @@ class Result:
         classes: by name, those with at least one tested pair.
         evaluations: how many model evaluations the explanations cost.
         seconds: how long they took, summed over processes.
-        file: where all of it is written.
     """
 
     method: str
     classes: dict[str, ClassResult]
     evaluations: int
     seconds: float
-    file: Path = field(compare=False)
 
     @property
     def pairs(self) -> int:
@@ -133,14 +132,14 @@ def play(
     groups = [range(i, min(i + rules.group_size, count)) for i in range(0, count, rules.group_size)]
     # Every process sees the same: none writes before all have come to predict().
     done = _read(folder)
-    missing = [group for group in range(len(groups)) if group not in done]
+    missing = [(number, rows) for number, rows in enumerate(groups) if number not in done]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         # No process may be left without any: Lightning would not run it.
-        missing += [_NOTHING] * (trainer.world_size - len(missing))
+        missing += [(_NOTHING, range(0))] * (trainer.world_size - len(missing))
         player = _Player(model, data, method, rules, folder)
         loader = DataLoader(
-            _Groups(data, [(n, range(0) if n == _NOTHING else groups[n]) for n in missing]),
+            _Groups(data, missing),
             batch_size=1,
             collate_fn=_only,
             num_workers=num_workers,
@@ -291,7 +290,6 @@ def _result(name: str, folder: Path, classes: Sequence[str], rules: Rules) -> Re
         classes=results,
         evaluations=sum(group["evaluations"] for group in groups.values()),
         seconds=sum(group["seconds"] for group in groups.values()),
-        file=folder,
     )
 
 
@@ -337,9 +335,7 @@ def _digest(
     """Return a name for all that the lines of a run depend on."""
     settings = _described([method, rules, data.transform, data.crowds, data.on_error, precision])
     digest = hashlib.sha256(settings.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    update_with_weights(digest, model)
     digest.update(data.file.read_bytes())
     digest.update(data.fingerprint().encode())
     return digest.hexdigest()[:12]

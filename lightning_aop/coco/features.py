@@ -175,11 +175,16 @@ def _key(backbone: nn.Module, dataset: CocoMultilabel, precision: Precision) -> 
     # repr() of a network tells its layers and their settings, and that of a transform its own.
     about = [str(backbone), repr(dataset.transform), precision, dataset.on_error]
     digest.update(json.dumps(about).encode())
-    for name, tensor in backbone.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    update_with_weights(digest, backbone)
     digest.update(dataset.fingerprint().encode())
     return digest.hexdigest()[:20]
+
+
+def update_with_weights(digest: "hashlib._Hash", model: nn.Module) -> None:
+    """Take the names and values of a model's parameters and buffers into a hash."""
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _create(
