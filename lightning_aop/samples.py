@@ -17,6 +17,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -228,45 +229,42 @@ def collect(source: ProbeSource, loaders: Any) -> Collected:
     return Collected(batch, None, _mask_reader(dataset))
 
 
-def _chain(dataset: Any) -> Iterator[Any]:
-    """Go down from a dataset to those that it wraps."""
+def _layers(dataset: Any) -> Iterator[tuple[Any, list[Sequence[int]]]]:
+    """Go down from a dataset to those that it wraps, each with the indices of the Subsets above it."""
+    subsets: list[Sequence[int]] = []
     while dataset is not None:
-        yield dataset
+        yield dataset, [*subsets]
+        if isinstance(dataset, Subset):
+            subsets.append(dataset.indices)
         dataset = getattr(dataset, "dataset", None)
 
 
 def _pictures(dataset: Any) -> Any:
     """Return the dataset whose samples have the images, in the order of the dataset given."""
-    subsets: list[Sequence[int]] = []
-    for layer in _chain(dataset):
+    for layer, subsets in _layers(dataset):
         if hasattr(layer, "image_dataset"):
             pictures: Any = layer.image_dataset
             for indices in reversed(subsets):
                 pictures = Subset(pictures, indices)
             return pictures
-        if isinstance(layer, Subset):
-            subsets.append(layer.indices)
     return dataset
 
 
 def _mask_reader(dataset: Any) -> MaskReader | None:
     """Return what reads the masks of a dataset's samples, None if they have none."""
-    subsets: list[Sequence[int]] = []
-    for layer in _chain(_pictures(dataset)):
+    for layer, subsets in _layers(_pictures(dataset)):
         if callable(read := getattr(layer, "input_masks", None)):
-            break
-        if isinstance(layer, Subset):
-            subsets.append(layer.indices)
-    else:
-        return None
+            return partial(_masks_below, read, subsets)
+    return None
 
-    def masks(index: int, classes: Sequence[int]) -> Tensor:
-        for indices in subsets:
-            index = indices[index]
-        found: Tensor = read(index, classes)
-        return found
 
-    return masks
+def _masks_below(
+    read: MaskReader, subsets: Sequence[Sequence[int]], index: int, classes: Sequence[int]
+) -> Tensor:
+    """Read the masks of a sample that is counted as above the Subsets."""
+    for indices in subsets:
+        index = indices[index]
+    return read(index, classes)
 
 
 def first_samples(loader: Any, count: int) -> Any:
@@ -323,13 +321,13 @@ def source_of(probe: ProbeSource, loaders: Any) -> Any:
 
 def class_names_of(dataset: Any) -> Sequence[str] | None:
     """Return the `classes` of a dataset, as torchvision's datasets name them, or None."""
-    layers = _chain(_pictures(dataset))
-    return next((layer.classes for layer in layers if hasattr(layer, "classes")), None)
+    layers = _layers(_pictures(dataset))
+    return next((layer.classes for layer, _ in layers if hasattr(layer, "classes")), None)
 
 
 def normalisation_of(dataset: Any) -> tuple[Sequence[float], Sequence[float]] | None:
     """Return mean and std of the dataset's transform, or of the last step of it that has them."""
-    for layer in _chain(_pictures(dataset)):
+    for layer, _ in _layers(_pictures(dataset)):
         transform = getattr(layer, "transform", None)
         steps = getattr(transform, "transforms", None)
         for step in (*reversed(steps if isinstance(steps, (list, tuple)) else []), transform):
