@@ -1,7 +1,15 @@
 """See, while a model trains in PyTorch Lightning, what it looks at and whether that can be trusted."""
 
 from lightning_aop.aop import AOP, Blank, fast_sigcam, sigcam
-from lightning_aop.cam import GradCAM, GradCAMPlusPlus, WGradCAM
+from lightning_aop.cam import (
+    CAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    WGradCAM,
+    XGradCAM,
+)
 from lightning_aop.monitor import ExplanationMonitor
 from lightning_aop.perturbation import IGOS, BilateralMask
 from lightning_aop.types import Perturbation, SaliencyMethod
@@ -10,15 +18,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AOP",
+    "CAM",
     "IGOS",
     "BilateralMask",
     "Blank",
     "ExplanationMonitor",
     "GradCAM",
     "GradCAMPlusPlus",
+    "HiResCAM",
+    "LayerCAM",
     "Perturbation",
     "SaliencyMethod",
     "WGradCAM",
+    "XGradCAM",
     "fast_sigcam",
     "sigcam",
 ]

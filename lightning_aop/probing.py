@@ -4,11 +4,14 @@ Everything here gives back what it took, also after an error: `undisturbed` is t
 and `find_target_layer` look inside a forward, `Classifier` evaluates it, `count_evaluations` counts.
 """
 
+import copy
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -60,8 +63,9 @@ def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
     Inside: eval mode, gradients enabled (inference mode is left first), no parameter requires a
     gradient, compiled models run eagerly so that hooks are heard, and torch is seeded.
-    Afterwards, also after an error: the mode of every submodule, `requires_grad`, every buffer and
-    all random state are what they were. `.grad` is never written.
+    Afterwards, also after an error: the mode of every submodule, its hooks, its submodules and other
+    attributes, `requires_grad`, every buffer and all random state are what they were. `.grad` is
+    never written.
     """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad) for p in model.parameters()]
@@ -73,6 +77,7 @@ def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(isolated_rng(device_of(model), seed))
         stack.enter_context(_restored_buffers(model))
+        stack.enter_context(_restored_attributes(model))
         try:
             for module, _ in modes:
                 # The attribute, not `.eval()`: an overridden `train` may do more than switch.
@@ -107,6 +112,38 @@ def _restored_buffers(model: nn.Module) -> Iterator[None]:
                 if version is None or buffer._version != version:
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.copy_(value)
+
+
+@contextmanager
+def _restored_attributes(model: nn.Module) -> Iterator[None]:
+    """Put back every module's attributes, and what its tables of hooks and submodules held.
+
+    Other packages register hooks and leave notes on modules, and may not clean up after an error.
+    """
+
+    def tables(module: nn.Module) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in vars(module).items()
+            if (name == "_modules" or "_hooks" in name) and isinstance(value, dict)
+        }
+
+    saved = [
+        (module, dict(vars(module)), {n: dict(t) for n, t in tables(module).items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, contents in saved:
+            now = vars(module)
+            for name in now.keys() - attributes.keys():
+                del now[name]
+            now.update(attributes)
+            for name, table in tables(module).items():
+                if table != contents[name]:
+                    table.clear()
+                    table.update(contents[name])
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -203,19 +240,23 @@ def predict(model: nn.Module, images: Images, eval_batch_size: int = 32) -> Floa
 # looking inside a forward
 
 
+Reshape: TypeAlias = Callable[[Tensor], Tensor]
+"""Turns a layer's output into feature maps [B, C, h, w]: tokens, or maps with the channels last."""
+
+
 class Capture:
     """The output of a layer in the last forward, as the rest of the model saw it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, reshape: Reshape) -> None:
         self.name = name
+        self._reshape = reshape
         self._activation: Tensor | None = None
 
     def _hook(self, module: nn.Module, args: object, output: object) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim != 4:
-            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if not isinstance(output, Tensor):
             raise TargetLayerError(
-                f"target layer '{self.name}' gives {got}, not a feature map [B, C, h, w]: name a "
-                "convolutional layer"
+                f"target layer '{self.name}' gives {type(output).__name__}, not a feature map "
+                "[B, C, h, w]: name a convolutional layer"
             )
         # The graph starts here: a frozen backbone has none, a trainable one needs none below. The
         # clone may be overwritten by an in-place ReLU; it then holds, values and gradient alike,
@@ -223,19 +264,24 @@ class Capture:
         self._activation = output.detach().requires_grad_().clone()
         return self._activation
 
-    def activation_and_gradient(
-        self, scores: Float[Tensor, " b"]
-    ) -> tuple[Float[Tensor, "b k i j"], Float[Tensor, "b k i j"]]:
-        """Return A and ∂(sum of scores)/∂A in float32."""
-        activation = self._activation
-        if activation is None:
+    def activation(self) -> Float[Tensor, "b k i j"]:
+        """Return A in float32."""
+        if self._activation is None:
             raise TargetLayerError(
                 f"target layer '{self.name}' did not run in the model's forward: name a layer that "
                 "does"
             )
+        return self._maps(self._activation)
+
+    def activation_and_gradient(
+        self, scores: Float[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b k i j"], Float[Tensor, "b k i j"]]:
+        """Return A and ∂(sum of scores)/∂A in float32."""
+        activation = self.activation()
+        assert self._activation is not None
         gradient = None
         if scores.requires_grad:
-            (gradient,) = torch.autograd.grad(scores.sum(), activation, allow_unused=True)
+            (gradient,) = torch.autograd.grad(scores.sum(), self._activation, allow_unused=True)
         if gradient is None:
             raise TargetLayerError(
                 f"the class score does not depend on target layer '{self.name}': name a layer "
@@ -245,19 +291,73 @@ class Capture:
             raise TargetLayerError(
                 f"target layer '{self.name}' gives {len(activation)} maps for {len(scores)} images"
             )
-        return full_precision(activation.detach()), full_precision(gradient)
+        return activation, self._maps(gradient)
+
+    def _maps(self, output: Tensor) -> Float[Tensor, "b k i j"]:
+        maps = self._reshape(output.detach())
+        if maps.ndim != 4:
+            raise TargetLayerError(
+                f"target layer '{self.name}' gives {list(output.shape)}, not a feature map "
+                "[B, C, h, w]: name a convolutional layer, or give reshape, a function that turns "
+                "its output into one"
+            )
+        return full_precision(maps)
 
 
 @contextmanager
-def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture]:
-    """Hook `target_layer` of `model` for the duration of the block."""
+def capture(
+    model: nn.Module,
+    target_layer: str | nn.Module,
+    size: tuple[int, int],
+    reshape: Reshape | None = None,
+) -> Iterator[Capture]:
+    """Hook `target_layer` of `model` for the duration of the block.
+
+    `size` is the images' height and width, by which tokens and maps with the channels last are told
+    where `reshape` doesn't say what to do with them.
+    """
     name, layer = _named_layer(model, target_layer)
-    captured = Capture(name)
+    captured = Capture(name, reshape or partial(_as_maps, size=size))
     handle = layer.register_forward_hook(captured._hook)
     try:
         yield captured
     finally:
         handle.remove()
+
+
+def _as_maps(output: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return feature maps [B, C, h, w] from maps, maps with the channels last, or tokens.
+
+    Of tokens [B, N, C], the first may belong to no place (class and register tokens): as many as
+    leave a grid with the image's proportions, a quarter at most. What fits none of these is returned
+    as it is.
+    """
+    if output.ndim == 4:
+        channels_last = _proportionate(output.shape[1:3], size) and not _proportionate(
+            output.shape[2:], size
+        )
+        return output.permute(0, 3, 1, 2) if channels_last else output
+    if output.ndim == 3:
+        for prefix in range(output.shape[1] // 4 + 1):
+            count = output.shape[1] - prefix
+            for h in range(1, count + 1):
+                if count % h == 0 and _patches((h, count // h), size):
+                    tokens = output[:, prefix:]
+                    return tokens.reshape(len(tokens), h, count // h, -1).permute(0, 3, 1, 2)
+    return output
+
+
+def _patches(grid: Sequence[int], size: Sequence[int]) -> bool:
+    """Tell whether a picture of this size has just this grid of square patches of some side."""
+    h, w = grid
+    shortest, longest = max(size[0] / (h + 1), size[1] / (w + 1)), min(size[0] / h, size[1] / w)
+    return h * w > 1 and shortest < longest
+
+
+def _proportionate(grid: Sequence[int], size: Sequence[int]) -> bool:
+    """Tell whether a grid has about the proportions of a picture of this size."""
+    (h, w), (height, width) = grid, size
+    return h * w > 1 and h * width <= 2 * w * height and w * height <= 2 * h * width
 
 
 def _named_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn.Module]:
@@ -291,11 +391,18 @@ def find_target_layer(model: nn.Module, images: Images) -> str:
     Found by tracing one forward of the first image: the last [B, C, h, w] output that the final
     weighted layer (the classifier, linear or 1 × 1 convolution) still comes after, pooling to a
     fixed size excluded. This is `layer4.2` of ResNet50, `features.norm5` of DenseNet201, `Mixed_7c`
-    of Inception v3 and `features.36` of VGG19, the layers of the paper. The trace is one more
-    evaluation of one image; its result is remembered as long as the model's modules stay the same.
+    of Inception v3 and `features.36` of VGG19, the layers of the paper.
+
+    A transformer has its last map where the work begins. There it is the last normalisation whose
+    output has one token for each patch of the image, and whose patches the classifier still hears:
+    `norm1` of the last block in a vision transformer with a class token, after which only that token
+    counts, and the final norm where the tokens are pooled.
+
+    The trace is one more evaluation of one image, three where the model works on tokens; its result
+    is remembered as long as the model's modules stay the same.
 
     Raises:
-        TargetLayerError: the model has no convolution, or works mostly on tokens after its last one.
+        TargetLayerError: the model has neither convolutions nor such tokens.
     """
     model = unwrap(model)
     structure = hash(tuple(id(module) for module in model.modules()))
@@ -324,9 +431,7 @@ class _Output:
         """Tell a feature map [B, C, h, w] by its proportions: channels-last ones don't have them."""
         if self.tensor.ndim != 4 or self.rejected:
             return False
-        h, w = self.tensor.shape[-2:]
-        height, width = images.shape[-2:]
-        return h * w > 1 and h * width <= 2 * w * height and w * height <= 2 * h * width
+        return _proportionate(self.tensor.shape[2:], images.shape[2:])
 
     @property
     def is_tokens(self) -> bool:
@@ -390,14 +495,107 @@ def _trace(model: nn.Module, images: Images) -> str:
     after = [time for time in weighted if time > last.time]
     tokens = any(o.is_tokens for o in outputs if o.time > last.time and not o.is_map(images))
     if tokens and len(after) > len(weighted) / 2:
+        found = _trace_tokens(model, images)
+        if found is not None:
+            return found
         raise TargetLayerError(
             f"{type(model).__name__} works on tokens after '{last.name}': {len(after)} of its "
-            f"{len(weighted)} weighted layers come later, so this map says little; name a layer that "
-            "gives [B, C, h, w] as target_layer"
+            f"{len(weighted)} weighted layers come later, so this map says little; name a layer as "
+            "target_layer, and give reshape, a function that turns its output into [B, C, h, w]"
         )
     same = [o for o in outputs if o.tensor is last.tensor and o.version == last.version]
     # A module that is called several times (one ReLU for a whole block) is heard several times.
     return next((o for o in same if calls[o.name] == 1), same[0]).name
+
+
+def _trace_tokens(model: nn.Module, images: Images) -> str | None:
+    """Return the last normalisation layer with a token for each patch that the classifier hears."""
+    size = (images.shape[2], images.shape[3])
+    outputs: list[tuple[str, Tensor]] = []
+    heard: list[Tensor] = []  # what the last layer with a weight matrix was given
+
+    def ended(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, Tensor) and _as_maps(output, size).ndim == 4:
+                outputs.append((name, output))
+
+        return hook
+
+    def started(module: nn.Module, args: tuple[object, ...]) -> None:
+        heard[:] = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            if "norm" in type(module).__name__.lower():
+                handles.append(module.register_forward_hook(ended(name)))
+            if any(p.ndim >= 2 for p in module.parameters(recurse=False)):
+                handles.append(module.register_forward_pre_hook(started))
+        with torch.enable_grad():
+            logits = Classifier(model, -1).logits(images.clone().requires_grad_())
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Not the logits: a head that starts at zero hears nothing yet. Random weights, since the plain
+    # sum of what a LayerNorm gives doesn't depend on what it was given.
+    sources = heard or [logits]
+    weights = [torch.randn_like(source) for source in sources]
+    gradients = torch.autograd.grad(
+        sources, [output for _, output in outputs], weights, allow_unused=True
+    )
+    for (name, _), gradient in zip(reversed(outputs), reversed(gradients), strict=True):
+        if gradient is not None and _as_maps(gradient, size).any():
+            return name
+    return None
+
+
+# --------------------------------------------------------------------------------------------------
+# rules that work on modules
+
+
+def separate_activations(model: nn.Module, images: Images) -> None:
+    """Give every call of a weightless module a module of its own, working out of place.
+
+    Methods that replace the backward of a module take it to be called once, and can't have its
+    output overwritten; a ResNet has one in-place ReLU for a whole block. For use inside
+    `undisturbed`, which puts everything back. Costs one evaluation of one image.
+    """
+    calls: dict[nn.Module, int] = {}
+
+    def called(module: nn.Module, args: object) -> None:
+        calls[module] = calls.get(module, 0) + 1
+
+    handles = []
+    try:
+        for module in model.modules():
+            if getattr(module, "inplace", False) is True:
+                module.inplace = False  # type: ignore[assignment]
+            if not [*module.parameters(), *module.children()] and module is not model:
+                handles.append(module.register_forward_pre_hook(called))
+        with torch.no_grad():
+            Classifier(model, -1).logits(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    separated = {m: _OneForEachCall(m, count) for m, count in calls.items() if count > 1}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in separated:
+                parent._modules[name] = separated[child]
+
+
+class _OneForEachCall(nn.Module):
+    """Copies of a module, which take turns."""
+
+    def __init__(self, module: nn.Module, calls: int) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList(copy.deepcopy(module) for _ in range(calls))
+        self.turn = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        chosen = self.copies[self.turn]
+        self.turn = (self.turn + 1) % len(self.copies)
+        return chosen(*args, **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lightning_aop import GradCAM, fast_sigcam, sigcam
 from lightning_aop.metrics import OverallAUC
 from lightning_aop.probing import (
     TargetLayerError,
+    _as_maps,
     capture,
     count_evaluations,
     explaining,
@@ -21,6 +22,7 @@ from lightning_aop.probing import (
     isolated_rng,
     predict,
 )
+from lightning_aop.scores import logit
 from lightning_aop.types import SaliencyMethod
 
 METHODS: list[SaliencyMethod] = [GradCAM(), fast_sigcam(iterations=2)]
@@ -188,18 +190,89 @@ def test_the_target_layer_of_timm_models(name: str, channels: int) -> None:
     layer = find_target_layer(model, images)
     with (
         explaining(model, images, targets) as (classifier, x, _),
-        capture(classifier.model, layer) as captured,
+        capture(classifier.model, layer, (64, 64)) as captured,
     ):
         activation, gradient = captured.activation_and_gradient(classifier.logits(x)[:, 2])
     assert activation.shape == gradient.shape == (1, channels, 2, 2)
     assert gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_a_transformer_is_told_apart(name: str) -> None:
-    model = timm.create_model(name, pretrained=False)
-    with pytest.raises(TargetLayerError, match=r"works on tokens after .*name a layer"):
-        find_target_layer(model, torch.rand(1, 3, 224, 224))
+TRANSFORMERS = {
+    "vit_tiny_patch16_224": "blocks.11.norm1",
+    "deit_tiny_distilled_patch16_224": "blocks.11.norm1",
+    "vit_little_patch16_reg1_gap_256": "blocks.13.norm2",  # no class token: all patches are pooled
+    "swin_tiny_patch4_window7_224": "norm",
+    "torchvision/vit_b_16": "encoder.layers.encoder_layer_11.ln_1",
+    "torchvision/swin_v2_t": "permute",
+}
+
+
+def transformer(name: str) -> nn.Module:
+    if name.startswith("torchvision/"):
+        return torchvision.models.get_model(name.removeprefix("torchvision/"), weights=None).eval()
+    return timm.create_model(name, pretrained=False).eval()
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_target_layer_of_transformers(name: str) -> None:
+    model, side = transformer(name), 256 if "256" in name else 224
+    images, targets = torch.rand(2, 3, side, side), torch.tensor([3, 7])
+    with count_evaluations(model) as count:
+        assert find_target_layer(model, images) == TRANSFORMERS[name]
+    assert count.total <= 3
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    nn.init.normal_(head.weight)  # torchvision's start at zero
+    before = snapshot(model)
+    with (
+        explaining(model, images, targets) as (classifier, x, t),
+        capture(classifier.model, TRANSFORMERS[name], (side, side)) as captured,
+    ):
+        a, g = captured.activation_and_gradient(classifier.scores(x, t, logit))
+    assert_same(before, snapshot(model))
+    assert a.shape == g.shape
+    assert a.shape[2:] == ((7, 7) if "swin" in name else (side // 16, side // 16))
+    assert g.flatten(1).any(dim=1).all()
+
+
+def test_the_target_layer_of_a_transformer_with_an_empty_head() -> None:
+    model = transformer("vit_tiny_patch16_224")
+    nn.init.zeros_(model.head.weight)  # type: ignore[union-attr, arg-type]
+    assert find_target_layer(model, torch.rand(1, 3, 224, 224)) == "blocks.11.norm1"
+
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 160), (100, 230)])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_tokens_are_laid_out_as_patches(size: tuple[int, int], prefix: int) -> None:
+    h, w = size[0] // 16, size[1] // 16
+    expected = torch.randn(2, 6, h, w)
+    tokens = expected.flatten(2).transpose(1, 2)
+    tokens = torch.cat([torch.randn(2, prefix, 6), tokens], dim=1)
+    assert torch.equal(_as_maps(tokens, size), expected)
+    assert torch.equal(_as_maps(expected.permute(0, 2, 3, 1), size), expected)
+    assert torch.equal(_as_maps(expected, size), expected)
+
+
+def test_tokens_that_fit_no_grid_need_reshape(batch: Any) -> None:
+    class Odd(nn.Module):
+        """Seven tokens for whatever picture."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Conv2d(3, 7, 8)
+            self.norm = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = nn.functional.adaptive_avg_pool2d(self.tokens(images), 2).flatten(2)
+            return self.head(self.norm(tokens).mean(1))  # type: ignore[no-any-return]
+
+    images, targets = batch[0][:, :, :32], batch[1]
+    with pytest.raises(TargetLayerError, match=r"'norm' gives \[4, 7, 4\].*give reshape"):
+        GradCAM("norm").explain(Odd(), images, targets)
+    maps = GradCAM("norm", reshape=lambda t: t.transpose(1, 2)[..., None]).activation_map(
+        Odd(), images, targets
+    )
+    assert maps.shape == (4, 7, 1)
 
 
 def test_a_model_without_convolution_is_refused() -> None:
