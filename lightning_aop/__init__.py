@@ -10,8 +10,9 @@ from lightning_aop.cam import (
     WGradCAM,
     XGradCAM,
 )
+from lightning_aop.controls import CentreGaussian, EdgeDetector, RandomMap
 from lightning_aop.monitor import ExplanationMonitor
-from lightning_aop.perturbation import IGOS, BilateralMask
+from lightning_aop.perturbation import EMP, IGOS, BilateralMask
 from lightning_aop.types import Perturbation, SaliencyMethod
 
 __version__ = "0.1.0"
@@ -19,15 +20,19 @@ __version__ = "0.1.0"
 __all__ = [
     "AOP",
     "CAM",
+    "EMP",
     "IGOS",
     "BilateralMask",
     "Blank",
+    "CentreGaussian",
+    "EdgeDetector",
     "ExplanationMonitor",
     "GradCAM",
     "GradCAMPlusPlus",
     "HiResCAM",
     "LayerCAM",
     "Perturbation",
+    "RandomMap",
     "SaliencyMethod",
     "WGradCAM",
     "XGradCAM",

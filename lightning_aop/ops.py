@@ -40,10 +40,10 @@ def min_max(maps: CoarseMaps) -> CoarseMaps:
     return torch.where(span > 0, (maps - low) / span.clamp_min(torch.finfo(maps.dtype).tiny), 0.0)
 
 
-def total_variation(masks: CoarseMaps) -> Float[Tensor, " b"]:
-    """Return mean |row difference|² + mean |column difference|² of each mask."""
-    rows = masks.diff(dim=1).square().mean(dim=(1, 2))
-    columns = masks.diff(dim=2).square().mean(dim=(1, 2))
+def total_variation(masks: CoarseMaps, exponent: int = 2) -> Float[Tensor, " b"]:
+    """Return mean |row difference|^exponent + mean |column difference|^exponent of each mask."""
+    rows = masks.diff(dim=1).abs().pow(exponent).mean(dim=(1, 2))
+    columns = masks.diff(dim=2).abs().pow(exponent).mean(dim=(1, 2))
     return rows + columns
 
 

@@ -131,6 +131,35 @@ def bilateral_mask(
     return saliency
 
 
+def emp(
+    model: nn.Module,
+    image: Tensor,
+    baseline: Tensor,
+    target: int,
+    start: Tensor,
+    iterations: int,
+    l1: float,
+    tv: float,
+) -> Tensor:
+    """Meaningful perturbation on one image, with Adam (lr 0.1) written out, from the mask `start`."""
+    height, width = image.shape[1:]
+    mask = start.clone()
+    mean, variance = torch.zeros_like(start), torch.zeros_like(start)
+    for number in range(1, iterations + 1):
+        leaf = mask.clone().requires_grad_()
+        up = F.interpolate(leaf[None, None], (height, width), mode="bilinear", align_corners=True)
+        seen = image * up[0] + baseline * (1 - up[0])
+        loss = torch.softmax(model(seen[None]), dim=1)[0, target] + l1 * (1 - leaf).abs().mean()
+        loss = loss + tv * ((leaf[1:] - leaf[:-1]).abs() ** 3).mean()
+        loss = loss + tv * ((leaf[:, 1:] - leaf[:, :-1]).abs() ** 3).mean()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        mean = 0.9 * mean + 0.1 * gradient
+        variance = 0.999 * variance + 0.001 * gradient**2
+        corrected = (variance / (1 - 0.999**number)).sqrt() + 1e-8
+        mask = (mask - 0.1 * mean / (1 - 0.9**number) / corrected).clamp(0, 1)
+    return mask
+
+
 def pixel_order(saliency: Tensor) -> list[tuple[int, int]]:
     """All pixels by falling saliency, ties row by row."""
     height, width = saliency.shape

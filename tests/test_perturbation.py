@@ -6,7 +6,7 @@ import slow
 import torch
 from torch import Tensor, nn
 
-from lightning_aop import AOP, IGOS, BilateralMask, Blank, WGradCAM, fast_sigcam, sigcam
+from lightning_aop import AOP, EMP, IGOS, BilateralMask, Blank, WGradCAM, fast_sigcam, sigcam
 from lightning_aop.ops import GaussianBlur, resize
 from lightning_aop.perturbation import ArmijoSearch
 from lightning_aop.probing import count_evaluations
@@ -132,9 +132,27 @@ def test_armijo_search_takes_the_known_step_on_a_parabola() -> None:
     torch.testing.assert_close(uphill, (masks + smallest * direction).clamp(0, 1))
 
 
+def test_emp_is_the_slow_float64_loop(double: nn.Module, pictures: tuple[Tensor, Tensor]) -> None:
+    images, targets = pictures
+    start = starts(4, 9)
+    method = EMP(iterations=12, mask_size=9, l1=0.05, tv=5.0, eval_batch_size=3)
+    with count_evaluations(double) as count:
+        maps = method.refine(double, images, targets, start)
+    assert (count.forward, count.backward) == (4 * 12, 4 * 12)
+    baseline, inside = GaussianBlur()(images), 0
+    for i in range(4):
+        mask = slow.emp(
+            double, images[i], baseline[i], int(targets[i]), 1 - start[i], 12, l1=0.05, tv=5.0
+        )
+        torch.testing.assert_close(maps[i], 1 - slow.enlarge(mask, 40, 32), atol=1e-6, rtol=0)
+        inside += int(((mask > 0.05) & (mask < 0.95)).sum())
+    assert inside > 20, "else little more than the clamp is tested"
+
+
 @pytest.mark.parametrize(
     "method",
     [
+        AOP(WGradCAM(), EMP(iterations=4, eval_batch_size=3)),
         AOP(WGradCAM(), IGOS(iterations=3, samples=3, eval_batch_size=5)),
         fast_sigcam(iterations=4, eval_batch_size=3),
     ],
@@ -203,6 +221,8 @@ def test_multilabel_score(double: nn.Module, pictures: tuple[Tensor, Tensor]) ->
 def test_settings_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="IGOS: samples must be above 0, got 0"):
         IGOS(samples=0)
+    with pytest.raises(ValueError, match="EMP: lr must be above 0, got 0"):
+        EMP(lr=0)
     with pytest.raises(ValueError, match="BilateralMask: iterations must be above 0, got -1"):
         BilateralMask(iterations=-1)
     with pytest.raises(ValueError, match=r"AOP: threshold must lie in \[0, 1\], got 70"):
