@@ -4,15 +4,14 @@ Nothing here uses a random number, a figure or a backend. matplotlib lends only 
 its font, and is imported at the first drawing.
 """
 
+import io
 import itertools
 import math
-import os
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lightning_aop.files import write_whole
 from lightning_aop.types import Images, Maps
 
 RGB: TypeAlias = Float[Tensor, "b 3 h w"]
@@ -38,6 +38,7 @@ _LARGEST = 224  # longer side of a panel in pixels, unless `cell` asks for anoth
 _SMALLEST = 32
 _PAPER, _INK, _MUTED = (20, 22, 27), (238, 240, 244), (156, 163, 175)
 _VERDICTS = {"missed": (245, 180, 80), "false positive": (248, 113, 113)}
+_BEST = (134, 239, 172)
 # Cyan is none of inferno's colours.
 _LINE = (0.3, 0.95, 1.0)
 _ABREAST = 5  # overlays of one group in a row
@@ -273,19 +274,147 @@ def heatmap_grid(
             else:
                 write(texts[i], x, y + below, last - em // 4)
 
-    x = margin + content - bar_w
-    # The bar is an overlay on mid-grey, so it shows the colours as they look on a picture.
-    ramp = torch.linspace(0, 1, bar_w, device="cpu", dtype=torch.float32).expand(1, bar_h, -1)
-    bar = overlay(torch.full_like(ramp, 0.5)[:, None].expand(-1, 3, -1, -1), ramp)
-    canvas.paste(Image.fromarray(_bytes(bar)[0].permute(1, 2, 0).numpy()), (x, foot))
-    draw.text((x - em, foot + bar_h / 2), "saliency", _INK, font, "rm")
-    for share, text, anchor in ((0.0, "0", "la"), (0.5, "0.5", "ma"), (1.0, "1", "ra")):
-        draw.text((x + share * bar_w, foot + bar_h + em // 4), text, _MUTED, small, anchor)
+    _colour_bar(canvas, (margin + content - bar_w, foot), (bar_w, bar_h), em)
     if note:
         colour = tuple(round(255 * c) for c in _LINE)
         middle = foot + bar_h // 2
         draw.line((margin, middle, margin + 2 * em, middle), colour, max(em // 6, 2))
         draw.text((margin + round(2.7 * em), middle), note, _INK, font, "lm")
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+
+
+def _colour_bar(
+    canvas: Image.Image,
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    em: int,
+    name: str = "saliency",
+) -> None:
+    """Draw the scale of the colours; its name stands to the left of `corner`."""
+    (x, y), (width, height), draw = corner, size, ImageDraw.Draw(canvas)
+    font, small = _font("DejaVuSans.ttf", em), _font("DejaVuSans.ttf", max(round(0.8 * em), 10))
+    # The bar is an overlay on mid-grey, so it shows the colours as they look on a picture.
+    ramp = torch.linspace(0, 1, width, device="cpu", dtype=torch.float32).expand(1, height, -1)
+    bar = overlay(torch.full_like(ramp, 0.5)[:, None].expand(-1, 3, -1, -1), ramp)
+    canvas.paste(Image.fromarray(_bytes(bar)[0].permute(1, 2, 0).numpy()), (x, y))
+    draw.text((x - em, y + height / 2), name, _INK, font, "rm")
+    for share, text, anchor in ((0.0, "0", "la"), (0.5, "0.5", "ma"), (1.0, "1", "ra")):
+        draw.text((x + share * width, y + height + em // 4), text, _MUTED, small, anchor)
+
+
+def map_table(
+    images: Images,
+    maps: Sequence[Sequence[Float[Tensor, "h w"] | None]],
+    columns: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    headings: Sequence[str],
+    *,
+    title: str | None = None,
+    best: Sequence[int | None] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    cell: int = 160,
+    abreast: int = 13,
+    scale: str = "saliency",
+) -> Picture:
+    """Draw several maps of every image: a row for each image, a column for each way to explain.
+
+    More columns than `abreast` go into further bands below, each with the images at its left.
+
+    Args:
+        images: (b, c, h, w), as ``displayable`` takes them.
+        maps: for each image its m maps (h, w) in [0, 1], as ``overlay`` takes them; None leaves a place
+            that says "no map".
+        columns: m texts of one or two lines, the second muted.
+        captions: for each image m texts of one or two lines, below its maps.
+        headings: for each image a text of one or two lines, below it.
+        title: one line at the top.
+        best: for each image the column whose caption is set off in colour, or None.
+        mean: see ``displayable``.
+        std: see ``displayable``.
+        cell: longer side of a panel in pixels.
+        abreast: columns in a band, at most.
+        scale: what the colours stand for, written beside their bar.
+
+    Returns:
+        (3, H, W) uint8 on the CPU.
+
+    Raises:
+        ValueError: the numbers of images, maps, columns, captions and headings don't fit each other.
+    """
+    count, many = len(images), len(columns)
+    for name, rows in (("maps", maps), ("captions", captions)):
+        if len(rows) != count or any(len(row) != many for row in rows):
+            raise ValueError(
+                f"{name} must hold {many} entries, one a column, for each of the {count} images, got "
+                f"{[len(row) for row in rows]}"
+            )
+    if len(headings) != count or count == 0 or many == 0:
+        raise ValueError(
+            f"headings must hold a text for each of the {count} images (1 or more), of {many} columns "
+            f"(1 or more), got {len(headings)}"
+        )
+    pictures = displayable(images, mean, std)
+    blank = pictures.new_zeros(pictures.shape[2:])
+    flat = torch.stack([blank if m is None else m.to(blank) for row in maps for m in row])
+    panels, labels = _panels(
+        pictures.repeat_interleave(many, dim=0), flat, cell, None, [[i] for i in range(len(flat))]
+    )
+    labels = [
+        "no map" if m is None else label
+        for m, label in zip((m for row in maps for m in row), labels, strict=True)
+    ]
+    high, wide = panels.shape[2:4]
+    em = min(max(round(max(high, wide) / 13), 11), 24)
+    font, bold = _font("DejaVuSans.ttf", em), _font("DejaVuSans-Bold.ttf", em)
+    large, small = _font("DejaVuSans-Bold.ttf", round(1.3 * em)), _font("DejaVuSans.ttf", em - 1)
+    margin, line, gap = round(1.6 * em), round(1.4 * em), max(em // 2, 4)
+    texts = [[_lines(text) for text in row] for row in captions]
+    heads, names = [_lines(text) for text in headings], [_lines(text) for text in columns]
+    step, band = wide + gap, math.ceil(many / math.ceil(many / abreast))
+    head_high = line * max(map(len, names)) + em // 2
+    row_high = high + em // 2 + line * max(map(len, itertools.chain(heads, *texts))) + em
+    bands = [range(i, min(i + band, many)) for i in range(0, many, band)]
+    bar_w, bar_h = 12 * em, round(0.7 * em)
+    top = margin + (2 * line if title else 0)
+    band_high = head_high + count * row_high + em
+    width = (band + 1) * step + em - gap + 2 * margin
+    canvas = Image.new("RGB", (width, top + len(bands) * band_high + bar_h + 2 * margin), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        text = _shortened(" ".join(title.split()), large, width - 2 * margin)
+        draw.text((margin, margin), text, _INK, large, "lt")
+
+    def write(
+        lines: Sequence[str], x: int, y: int, first: ImageFont.FreeTypeFont, colour: Any = _INK
+    ) -> None:
+        for row, text in enumerate(lines):
+            face = small if row else first
+            draw.text(
+                (x, y + row * line),
+                _shortened(text, face, wide),
+                _MUTED if row else colour,
+                face,
+                "la",
+            )
+
+    for number, shown in enumerate(bands):
+        upper = top + number * band_high
+        for place, j in enumerate(shown):
+            write(names[j], margin + (place + 1) * step + em, upper, bold)
+        for i in range(count):
+            y = upper + head_high + i * row_high
+            canvas.paste(Image.fromarray(panels[i * many, 0]), (margin, y))
+            write(heads[i], margin, y + high + em // 2, bold)
+            for place, j in enumerate(shown):
+                x = margin + (place + 1) * step + em
+                canvas.paste(Image.fromarray(panels[i * many + j, 1]), (x, y))
+                if labels[i * many + j]:
+                    _badge(draw, (x, y + high), labels[i * many + j], small)
+                colour = _BEST if best is not None and best[i] == j else _INK
+                write(texts[i][j], x, y + high + em // 2, font, colour)
+    x, y = width - margin - bar_w, canvas.height - margin - bar_h
+    _colour_bar(canvas, (x, y), (bar_w, bar_h), em, _shortened(scale, font, x - margin - em))
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
 
 
@@ -401,15 +530,9 @@ def write_png(image: Picture, path: str | Path) -> Path:
             f"image must be torch.uint8 of shape [3, H, W], got {image.dtype} of shape "
             f"{list(image.shape)}: give what heatmap_grid() returned"
         )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by their owner only, and would stay so under the new name.
-    draft = target.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(draft, "PNG")
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    target, content = Path(path), io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(content, "PNG")
+    write_whole(target, content.getvalue())
     return target
 
 

@@ -11,7 +11,6 @@ import functools
 import importlib
 import io
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
+
+from lightning_aop.files import write_whole
 
 Array = npt.NDArray[np.float64]
 
@@ -276,16 +277,6 @@ def _annotation(number: int, image: int, kind: int, points: Array) -> dict[str, 
     }
 
 
-def _put(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, also beside another process doing the same."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _head(path: Path, length: int) -> bytes:
     """Read the first bytes of a file, none where there is no file."""
     if not path.exists():
@@ -366,7 +357,7 @@ def write_shapes(
         buffer = io.BytesIO()
         drawn = Image.fromarray(np.round(picture * 255).astype(np.uint8))
         drawn.save(buffer, "png", compress_level=3)
-        _put(path, buffer.getvalue())
+        write_whole(path, buffer.getvalue())
         sets[split]["images"].append(
             {"id": image, "file_name": path.name, "width": size, "height": size}
         )
@@ -375,5 +366,5 @@ def write_shapes(
             for k, (kind, points) in enumerate(instances)
         ]
     for path, content in zip(annotations, sets, strict=True):
-        _put(path, json.dumps(content).encode())
+        write_whole(path, json.dumps(content).encode())
     return root

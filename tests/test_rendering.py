@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_aop import rendering
-from lightning_aop.rendering import displayable, heatmap_grid, overlay, write_png
+from lightning_aop.rendering import displayable, heatmap_grid, map_table, overlay, write_png
 
 
 def pictures(count: int = 2, size: tuple[int, int] = (128, 160), channels: int = 3) -> Tensor:
@@ -408,11 +408,12 @@ def test_a_failed_write_leaves_the_old_file(
     path = write_png(first, tmp_path / "grid.png")
     old = path.read_bytes()
 
-    def full(self: Image.Image, file: Path, *_: object) -> None:
-        Path(file).write_bytes(b"half a file")
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:100])
         raise OSError("disk full")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="disk full"):
         write_png(second, path)
     assert path.read_bytes() == old
@@ -647,3 +648,86 @@ def test_verdicts_have_their_colours() -> None:
 def test_layouts_that_do_not_fit_are_told(layout: Any, message: str, unchecked: None) -> None:
     with pytest.raises(ValueError, match=message):
         heatmap_grid(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8), ["a", "b"], **layout)
+
+
+def table_of(count: int, many: int, **more: Any) -> Tensor:
+    maps = torch.rand(count, many, 24, 32, generator=torch.Generator().manual_seed(2))
+    rows = [list(row) for row in maps]
+    captions = [[f"over-all 0.{i}{j}\nsmall" for j in range(many)] for i in range(count)]
+    return map_table(
+        torch.rand(count, 3, 24, 32),
+        rows,
+        [f"method {j}" for j in range(many)],
+        captions,
+        [f"class {i}" for i in range(count)],
+        **more,
+    )
+
+
+def test_a_table_has_a_row_for_each_image_and_bands_of_columns() -> None:
+    one, wide = table_of(1, 2, cell=96), table_of(1, 4, cell=96)
+    step = 96 + 5  # the panel and the gap
+    assert wide.shape[2] - one.shape[2] == 2 * step
+    two = table_of(2, 2, cell=96)
+    row = two.shape[1] - one.shape[1]
+    assert 72 + 30 < row < 72 + 90
+    bands = table_of(1, 4, cell=96, abreast=2)
+    assert bands.shape[2] == one.shape[2]
+    assert bands.shape[1] > one.shape[1] + row
+
+
+def test_every_map_of_a_table_is_the_overlay_of_its_own_image() -> None:
+    images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+    maps = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(2))
+    picture = map_table(
+        images, [list(row) for row in maps], list("abc"), [list("xyz")] * 2, list("pq"), cell=40
+    )
+    found = picture.permute(1, 2, 0).numpy().astype(int)
+
+    def places(panel: Tensor) -> list[tuple[int, int]]:
+        wanted = (panel * 255).round().permute(1, 2, 0).numpy().astype(int)
+        rows, columns = np.nonzero((found[:-39, :-39] == wanted[0, 0]).all(axis=2))
+        return [
+            (y, x)
+            for y, x in zip(rows.tolist(), columns.tolist(), strict=True)
+            if (found[y : y + 40, x : x + 40] == wanted).all()
+        ]
+
+    where = {}
+    for i in range(2):
+        [where[i, "input"]] = places(images[i])
+        for j in range(3):
+            [where[i, j]] = places(overlay(images[i : i + 1], maps[i : i + 1, j])[0])
+    for i in range(2):
+        assert len({where[i, k][0] for k in ("input", 0, 1, 2)}) == 1
+        assert where[i, "input"][1] < where[i, 0][1] < where[i, 1][1] < where[i, 2][1]
+    assert where[0, 0][0] < where[1, 0][0]
+
+
+def test_missing_and_blank_maps_and_the_best_are_marked() -> None:
+    images, some = torch.rand(1, 3, 64, 64), torch.rand(64, 64)
+
+    def draw(maps: list[Tensor | None], best: list[int | None] | None = None) -> Tensor:
+        captions = [["0.1", "0.2"]]
+        return map_table(images, [maps], ["a", "b"], captions, ["cat"], best=best, cell=64)
+
+    whole, missing = draw([some, some]), draw([some, None])
+    blank = draw([some, torch.zeros(64, 64)])
+    assert not torch.equal(whole, missing)
+    assert not torch.equal(missing, blank)  # "no map" and "blank map"
+    green = torch.tensor([134, 239, 172], dtype=torch.uint8)
+    assert not (whole == green[:, None, None]).all(dim=0).any()
+    marked = (draw([some, some], [1]) == green[:, None, None]).all(dim=0)
+    assert marked.any()
+    assert marked.nonzero()[:, 1].min() > whole.shape[2] / 2
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_table_says_what_does_not_fit() -> None:
+    images, one = torch.rand(1, 3, 32, 32), torch.rand(32, 32)
+    with pytest.raises(ValueError, match=r"maps must hold 2 entries.*for each of the 1 images"):
+        map_table(images, [[one]], ["a", "b"], [["x", "y"]], ["cat"])
+    with pytest.raises(ValueError, match=r"captions must hold 1 entries, .* got \[2\]"):
+        map_table(images, [[one]], ["a"], [["x", "y"]], ["cat"])
+    with pytest.raises(ValueError, match=r"headings must hold a text for each of the 1 images"):
+        map_table(images, [[one]], ["a"], [["x"]], [])
