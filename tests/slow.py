@@ -1,9 +1,11 @@
 """The published algorithms as plain loops over one image at a time, to compare the package with."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 ScoreOf = Callable[[Tensor], float]
@@ -183,3 +185,155 @@ def moving_curve(
 def rise_auc(scores: list[float]) -> float:
     """The area as RISE computes it."""
     return (sum(scores) - scores[0] / 2 - scores[-1] / 2) / (len(scores) - 1)
+
+
+def rise(
+    model: nn.Module,
+    image: Tensor,
+    target: int,
+    grids: list[Tensor],
+    offsets: list[tuple[int, int]],
+    probability: float,
+) -> Tensor:
+    """RISE on one image, a mask at a time, before it is scaled to [0, 1]."""
+    height, width = image.shape[1:]
+    cells = len(grids[0])
+
+    def spread(size: int, offset: int) -> Tensor:
+        """How much of each cell every pixel of one direction gets."""
+        weights = torch.zeros(size, cells, dtype=image.dtype)
+        cell = (size + cells - 1) // cells
+        for pixel in range(size):
+            place = (pixel + offset + 0.5) * cells / ((cells + 1) * cell) - 0.5
+            place = min(max(place, 0.0), cells - 1.0)
+            left = int(place)
+            weights[pixel, left] += 1 - (place - left)
+            weights[pixel, min(left + 1, cells - 1)] += place - left
+        return weights
+
+    total = torch.zeros(height, width, dtype=image.dtype)
+    with torch.no_grad():
+        for grid, (top, left) in zip(grids, offsets, strict=True):
+            mask = spread(height, top) @ grid.to(image.dtype) @ spread(width, left).T
+            total += torch.softmax(model((image * mask)[None]), dim=1)[0, target] * mask
+    return total / len(grids) / probability
+
+
+Walk = tuple[Tensor, Callable[[Tensor], Tensor]]
+
+
+def excitation(module: Any, x: Tensor) -> Walk:
+    """Excitation backprop of one image through a module of torch or a block of torchvision.
+
+    Returns the module's output for the activations `x`, [C, H, W] or [C], and the function from the
+    signal at that output to the signal at `x`.
+    """
+    if isinstance(module, nn.Conv2d):
+        stride, padding = module.stride[0], int(module.padding[0])
+        return module(x[None])[0], lambda p: _excited_conv(x, module, p, stride, padding)
+    if isinstance(module, nn.Linear):
+        positive = module.weight.clamp(min=0)
+        share = torch.einsum("oi,i->o", positive, x) + 1e-20
+        return module(x), lambda p: x * torch.einsum("oi,o->i", positive, p / share)
+    if isinstance(module, nn.BatchNorm2d):
+        return module(x[None])[0], lambda p: p
+    if isinstance(module, (nn.ReLU, nn.ReLU6)):
+        top = 6.0 if isinstance(module, nn.ReLU6) else float("inf")
+        return x.clamp(0, top), lambda p: p * ((x > 0) & (x < top))
+    if isinstance(module, nn.Dropout):
+        return x, lambda p: p
+    if isinstance(module, nn.Flatten):
+        return x.flatten(), lambda p: p.reshape(x.shape)
+    if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
+        output = module(x[None])[0]
+        return output, lambda p: _excited_pool(x, module, output, p)
+    if isinstance(module, nn.Sequential):
+        return _excited_chain(list(module), x)
+    if isinstance(module, torchvision.models.squeezenet.Fire):
+        middle, squeezed = _excited_chain([module.squeeze, nn.ReLU()], x)
+        small, from_small = _excited_chain([module.expand1x1, nn.ReLU()], middle)
+        large, from_large = _excited_chain([module.expand3x3, nn.ReLU()], middle)
+        n = len(small)
+        return torch.cat([small, large]), lambda p: squeezed(from_small(p[:n]) + from_large(p[n:]))
+    if isinstance(module, torchvision.models.mobilenetv2.InvertedResidual):
+        if not module.use_res_connect:
+            return excitation(module.conv, x)
+        return _excited_sum(x, excitation(module.conv, x), (x, lambda p: p))
+    if isinstance(module, torchvision.models.resnet.BasicBlock):
+        names = ("conv1", "bn1", "relu", "conv2", "bn2")
+        branch = _excited_chain([getattr(module, name) for name in names], x)
+        beside = excitation(module.downsample or nn.Sequential(), x)
+        added, apart = _excited_sum(x, branch, beside)
+        output, masked = excitation(nn.ReLU(), added)
+        return output, lambda p: apart(masked(p))
+    raise NotImplementedError(type(module).__name__)
+
+
+def _excited_chain(modules: list[nn.Module], x: Tensor) -> Walk:
+    backs = []
+    for module in modules:
+        x, back = excitation(module, x)
+        backs.append(back)
+
+    def walk(p: Tensor) -> Tensor:
+        for back in reversed(backs):
+            p = back(p)
+        return p
+
+    return x, walk
+
+
+def _excited_sum(x: Tensor, first: Walk, second: Walk) -> Walk:
+    (a, from_a), (b, from_b) = first, second
+    total = a + b
+    return total, lambda p: from_a(a / total * p) + from_b(b / total * p)
+
+
+def _excited_conv(x: Tensor, conv: nn.Conv2d, p: Tensor, stride: int, padding: int) -> Tensor:
+    """One output position after the other."""
+    (height, width), groups = x.shape[1:], conv.groups
+    padded = torch.zeros(len(x), height + 2 * padding, width + 2 * padding, dtype=x.dtype)
+    padded[:, padding : padding + height, padding : padding + width] = x
+    signal = torch.zeros_like(padded)
+    positive = conv.weight.clamp(min=0)
+    inputs, outputs, (high, wide) = len(x) // groups, len(p) // groups, positive.shape[2:]
+    for g in range(groups):
+        weights = positive[g * outputs : (g + 1) * outputs]
+        for i in range(p.shape[1]):
+            for j in range(p.shape[2]):
+                rows, columns = (
+                    slice(i * stride, i * stride + high),
+                    slice(j * stride, j * stride + wide),
+                )
+                channels = slice(g * inputs, (g + 1) * inputs)
+                seen = padded[channels, rows, columns]
+                share = torch.einsum("ocyx,cyx->o", weights, seen) + 1e-20
+                arriving = p[g * outputs : (g + 1) * outputs, i, j] / share
+                signal[channels, rows, columns] += seen * torch.einsum(
+                    "ocyx,o->cyx", weights, arriving
+                )
+    return signal[:, padding : padding + height, padding : padding + width]
+
+
+def _excited_pool(x: Tensor, pool: Any, output: Tensor, p: Tensor) -> Tensor:
+    signal = torch.zeros_like(x)
+    for i in range(p.shape[1]):
+        for j in range(p.shape[2]):
+            if isinstance(pool, nn.AdaptiveAvgPool2d):
+                (high, wide), (n, m) = x.shape[1:], p.shape[1:]
+                rows = range(i * high // n, -(-(i + 1) * high // n))
+                columns = range(j * wide // m, -(-(j + 1) * wide // m))
+            else:
+                padding = int(pool.padding)
+                top, left = i * int(pool.stride) - padding, j * int(pool.stride) - padding
+                rows = range(max(top, 0), min(top + int(pool.kernel_size), x.shape[1]))
+                columns = range(max(left, 0), min(left + int(pool.kernel_size), x.shape[2]))
+            for c in range(len(x)):
+                seen = x[c, rows.start : rows.stop, columns.start : columns.stop]
+                part = signal[c, rows.start : rows.stop, columns.start : columns.stop]
+                if isinstance(pool, nn.MaxPool2d):
+                    row, column = divmod(int(seen.argmax()), seen.shape[1])
+                    part[row, column] += p[c, i, j]
+                else:
+                    part += seen / (seen.sum() + 1e-20) * p[c, i, j]
+    return signal
