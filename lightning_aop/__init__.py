@@ -1,6 +1,7 @@
 """See, while a model trains in PyTorch Lightning, what it looks at and whether that can be trusted."""
 
 from lightning_aop.aop import AOP, Blank, fast_sigcam, sigcam
+from lightning_aop.attribution import CaptumAttribution
 from lightning_aop.cam import (
     CAM,
     GradCAM,
@@ -13,6 +14,7 @@ from lightning_aop.cam import (
 from lightning_aop.controls import CentreGaussian, EdgeDetector, RandomMap
 from lightning_aop.monitor import ExplanationMonitor
 from lightning_aop.perturbation import EMP, IGOS, BilateralMask
+from lightning_aop.regions import RISE, XRAI
 from lightning_aop.types import Perturbation, SaliencyMethod
 
 __version__ = "0.1.0"
@@ -22,8 +24,11 @@ __all__ = [
     "CAM",
     "EMP",
     "IGOS",
+    "RISE",
+    "XRAI",
     "BilateralMask",
     "Blank",
+    "CaptumAttribution",
     "CentreGaussian",
     "EdgeDetector",
     "ExplanationMonitor",

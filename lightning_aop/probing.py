@@ -316,7 +316,7 @@ def capture(
     `size` is the images' height and width, by which tokens and maps with the channels last are told
     where `reshape` doesn't say what to do with them.
     """
-    name, layer = _named_layer(model, target_layer)
+    name, layer = named_layer(model, target_layer)
     captured = Capture(name, reshape or partial(_as_maps, size=size))
     handle = layer.register_forward_hook(captured._hook)
     try:
@@ -360,7 +360,8 @@ def _proportionate(grid: Sequence[int], size: Sequence[int]) -> bool:
     return h * w > 1 and h * width <= 2 * w * height and w * height <= 2 * h * width
 
 
-def _named_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn.Module]:
+def named_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn.Module]:
+    """Return the name and the module of a layer given by either; raise TargetLayerError if missing."""
     modules = dict(model.named_modules())
     if isinstance(target_layer, str):
         if target_layer in modules:
