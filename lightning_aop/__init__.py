@@ -12,6 +12,7 @@ from lightning_aop.cam import (
     XGradCAM,
 )
 from lightning_aop.controls import CentreGaussian, EdgeDetector, RandomMap
+from lightning_aop.excitation import ExcitationBackprop
 from lightning_aop.monitor import ExplanationMonitor
 from lightning_aop.perturbation import EMP, IGOS, BilateralMask
 from lightning_aop.regions import RISE, XRAI
@@ -31,6 +32,7 @@ __all__ = [
     "CaptumAttribution",
     "CentreGaussian",
     "EdgeDetector",
+    "ExcitationBackprop",
     "ExplanationMonitor",
     "GradCAM",
     "GradCAMPlusPlus",
