@@ -58,7 +58,8 @@ class CaptumAttribution:
         settings: for its constructor: `{"multiply_by_inputs": False}`.
         layer: the name of the layer, for methods that need one: "LayerGradCam", "GuidedGradCam".
         noise_tunnel: arguments of captum's NoiseTunnel around the method: `{"nt_type": "vargrad"}`.
-            `stdevs` is a share of the image's range, from its smallest to its largest value.
+            `stdevs` is a share of the image's range, from its smallest to its largest value, 0.15
+            by default.
         superpixels: of so many SLIC superpixels each is one feature, for methods that switch features
             off: "Lime", "KernelShap", "FeatureAblation". 0 leaves each pixel a feature.
         sign: "absolute" counts evidence for and against the class, "positive" that for it.
@@ -174,8 +175,8 @@ class CaptumAttribution:
 
         def attribute(images: Images, targets: Targets) -> Float[Tensor, "n k i j"]:
             own = dict(arguments)
-            if "stdevs" in own:
-                own["stdevs"] = own["stdevs"] * (images.max() - images.min()).item()
+            if self.noise_tunnel is not None:
+                own["stdevs"] = own.get("stdevs", 0.15) * (images.max() - images.min()).item()
             if self.superpixels:
                 pixels = images[0].movedim(0, -1).cpu().numpy()
                 labels = torch.from_numpy(superpixels(pixels, [self.superpixels])[0])

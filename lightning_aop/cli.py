@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_aop import __version__
-from lightning_aop.aop import sigcam
+from lightning_aop.aop import AOP
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
 from lightning_aop.coco.predictions import PredictionWriter
+from lightning_aop.commands.compare import compare, compare_parser
+from lightning_aop.commands.explain import explain, explain_parser
+from lightning_aop.commands.sanity_check import sanity_check, sanity_check_parser
 from lightning_aop.errors import CommandError
 from lightning_aop.methods import METHODS, MethodName
-from lightning_aop.photos import explain, explain_parser
 from lightning_aop.pointing_game import Rules, details, name_of, play, table
 from lightning_aop.scores import sigmoid
 from lightning_aop.types import SaliencyMethod
@@ -51,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["explain"]:
             return explain(explain_parser().parse_args(words[1:]))
+        if words[:1] == ["compare"]:
+            return compare(compare_parser().parse_args(words[1:]))
+        if words[:1] == ["sanity-check"]:
+            return sanity_check(sanity_check_parser().parse_args(words[1:]))
         if words[:1] == ["demo"]:
             return _demo(_demo_parser().parse_args(words[1:]))
         for message in _MEANT:
@@ -59,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"lightning-aop: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("lightning-aop: stopped", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ImportError) as error:
         if not _is_ours(error):
             raise
@@ -127,9 +137,11 @@ setattr(Trainer, "pointing-game", Trainer.pointing_game)
 
 def coco_method(name: MethodName) -> SaliencyMethod:
     """Return a method with the paper's settings for COCO: θ = 0.6, λ = 0.25, a sigmoid score."""
-    if name == "sigcam":
-        return sigcam(threshold=0.6, scale=0.25, score=sigmoid)
-    return METHODS[name](None, sigmoid)
+    method = METHODS[name](None, sigmoid)
+    if name in ("sigcam", "gradcam+igos", "gradcam+emp"):
+        assert isinstance(method, AOP)
+        return replace(method, threshold=0.6, scale=0.25)
+    return method
 
 
 class SaveConfig(SaveConfigCallback):
@@ -174,6 +186,14 @@ class CommandLine(LightningCLI):
         commands: Any = parser._subcommands_action
         commands.add_subcommand(
             "explain", explain_parser(), help="Explain photos and draw the maps."
+        )
+        commands.add_subcommand(
+            "compare", compare_parser(), help="Explain photos with many methods, side by side."
+        )
+        commands.add_subcommand(
+            "sanity-check",
+            sanity_check_parser(),
+            help="Randomise the network's layers, and see whether the maps change.",
         )
         commands.add_subcommand(
             "demo", _demo_parser(), help="Watch a small network learn, offline."

@@ -1,8 +1,8 @@
-"""`lightning-aop explain`: show where in a photo a torchvision classifier sees a class."""
+"""What the commands on photos share: their options, reading a photo, building the model, the bar."""
 
 import sys
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +17,16 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from lightning_aop.errors import CommandError
-from lightning_aop.methods import METHODS
-from lightning_aop.metrics import Faithfulness
 from lightning_aop.probing import Evaluations, count_evaluations, predict
-from lightning_aop.rendering import heatmap_grid, write_png
-from lightning_aop.scores import softmax
-from lightning_aop.types import Images
+from lightning_aop.types import Images, Targets
 
 
-def explain_parser() -> ArgumentParser:
-    """Return the options of `lightning-aop explain`."""
-    parser = ArgumentParser(
-        prog="lightning-aop explain",
-        description="Show where in a photo a torchvision classifier sees a class. Writes one picture "
-        "with every photo beside its heatmap, and prints how faithful each map is.",
-    )
+def photo_options(parser: ArgumentParser) -> None:
+    """Add the options that say which photos, which model, and how the one becomes input of the other."""
     add = parser.add_argument
     add("photos", nargs="+", type=Path, metavar="PHOTO", help="picture files")
     add("--model", default="resnet50", help="a torchvision classifier by name")
     add("--weights", type=Path | None, help="a local state_dict; default: the published weights")
-    add("--method", default="sigcam", choices=list(METHODS), help="how to explain")
     add("--target-class", nargs="+", help="index or name; default: the likeliest class")
     add("--target-layer", type=str | None, help="by name; default: the last feature map")
     add("--fit", choices=["crop", "squash"], default="crop", help="how a photo becomes square")
@@ -44,8 +34,6 @@ def explain_parser() -> ArgumentParser:
     add("--mean", nargs=3, type=float, help="normalisation; default: the published weights'")
     add("--std", nargs=3, type=float, help="normalisation; default: the published weights'")
     add("--device", default="auto", help="cpu, cuda, cuda:1, …")
-    add("-o", "--output", type=Path, default=Path("explanation.png"), help="the picture to write")
-    return parser
 
 
 @dataclass(frozen=True)
@@ -81,6 +69,17 @@ class Recipe:
         )
         return cast("Tensor", transform(picture))[None].as_subclass(Tensor)
 
+    def pairs(
+        self, photo: Path, fit: str, classes: Sequence[int]
+    ) -> tuple[Images, Targets, list[str]]:
+        """Return the photo once for each class, or for its likeliest one, with names and scores."""
+        image = self.read(photo, fit).to(next(self.model.parameters()).device)
+        probabilities = predict(self.model, image).softmax(dim=1)[0].cpu()
+        chosen = list(classes) or [int(probabilities.argmax())]
+        labels = [f"{self.classes[c]} {float(probabilities[c]):.2f}" for c in chosen]
+        targets = torch.tensor(chosen, device=image.device)
+        return image.repeat(len(chosen), 1, 1, 1), targets, labels
+
     def class_index(self, name: str) -> int:
         """Return the class that a user means by an index or a name."""
         if name.isdigit():
@@ -106,59 +105,38 @@ class Recipe:
         )
 
 
-def explain(options: Namespace) -> int:
-    """Explain photos; one that can't be read is named and left out."""
-    recipe = load(options)
-    chosen = [recipe.class_index(name) for name in options.target_class or []]
-    method = METHODS[options.method](options.target_layer, softmax)
-    device = next(recipe.model.parameters()).device
-    failures = 0
-    pictures: list[Tensor] = []
-    maps: list[Tensor] = []
-    captions: list[str] = []
-    with _progress(recipe.model, len(options.photos) * max(len(chosen), 1)) as bar:
-        for photo in options.photos:
-            try:
-                images = recipe.read(photo, options.fit).to(device)
-            except CommandError as error:
-                bar.write(f"lightning-aop: {error}", file=sys.stderr)
-                bar.update(max(len(chosen), 1))
-                failures += 1
-                continue
-            probabilities = predict(recipe.model, images).softmax(dim=1)[0]
-            targets = torch.tensor(chosen or [int(probabilities.argmax())], device=device)
-            images = images.repeat(len(targets), 1, 1, 1)
-            found = method.explain(recipe.model, images, targets)
-            for target, image, found_map in zip(targets, images, found, strict=True):
-                judge = Faithfulness(steps=28)
-                judge.update(recipe.model, image[None], found_map[None], target[None])
-                auc = {name: float(value) for name, value in judge.to("cpu").compute().items()}
-                label = f"{recipe.classes[int(target)]} {float(probabilities[target]):.2f}"
-                captions.append(f"{label}\nover-all AUC {auc['overall_auc']:.2f}")
-                bar.write(
-                    f"{photo}: {label}, deletion {auc['deletion_auc']:.3f}, "
-                    f"insertion {auc['insertion_auc']:.3f}, over-all {auc['overall_auc']:.3f}"
-                )
-            pictures.append(images.cpu())
-            maps.append(found.cpu())
-            bar.update(len(targets))
-            # After every photo, so that an interrupted run leaves what it has.
-            grid = heatmap_grid(
-                torch.cat(pictures),
-                torch.cat(maps),
-                captions,
-                title=f"{options.model} · {options.method}",
-                mean=recipe.mean,
-                std=recipe.std,
-            )
-            write_png(grid, options.output)
-    if pictures:
-        print(f"wrote {options.output}")
-    return 1 if failures else 0
+@dataclass(frozen=True)
+class Pairs:
+    """Photos with a class each, as a batch."""
+
+    images: Images
+    targets: Targets
+    labels: list[str]
+    photos: list[Path]
+
+
+def read_pairs(recipe: Recipe, options: Namespace) -> tuple[Pairs | None, int]:
+    """Return all photos with their classes, or None without any, and how many can't be read."""
+    classes = [recipe.class_index(name) for name in options.target_class or []]
+    images, targets, labels, photos, failures = [], [], [], [], 0
+    for photo in options.photos:
+        try:
+            pictures, chosen, names = recipe.pairs(photo, options.fit, classes)
+        except CommandError as error:
+            print(f"lightning-aop: {error}", file=sys.stderr)
+            failures += 1
+            continue
+        images.append(pictures)
+        targets.append(chosen)
+        labels += names
+        photos += [photo] * len(names)
+    if not photos:
+        return None, failures
+    return Pairs(torch.cat(images), torch.cat(targets), labels, photos), failures
 
 
 @contextmanager
-def _progress(model: nn.Module, total: int) -> Iterator[Any]:
+def progress(model: nn.Module, total: int) -> Iterator[Any]:
     """Show a bar of explanations, with the model evaluations that they have cost so far."""
     with tqdm(total=total, unit="map", dynamic_ncols=True) as bar:
 

@@ -1,0 +1,1 @@
+"""The commands that work on photos: explain, compare and sanity-check."""

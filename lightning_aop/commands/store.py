@@ -1,0 +1,59 @@
+"""What the commands keep while they work, so that a stopped run goes on where it was."""
+
+import csv
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lightning_aop
+from lightning_aop.coco.features import update_with_weights
+from lightning_aop.files import write_whole
+
+
+class MapStore:
+    """Maps and their figures, each in a file that goes with just this input, network and version."""
+
+    def __init__(self, folder: Path, model: nn.Module, settings: object) -> None:
+        """Keep files in `folder`; `settings` is what else the maps hang on, told by its repr."""
+        self.folder = folder
+        self._digest = hashlib.sha256(f"{lightning_aop.__version__} {settings!r}".encode())
+        update_with_weights(self._digest, model)
+
+    def key(self, image: Tensor, target: Tensor) -> str:
+        """Return what names an image [C, H, W] with a class."""
+        digest = self._digest.copy()
+        digest.update(image.cpu().contiguous().numpy().tobytes())
+        digest.update(str(int(target)).encode())
+        return digest.hexdigest()[:16]
+
+    def read(self, key: str, name: str) -> dict[str, Any] | None:
+        """Return what was kept under this name, or None."""
+        try:
+            entry: dict[str, Any] = torch.load(self._path(key, name), weights_only=True)
+        except FileNotFoundError:
+            return None
+        return entry
+
+    def write(self, key: str, name: str, entry: Mapping[str, Any]) -> None:
+        """Keep tensors and plain values; a tensor is copied out of the batch that it is a view of."""
+        content = io.BytesIO()
+        whole = {k: v.cpu().clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+        torch.save(whole, content)
+        write_whole(self._path(key, name), content.getvalue())
+
+    def _path(self, key: str, name: str) -> Path:
+        return self.folder / f"{key}-{name}.pt"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows with the same keys as a table with a heading."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue().encode())
