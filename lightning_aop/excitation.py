@@ -46,10 +46,10 @@ class ExcitationBackprop(_ActivationMap):
     Made for networks whose activations are nowhere negative, such as VGG or SqueezeNet. Like TorchRay
     it does nothing about others. Where layers are given negative inputs (after SiLU, GELU or
     hard-swish; the normalised image itself) or a negative activation is added to another (the batch
-    norm before the sum in a ResNet), shares are negative, or larger than the whole, and the map may
-    mislead. Normalisations other than batch norm, and products of activations such as
-    squeeze-and-excitation, have no rule of their own. The last feature map is coarse: name an earlier
-    layer for a finer map.
+    norm before the sum in a ResNet), shares are negative, or larger than the whole: the more such
+    layers lie between the target layer and the class, the less a map means. Normalisations other than
+    batch norm, and products of activations such as squeeze-and-excitation, have no rule of their own.
+    The last feature map is coarse: name an earlier layer for a finer map.
 
     Functions inside TorchScript are not seen: they keep their ordinary derivatives.
 
@@ -108,7 +108,7 @@ class _Shared(Function):
         with torch.enable_grad(), torch.autocast(signal.device.type, enabled=False):
             x = full_precision(saved).detach().requires_grad_()
             output = ctx.positive(x)
-            share = full_precision(signal) / (output.detach() + _EPSILON)
+            share = signal / (output.detach() + _EPSILON)
             (back,) = torch.autograd.grad(output, x, share)
         # Autograd casts to the input's dtype.
         return x.detach() * back, None, None, None
@@ -142,7 +142,7 @@ class _Sum(Function):
 
     @staticmethod
     def backward(ctx: Any, signal: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        first, second = (share * full_precision(signal) for share in ctx.saved_tensors)
+        first, second = (share * signal for share in ctx.saved_tensors)
         return first, second, None, None
 
 
@@ -153,8 +153,6 @@ def _weighted(
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     x, weight, rest = given.pop("input"), given.pop("weight"), args[3:]
     bias = given.pop("bias", None)
-    if not x.requires_grad:
-        return function(*args, **kwargs)
 
     def layer(x: Tensor) -> Tensor:
         return function(x, weight, bias, *rest, **given)
@@ -169,7 +167,7 @@ def _averaged(
     function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
     x, layer = _unary(function, args, kwargs)
-    return _Shared.apply(x, layer, layer, True) if x.requires_grad else layer(x)
+    return _Shared.apply(x, layer, layer, True)
 
 
 def _passed(function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -217,6 +217,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
+        x -= 0.1  # as networks do that normalise their images themselves
         x = F.relu(self.stem(x))
         x = self.combine(F.relu(self.first(x)), F.relu(self.second(x)), self.constant)
         return self.linear(F.relu(x).mean((2, 3)))
@@ -459,6 +460,43 @@ def test_half_precision(net: nn.Module, batch: Any, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         cast = method.explain(net, images, targets)
     torch.testing.assert_close(cast, expected, atol=0.05, rtol=0)
+
+
+def test_shares_are_computed_in_full_precision() -> None:
+    def handed_on(function: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, ...]:
+        inputs = [x.clone().requires_grad_() for x in given]
+        with _Rules():
+            output = function(*inputs)
+        signals = torch.autograd.grad(output.sum(), inputs)
+        return tuple(signal.double() for signal in signals)
+
+    def expected(x: Tensor, layer: nn.Linear) -> Tensor:
+        x, positive = x.double(), layer.weight.double().clamp(min=0)
+        return x * ((1 / (x @ positive.T)) @ positive)
+
+    x, layer = torch.rand(2, 50, 20), nn.Linear(20, 10).requires_grad_(False)
+    half, halved = x.bfloat16(), copy.deepcopy(layer).bfloat16()
+    rounded_once = 2**-8 * 1.001
+    (found,) = handed_on(halved, half)
+    torch.testing.assert_close(found, expected(half, halved), atol=0, rtol=rounded_once)
+    total = half.double().sum(dim=0)
+    for found, term in zip(handed_on(torch.add, *half), half.double(), strict=True):
+        torch.testing.assert_close(found, term / total, atol=0, rtol=rounded_once)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = handed_on(layer, x)
+    torch.testing.assert_close(found, expected(x, layer), atol=0, rtol=1e-5)
+
+
+def test_half_precision_where_nothing_arrives(net: nn.Module, batch: Any) -> None:
+    images, targets = batch
+    layers: Any = net.features
+    nn.init.constant_(layers[1].bias, -2.0)  # leaves few activations
+    nn.init.constant_(layers[3].bias, 1.0)  # and has every output on all the same
+    expected = ExcitationBackprop("features.2").explain(net, images * 4, targets)
+    assert (expected == 0).float().mean() > 0.3
+    assert expected.any()
+    half = ExcitationBackprop("features.2").explain(net.half(), images * 4, targets)
+    torch.testing.assert_close(half, expected, atol=0.05, rtol=0)
 
 
 def test_it_needs_a_layer_that_the_class_depends_on(net: nn.Module, batch: Any) -> None:
