@@ -315,7 +315,7 @@ def map_table(
     std: Sequence[float] | None = None,
     cell: int = 160,
     abreast: int = 13,
-    scale: str = "saliency",
+    percentile: int | None = None,
 ) -> Picture:
     """Draw several maps of every image: a row for each image, a column for each way to explain.
 
@@ -334,7 +334,8 @@ def map_table(
         std: see ``displayable``.
         cell: longer side of a panel in pixels.
         abreast: columns in a band, at most.
-        scale: what the colours stand for, written beside their bar.
+        percentile: draw each map as a share of this percentile of its own values, and say so beside the
+            colour bar: in the maps of gradients a few pixels outshine all others, which would be black.
 
     Returns:
         (3, H, W) uint8 on the CPU.
@@ -357,6 +358,13 @@ def map_table(
     pictures = displayable(images, mean, std)
     blank = pictures.new_zeros(pictures.shape[2:])
     flat = torch.stack([blank if m is None else m.to(blank) for row in maps for m in row])
+    scale = "saliency"
+    if percentile is not None:
+        scale = f"saliency, as a share of each map's {percentile}th percentile"
+        high = flat.flatten(1).nan_to_num(0.0).quantile(percentile / 100, dim=1)
+        # A map with fewer warm pixels than that is seen anyway.
+        high = torch.where(high > 0, high, 1.0)[:, None, None]
+        flat = (flat / high).clamp(max=1)
     panels, labels = _panels(
         pictures.repeat_interleave(many, dim=0), flat, cell, None, [[i] for i in range(len(flat))]
     )

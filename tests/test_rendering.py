@@ -722,6 +722,34 @@ def test_missing_and_blank_maps_and_the_best_are_marked() -> None:
     assert marked.nonzero()[:, 1].min() > whole.shape[2] / 2
 
 
+def test_maps_of_a_table_may_be_shares_of_a_percentile() -> None:
+    faint = 0.1 * torch.rand(64, 64, generator=torch.Generator().manual_seed(2))
+    outshone = faint.clone()
+    outshone[3, 3] = 1.0
+
+    def draw(found: Tensor, percentile: int | None) -> Tensor:
+        return map_table(
+            torch.full((1, 3, 64, 64), 0.5),
+            [[found]],
+            ["a"],
+            [[""]],
+            [""],
+            cell=64,
+            percentile=percentile,
+        )
+
+    def heat(picture: Tensor) -> float:
+        return float((picture[0].float() - picture[2].float()).clamp(min=0).sum())
+
+    assert heat(draw(outshone, 99)) > 3 * heat(draw(outshone, None))
+    expected = (outshone / outshone.quantile(0.9)).clamp(max=1)
+    # Above the colour bar, whose text differs.
+    assert torch.equal(draw(outshone, 90)[:, :100], draw(expected, None)[:, :100])
+    sparse = torch.zeros(64, 64)
+    sparse[5, 5] = 1.0
+    assert torch.equal(draw(sparse, 99)[:, :100], draw(sparse, None)[:, :100])
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_a_table_says_what_does_not_fit() -> None:
     images, one = torch.rand(1, 3, 32, 32), torch.rand(32, 32)

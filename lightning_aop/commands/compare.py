@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
@@ -184,7 +183,7 @@ def _write(
 
     picture = map_table(
         pairs.images.cpu(),
-        [[_visible(maps[i, n]) if (i, n) in maps else None for n in names] for i in everyone],
+        [[maps.get((i, n)) for n in names] for i in everyone],
         [heading(n) for n in names],
         [[caption(rows.get((i, n))) for n in names] for i in everyone],
         [f"{pairs.labels[i]}\n{pairs.photos[i].name}" for i in everyone],
@@ -194,18 +193,9 @@ def _write(
         mean=recipe.mean,
         std=recipe.std,
         cell=options.cell,
-        scale="saliency, as a share of each map's 99th percentile",
+        percentile=99,
     )
     write_png(picture, options.output / "comparison.png")
-
-
-def _visible(found: Tensor) -> Tensor:
-    """Return a map as a share of its 99th percentile.
-
-    In the maps of gradients a few pixels outshine all others, which would be drawn black.
-    """
-    high = found.flatten().quantile(0.99)
-    return (found / torch.where(high > 0, high, found.max().clamp_min(1e-12))).clamp(0, 1)
 
 
 def _summary(names: Sequence[str], rows: Sequence[Row]) -> str:

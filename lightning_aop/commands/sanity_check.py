@@ -102,7 +102,7 @@ def sanity_check(options: Namespace) -> int:
     picture = map_table(
         images.cpu(),
         [[originals[i], *(entries[layer][i]["map"] for layer in done)] for i in everyone],
-        ["as trained", *(f"{layer}" for layer in done)],
+        ["as trained", *("\n".join(layer.rsplit(".", 1)) for layer in done)],
         [["", *(_caption(entries[layer][i]) for layer in done)] for i in everyone],
         [f"{pairs.labels[i]}\n{pairs.photos[i].name}" for i in everyone],
         title=f"{title} · after {options.mode} randomisation of each layer: rank correlation and "
@@ -110,6 +110,7 @@ def sanity_check(options: Namespace) -> int:
         mean=recipe.mean,
         std=recipe.std,
         cell=options.cell,
+        percentile=99,
     )
     write_png(picture, options.output / "sanity_check.png")
     _write_rows(options.output, pairs.labels, pairs.photos, layers, entries)
