@@ -3,21 +3,23 @@
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_aop.aop import fast_sigcam
+from lightning_aop.budget import Budget
+from lightning_aop.chunks import largest_chunk, with_chunk
 from lightning_aop.image_log import log_image
 from lightning_aop.metrics import EnergyPointingGame, Faithfulness, PointingGame
 from lightning_aop.panels import Explanations, draw_probe
-from lightning_aop.probing import device_of, isolated_rng, predict, undisturbed
+from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed
 from lightning_aop.samples import (
     Probe,
     ProbeSource,
@@ -28,7 +30,8 @@ from lightning_aop.samples import (
     source_of,
 )
 from lightning_aop.scores import Score, sigmoid, softmax
-from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
+from lightning_aop.team import Team
+from lightning_aop.types import Maps, SaliencyMethod, Targets
 
 # The two names of Lightning have distinct base classes; take those of the one in use.
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules or "pytorch_lightning" in sys.modules:
@@ -43,6 +46,50 @@ else:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
+T = TypeVar("T")
+Moment: TypeAlias = Literal["start", "step", "epoch"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is explained at one time, on the CPU.
+
+    Attributes:
+        all_rows: which picture of the probe each pair has.
+        all_targets: which class.
+        finite: the pairs whose picture has finite logits; only those can be explained.
+        judged: of these, the ones that the metrics are about.
+        logits: of all pictures.
+    """
+
+    all_rows: Int[Tensor, " p"]
+    all_targets: Int[Tensor, " p"]
+    finite: Bool[Tensor, " p"]
+    judged: Bool[Tensor, " f"]
+    logits: Float[Tensor, "b k"]
+
+    @property
+    def rows(self) -> Int[Tensor, " f"]:
+        """The pictures of the pairs that can be explained."""
+        return self.all_rows[self.finite]
+
+    @property
+    def targets(self) -> Int[Tensor, " f"]:
+        """The classes of the pairs that can be explained."""
+        return self.all_targets[self.finite]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The maps of all pairs, NaN where there are none, with their masks and figures."""
+
+    plan: Plan
+    maps: Float[Tensor, "p h w"]
+    masks: Bool[Tensor, "p h w"]
+    values: dict[str, float]
+    score: Score
+
+
 class ExplanationMonitor(Callback):
     """Explain the same pictures again and again while a model trains, and log what is seen.
 
@@ -54,6 +101,7 @@ class ExplanationMonitor(Callback):
       are (`ModelCheckpoint(monitor="explain/overall_auc", mode="max")` works);
     - `explain/pointing_game`, `explain/energy_in_mask`: where the data has masks, how often the
       maximum of a map lies on the object, and which share of the heat; means over the classes;
+    - `explain/blank_maps`: how many maps show nothing, or NaN; such are labelled in the picture;
     - `explain/seconds`: what it took.
 
     Where the data has masks (a dataset with `input_masks(index, classes)`, or a batch with bool
@@ -61,9 +109,10 @@ class ExplanationMonitor(Callback):
     labels don't (a score above 0.5): the strongest such class is explained, but not judged.
 
     Training is left bit for bit as it would have been: weights, buffers, gradients, modes and random
-    state. An explanation that fails gives a warning, and training goes on. With a callback that
-    swaps weights around validation (`WeightAveraging`), the weights in place at its end are
-    explained.
+    state. An explanation that fails gives a warning, and training goes on; one that runs out of
+    memory is tried again with half as many images in a pass. With a callback that swaps weights
+    around validation (`WeightAveraging`), the weights in place at its end are explained. Under DDP
+    each process explains its share of the probe, with the first one's BatchNorm statistics.
 
     Args:
         method: how to explain; `fast_sigcam()` by default, 43 model evaluations an explanation.
@@ -86,6 +135,11 @@ class ExplanationMonitor(Callback):
         mean, std: what the pictures were normalised with, to show them as they were; by default what
             the dataset's `transform` says.
         max_classes_per_image: the most positive classes of one multilabel picture to explain.
+        max_overhead: leave out explanations so that they take no more than this share of the training
+            time (0.05 for a twentieth), as `explain/overhead` and `explain/skipped` tell. The first
+            is always made, and paid off before the next. None for no limit.
+        full_precision: explain in float32 whatever the trainer's precision; by default in the
+            trainer's, but for the parts that need more.
     """
 
     def __init__(
@@ -103,6 +157,8 @@ class ExplanationMonitor(Callback):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         max_classes_per_image: int = 3,
+        max_overhead: float | None = None,
+        full_precision: bool = False,
     ) -> None:
         super().__init__()
         self.method = method
@@ -118,8 +174,13 @@ class ExplanationMonitor(Callback):
         self.class_names = class_names
         self.mean, self.std = mean, std
         self.max_classes_per_image = max_classes_per_image
+        self.max_overhead = max_overhead
+        self.full_precision = full_precision
         self._kept: Probe | None = None
+        self._resumed = False  # the probe is a checkpoint's, and not compared with the data yet
         self._last_step = 0
+        self._chunk: int | None = None  # images in a pass, once there was too little memory
+        self._budget = Budget(max_overhead)
         self._warned: set[str] = set()
 
     # ---------------------------------------------------------------------------------------------
@@ -127,14 +188,16 @@ class ExplanationMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what can't work before any work is done."""
-        problem = self._misuse()
+        problem = self._misuse() or _unsupported(trainer)
         if problem:
             raise MisconfigurationException(f"ExplanationMonitor: {problem}")
         if stage == "fit":
-            self._kept, self._last_step = None, 0
+            self._kept, self._last_step, self._resumed = None, 0, False
+            self._budget = Budget(self.max_overhead)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain the untrained model; a resumed run has done so."""
+        self._budget.started = time.perf_counter()
         if trainer.global_step == 0 and self._enabled:
             self._fire(trainer, pl_module, "start")
 
@@ -185,6 +248,8 @@ class ExplanationMonitor(Callback):
             )
         if self.max_classes_per_image < 1:
             return f"max_classes_per_image={self.max_classes_per_image} must be at least 1"
+        if self.max_overhead is not None and self.max_overhead <= 0:
+            return f"max_overhead={self.max_overhead} must be above 0, such as 0.05 for a twentieth"
         if self.method is not None and not isinstance(self.method, SaliencyMethod):
             return (
                 f"method must have explain(model, images, targets), got "
@@ -199,101 +264,161 @@ class ExplanationMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the probe, so that a resumed run goes on with the same pictures."""
-        if self._kept is None:
-            return {}
-        return asdict(self._kept)
+        return {} if self._kept is None else self._kept.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the probe of the run that is resumed."""
         if "images" in state_dict:
-            self._kept = Probe(**state_dict)
+            self._kept, self._resumed = Probe.from_state(state_dict), True
 
     # ---------------------------------------------------------------------------------------------
     # what happens
 
-    def _fire(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        moment: Literal["start", "step", "epoch"],
-    ) -> None:
+    def _fire(self, trainer: Trainer, pl_module: LightningModule, moment: Moment) -> None:
         """Explain and log; whatever goes wrong becomes a warning, and no state is left changed."""
-        device = device_of(pl_module)
+        device, team, started = device_of(pl_module), Team(), time.perf_counter()
         try:
             with isolated_rng(device), torch.inference_mode(False), torch.no_grad():
-                started = time.perf_counter()
-                with _precision(trainer, device):
-                    panel, values = self._explain(trainer, pl_module)
+                # Each process has a clock of its own, and one must not wait for the others.
+                if not team.from_first(self._budget.allows_another):
+                    self._budget.skipped += 1
+                    return
+                found = self._explain(trainer, pl_module, team)
+                values = dict(found.values)
                 values["seconds"] = time.perf_counter() - started
-                self._log(trainer, pl_module, panel, values, moment)
+                if self.max_overhead is not None:
+                    values["skipped"] = float(self._budget.skipped)
+                    self._budget.pay(values["seconds"])
+                    values["overhead"] = self._budget.overhead
+                self._log_values(trainer, pl_module, values, moment, team)
+                if trainer.is_global_zero:
+                    self._log_picture(trainer, found, moment)
         except Exception as error:
+            self._budget.pay(time.perf_counter() - started)
             self._warn(
                 f"ExplanationMonitor: no explanation at step {_step(trainer)}, training goes on. "
                 f"{type(error).__name__}: {error}"
             )
 
-    def _explain(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[UInt8[Tensor, "3 height width"], dict[str, float]]:
-        """Return the picture and the metrics of the probe as the model is now."""
+    def _explain(self, trainer: Trainer, pl_module: LightningModule, team: Team) -> Found:
+        """Return the maps and the metrics of the probe as the model is now, the same everywhere."""
         if self._kept is None:
-            self._kept = self._draw(trainer, pl_module)
+            self._kept = team.from_first(lambda: self._draw(trainer, pl_module))
+        elif self._resumed:
+            self._resumed = False
+            self._compare(trainer, pl_module)
         probe = self._kept
+        device = device_of(pl_module)
         score = self.score or (sigmoid if probe.multilabel else softmax)
-        images = probe.images.to(device_of(pl_module))
-        logits = predict(pl_module, images)
+        with self._precision(trainer, pl_module), team.buffers_of_first(pl_module):
+            images = probe.images.to(device)
+            plan = team.from_first(lambda: self._plan(pl_module, probe, images))
+            rows, targets = plan.rows.to(device), plan.targets.to(device)
+            # Where a process would have nothing to judge, each does all the work.
+            if int(plan.judged.sum()) < team.size:
+                team = Team.alone()
+            mine = team.share(len(rows)).to(device)
+
+            def work(chunk: int) -> tuple[Maps, Metric | MetricCollection | None]:
+                method = self.method or fast_sigcam(self.target_layer, score=score)
+                maps = with_chunk(method, chunk).explain(
+                    pl_module, images[rows[mine]], targets[mine]
+                )
+                judged = plan.judged.to(device)[mine]
+                metric = self._metric(score, chunk, team)
+                if metric is not None and judged.any():
+                    metric = metric.to(device)
+                    metric.reset()
+                    metric.update(
+                        pl_module, images[rows[mine[judged]]], maps[judged], targets[mine[judged]]
+                    )
+                return maps, metric
+
+            values: dict[str, float] = {}
+            maps = images.new_zeros(0, *images.shape[2:], dtype=torch.float32)
+            if len(rows):
+                found, metric = team.together(lambda: self._within_memory(work, score))
+                maps = team.gather(found.float(), len(rows))
+                if metric is not None:
+                    values |= _computed(metric)
+        maps = _with_nan(maps, plan.finite)
+        masks, known = probe.masks_of(plan.all_rows, plan.all_targets)
+        known &= plan.finite
+        num_classes = plan.logits.shape[1]
+        values |= _located(maps[known], masks[known], plan.all_targets[known], num_classes)
+        flat = maps.flatten(1)
+        blank = (flat.amax(dim=1) == flat.amin(dim=1)) | ~flat.isfinite().all(dim=1)
+        values["blank_maps"] = float(blank.sum())
+        return Found(plan, maps, masks, values, score)
+
+    def _plan(self, pl_module: LightningModule, probe: Probe, images: Tensor) -> Plan:
+        """Choose what is explained."""
+        logits = predict(pl_module, images, self._chunk or 32).cpu()
         rows, targets = probe.pairs(self.targets, logits, self.max_classes_per_image)
         labelled = len(rows)
         if probe.multilabel and self.targets == "label":
             # Judged are the labelled classes only, which stay the same from epoch to epoch.
-            wrong = probe.false_positives(logits.sigmoid().cpu())
+            wrong = probe.false_positives(logits.sigmoid())
             rows, targets = (torch.cat(both) for both in zip((rows, targets), wrong, strict=True))
-        masks, known = probe.masks_of(rows, targets)
-        rows, targets = rows.to(images.device), targets.to(images.device)
-        method = self.method or fast_sigcam(self.target_layer, score=score)
-        maps = method.explain(pl_module, images[rows], targets)
-        judged = slice(labelled)
-        values = self._judge(pl_module, images[rows[judged]], maps[judged], targets[judged], score)
-        values |= _located(maps[known], masks[known], targets[known], logits.shape[1])
-        mean, std = self.mean, self.std
-        source, validation = (source_of(p, _loaders(trainer)) for p in (self.probe, 1))
-        if mean is None and std is None:
-            mean, std = normalisation_of(source) or (None, None)
-        panel = draw_probe(
-            probe,
-            Explanations(rows, targets, maps, masks, logits),
-            score,
-            self.class_names or class_names_of(source) or class_names_of(validation),
-            title=_title(trainer),
-            mean=mean,
-            std=std,
-        )
-        return panel, values
+        finite = logits.isfinite().all(dim=1)[rows]
+        judged = (torch.arange(len(rows)) < labelled)[finite]
+        return Plan(rows, targets, finite, judged, logits)
 
-    def _judge(
-        self,
-        pl_module: LightningModule,
-        images: Images,
-        maps: Maps,
-        targets: Targets,
-        score: Score,
-    ) -> dict[str, float]:
+    def _within_memory(self, work: Callable[[int], T], score: Score) -> T:
+        """Do the work, with ever fewer images in a pass while there is too little memory for it."""
+        chunk = self._chunk or largest_chunk(self.method or fast_sigcam(score=score)) or 32
+        while True:
+            try:
+                return work(chunk)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or chunk == 1:
+                    raise
+            # Out of the handler, whose traceback holds on to the tensors of the failed pass.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            chunk = self._chunk = chunk // 2
+            self._warn(
+                "ExplanationMonitor: out of memory; from now on with fewer images in a pass, "
+                f"{chunk} at first"
+            )
+
+    def _metric(self, score: Score, chunk: int, team: Team) -> Metric | MetricCollection | None:
         if self.metrics is False:
-            return {}
-        # Every process explains the whole probe, so that their values agree without a word.
-        metric = (
-            Faithfulness(score, steps=28, sync_on_compute=False)
-            if self.metrics is True
-            else self.metrics
-        )
-        metric = metric.to(images.device)
-        metric.reset()
-        metric.update(pl_module, images, maps, targets)
-        result = metric.compute()
-        if not isinstance(result, Mapping):
-            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(metric).__name__).lower()
-            result = {name: result}
-        return {name: float(value) for name, value in result.items()}
+            return None
+        if self.metrics is True:
+            return Faithfulness(
+                score, steps=28, eval_batch_size=chunk, sync_on_compute=team.size > 1
+            )
+        return self.metrics
+
+    def _compare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell whether the data still has the pictures of the run that is resumed."""
+        assert self._kept is not None
+        if callable(self.probe) and not hasattr(self.probe, "__getitem__"):
+            return  # a function may give other pictures each time
+        try:
+            changed = self._draw(trainer, pl_module).fingerprint != self._kept.fingerprint
+        except Exception:
+            changed = True
+        if changed:
+            self._warn(
+                "ExplanationMonitor: the data that the probe was taken from has changed since the run "
+                "was started: the pictures of the checkpoint go on being explained; for others, start "
+                "a new run"
+            )
+
+    @contextmanager
+    def _precision(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """Compute in the trainer's precision, or in float32."""
+        kind = device_of(pl_module).type
+        if self.full_precision:
+            with in_float32(pl_module), torch.autocast(kind, enabled=False):
+                yield
+            return
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        dtype = mixed.get(str(trainer.precision))  # other precisions are the weights' own
+        with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+            yield
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> Probe:
         """Take the probe from its source, the way a validation batch would come to the model."""
@@ -324,35 +449,60 @@ class ExplanationMonitor(Callback):
             )
         return probe
 
-    def _log(
+    def _log_values(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        panel: UInt8[Tensor, "3 height width"],
-        values: dict[str, float],
-        moment: Literal["start", "step", "epoch"],
+        values: Mapping[str, float],
+        moment: Moment,
+        team: Team,
     ) -> None:
-        # A first epoch of a single batch ends at step 0 in Lightning's count, as training starts.
-        step = _step(trainer) if moment == "start" else max(_step(trainer), 1)
         scalars = {f"explain/{name}": value for name, value in values.items()}
+        together = team.size > 1
         if moment == "epoch":
-            pl_module.log_dict(scalars, on_step=False, on_epoch=True, batch_size=1)
-        else:
-            # Lightning would drop what is logged at a step off its log_every_n_steps, and refuses
-            # to log before training: the loggers get it directly, ModelCheckpoint by log_dict.
-            for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=step)
-            if moment == "step":
-                pl_module.log_dict(scalars, on_step=True, on_epoch=False, logger=False)
-        if not trainer.is_global_zero:
+            pl_module.log_dict(
+                scalars, on_step=False, on_epoch=True, batch_size=1, sync_dist=together
+            )
             return
+        # Lightning would drop what is logged at a step off its log_every_n_steps, and refuses
+        # to log before training: the loggers get it directly, ModelCheckpoint by log_dict.
+        if moment == "step":
+            pl_module.log_dict(
+                scalars, on_step=True, on_epoch=False, logger=False, sync_dist=together
+            )
+        for logger in trainer.loggers:
+            try:
+                logger.log_metrics(scalars, step=_logged_step(trainer, moment))
+            except Exception as error:
+                name = type(logger).__name__
+                self._warn(
+                    f"ExplanationMonitor: {name} took no figures. {type(error).__name__}: {error}"
+                )
+
+    def _log_picture(self, trainer: Trainer, found: Found, moment: Moment) -> None:
+        assert self._kept is not None
+        mean, std = self.mean, self.std
+        source, validation = (source_of(p, _loaders(trainer)) for p in (self.probe, 1))
+        if mean is None and std is None:
+            mean, std = normalisation_of(source) or (None, None)
+        plan = found.plan
+        panel = draw_probe(
+            self._kept,
+            Explanations(plan.all_rows, plan.all_targets, found.maps, found.masks, plan.logits),
+            found.score,
+            self.class_names or class_names_of(source) or class_names_of(validation),
+            title=_title(trainer),
+            mean=mean,
+            std=std,
+        )
+        step, tag = _logged_step(trainer, moment), "explain/heatmaps"
         sinks: list[object] = [*trainer.loggers] or [None]
         for sink in sinks:
             try:
                 root = None if sink else trainer.default_root_dir
-                log_image(sink, "explain/heatmaps", panel, step, fallback=root)
+                log_image(sink, tag, panel, step, fallback=root)
             except Exception as error:
-                path = log_image(None, "explain/heatmaps", panel, step, trainer.default_root_dir)
+                path = log_image(None, tag, panel, step, trainer.default_root_dir)
                 self._warn(
                     f"ExplanationMonitor: {type(error).__name__}: {error}. The picture is at {path}"
                 )
@@ -374,6 +524,43 @@ def _loaders(trainer: Trainer) -> Any:
 def _step(trainer: Trainer) -> int:
     # What Lightning's own callbacks log at; global_step counts each of several optimizers.
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _logged_step(trainer: Trainer, moment: Moment) -> int:
+    # A first epoch of a single batch ends at step 0 in Lightning's count, as training starts.
+    return _step(trainer) if moment == "start" else max(_step(trainer), 1)
+
+
+def _unsupported(trainer: Trainer) -> str | None:
+    """Return why the monitor can't work with this trainer, or None."""
+    name = type(trainer.strategy).__name__
+    if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"):
+        return (
+            f"{name} shards the weights over the processes, and a map needs all of them in each: use "
+            "DDP, or leave the monitor out and explain a checkpoint by trainer.validate() on one device"
+        )
+    return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def _computed(metric: Metric | MetricCollection) -> dict[str, float]:
+    result = metric.compute()
+    if not isinstance(result, Mapping):
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(metric).__name__).lower()
+        result = {name: result}
+    return {name: float(value) for name, value in result.items()}
+
+
+def _with_nan(maps: Float[Tensor, "f h w"], finite: Bool[Tensor, " p"]) -> Float[Tensor, "p h w"]:
+    """Return a map for each pair, NaN for those that could not be explained."""
+    every = maps.new_full((len(finite), *maps.shape[1:]), torch.nan)
+    every[finite.to(maps.device)] = maps
+    return every
 
 
 def _title(trainer: Trainer) -> str:
@@ -400,9 +587,3 @@ def _located(
         game.update(maps.cpu(), masks, targets.cpu())  # in float64, which not every device has
         result[name] = float(game.compute()["mean"])
     return result
-
-
-def _precision(trainer: Trainer, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the autocast of a mixed-precision run; other precisions are the weights' own."""
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

@@ -7,7 +7,7 @@ and `find_target_layer` look inside a forward, `Classifier` evaluates it, `count
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,13 +34,15 @@ class TargetLayerError(ValueError):
 
 @contextmanager
 def isolated_rng(device: torch.device | None = None, seed: int | None = None) -> Iterator[None]:
-    """Restore the random state of Python, NumPy, torch and `device` on exit; seed torch if asked."""
+    """Restore the random state of Python, NumPy, torch and `device` on exit; seed them if asked."""
     accelerator = None if device is None or device.type == "cpu" else getattr(torch, device.type)
     where = () if device is None or device.type == "mps" else (device,)  # MPS has one device only
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     state = None if accelerator is None else accelerator.get_rng_state(*where)
     try:
         if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
             # torch.manual_seed would reseed every device, also those that are not restored here.
             torch.default_generator.manual_seed(seed)
             if device is not None and device.type == "cuda":
@@ -144,6 +146,50 @@ def _restored_attributes(model: nn.Module) -> Iterator[None]:
                 if table != contents[name]:
                     table.clear()
                     table.update(contents[name])
+
+
+@contextmanager
+def holding(model: nn.Module, other: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """Let the modules hold other parameters in place of their own inside the block."""
+    own = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in other
+    ]
+    try:
+        for module, name, parameter in own:
+            # Set as an attribute, by which recurrent layers hear of it.
+            setattr(module, name, other[parameter])
+        yield
+    finally:
+        for module, name, parameter in own:
+            setattr(module, name, parameter)
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Let a model of half precision hold float32 copies of its weights and buffers inside the block.
+
+    The copies are lost at its end; the parameters and buffers themselves are never written.
+    """
+    half = (torch.float16, torch.bfloat16)
+    wide = {
+        p: nn.Parameter(p.detach().float(), p.requires_grad)
+        for p in model.parameters()
+        if p.dtype in half
+    }
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    try:
+        for table, own in buffers:
+            table.update(
+                {n: b.float() for n, b in own.items() if b is not None and b.dtype in half}
+            )
+        with holding(model, wide):
+            yield
+    finally:
+        for table, own in buffers:
+            table.update(own)
 
 
 def _version(tensor: Tensor) -> int | None:

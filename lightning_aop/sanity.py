@@ -7,7 +7,6 @@ or a habit of its own, but nothing that the network has learnt.
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_aop.checks import check_batch
 from lightning_aop.ops import GaussianBlur
-from lightning_aop.probing import explaining, undisturbed, unwrap
+from lightning_aop.probing import explaining, holding, undisturbed, unwrap
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 
@@ -203,7 +202,7 @@ def parameter_randomization(
             drawn = {**drawn, **fresh} if mode == "cascading" else fresh
             if name in skip:
                 continue
-            with _holding(network, drawn):
+            with holding(network, drawn):
                 maps = method.explain(network, images, targets).detach().to(images.device)
             yield RandomizedLayer(
                 name,
@@ -345,7 +344,7 @@ def _draw(
         before = {p: full_precision(p.detach()).cpu() for p in owned}
         after: dict[nn.Parameter, Tensor] = dict(before)
         if initialise is not None:
-            with _holding(module, _spare(module)):
+            with holding(module, _spare(module)):
                 initialise()
                 after = {p: getattr(module, names[p]).detach().cpu() for p in owned}
         for p in owned:
@@ -376,22 +375,3 @@ def _spare(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
         )
         for p in module.parameters()
     }
-
-
-@contextmanager
-def _holding(model: nn.Module, other: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
-    """Let the modules hold other parameters in place of their own inside the block."""
-    own = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter in other
-    ]
-    try:
-        for module, name, parameter in own:
-            # Set as an attribute, by which recurrent layers hear of it.
-            setattr(module, name, other[parameter])
-        yield
-    finally:
-        for module, name, parameter in own:
-            setattr(module, name, parameter)

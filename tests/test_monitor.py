@@ -1,3 +1,4 @@
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from torchvision.transforms import v2
 from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM, panels
 from lightning_aop.metrics import DeletionAUC, OverallAUC
 from lightning_aop.rendering import heatmap_grid
+from lightning_aop.samples import Probe
 from lightning_aop.scores import sigmoid
 
 pytestmark = [
@@ -106,11 +108,14 @@ class Watch(ExplanationMonitor):
         self.captions: list[list[str]] = []
         self.layouts: list[dict[str, Any]] = []
 
-    def _explain(self, trainer: Any, pl_module: Any) -> Any:
+    def _explain(self, trainer: Any, *rest: Any) -> Any:
         self.steps.append(trainer.global_step)
+        return super()._explain(trainer, *rest)
+
+    def _log_picture(self, *arguments: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(panels, "heatmap_grid", self._grid)
-            return super()._explain(trainer, pl_module)
+            super()._log_picture(*arguments)
 
     def _grid(self, images: Any, maps: Any, captions: Any, **layout: Any) -> Any:
         self.captions.append(list(captions))
@@ -390,13 +395,45 @@ def test_the_probe_survives_a_resume(tmp_path: Path) -> None:
     again = Watch(WGradCAM(), probe=3, metrics=False)
     other = DataLoader(Pictures(12, torch.zeros(12, dtype=torch.long)), batch_size=4)
     run = trainer(tmp_path, again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=3)
-    run.fit(Classifier(), loaders()[0], other, ckpt_path=tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="data that the probe was taken from has changed"):
+        run.fit(Classifier(), loaders()[0], other, ckpt_path=tmp_path / "last.ckpt")
     assert again.steps == [9]
     assert first._kept is not None
     assert again._kept is not None
     assert torch.equal(first._kept.images, again._kept.images)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
     assert state["Watch"]["images"].shape == (3, 3, 32, 32)
+
+
+def test_the_same_data_resumes_without_a_word(tmp_path: Path) -> None:
+    # The pictures are augmented from three random streams, in a state that no run has twice.
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    first, again = (Watch(WGradCAM(), probe=3, metrics=False) for _ in range(2))
+    trainer(tmp_path, first, checkpoint).fit(Classifier(), *loaders())
+    np.random.seed(77)
+    run = trainer(tmp_path, again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=3)
+    run.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "last.ckpt")
+    assert again.steps == [9]
+    assert first._kept is not None
+    assert again._kept is not None
+    assert torch.equal(first._kept.images, again._kept.images)
+
+
+def test_pictures_of_8_bits_take_a_byte_a_value_in_a_checkpoint() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bytes_ = torch.randint(0, 256, (8, 3, 224, 224), generator=generator, dtype=torch.uint8)
+    images = v2.functional.normalize(bytes_.float() / 255, [0.4, 0.5, 0.6], [0.2, 0.3, 0.2])
+    probe = Probe(images, torch.arange(8))
+    file = io.BytesIO()
+    torch.save(probe.state(), file)
+    assert len(file.getvalue()) < 1.01 * bytes_.numel()
+    file.seek(0)
+    again = Probe.from_state(torch.load(file, weights_only=True))
+    assert torch.equal(again.images, images)
+    assert again.fingerprint == probe.fingerprint
+    for other in (torch.randn(2, 3, 40, 40), torch.full((1, 1, 4, 4), torch.nan)):
+        found = Probe.from_state(Probe(other).state()).images
+        assert torch.equal(found.nan_to_num(7), other.nan_to_num(7))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,44 @@
+"""How much of the training time explanations may take."""
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Budget:
+    """Time spent on explanations beside the time spent on training, from now on.
+
+    Attributes:
+        share: explanations may take this share of the training time; None for any.
+        spent: seconds spent on explanations.
+        last: seconds that the last explanation took, and the next one is expected to take.
+        skipped: explanations left out since the last.
+    """
+
+    share: float | None = None
+    spent: float = 0.0
+    last: float = 0.0
+    skipped: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def training(self) -> float:
+        """Seconds since the start, without explanations."""
+        return time.perf_counter() - self.started - self.spent
+
+    @property
+    def overhead(self) -> float:
+        """The share that explanations have taken so far."""
+        return self.spent / max(self.training, 1e-9)
+
+    def allows_another(self) -> bool:
+        """Tell whether one more may be made; the first always, since nobody knows what it takes."""
+        if self.share is None or self.last == 0:
+            return True
+        return self.spent + self.last <= self.share * self.training
+
+    def pay(self, seconds: float) -> None:
+        """Take an explanation into account."""
+        self.spent += seconds
+        self.last = seconds
+        self.skipped = 0
