@@ -120,6 +120,7 @@ class CaptumAttribution:
                     f"{self.method} changes: its map is that of the plain gradient",
                     stacklevel=2,
                 )
+            require_finite(x, t, "the image")  # whose gradients may be finite all the same
             if any(rule in self.method for rule in _RULES):
                 separate_activations(classifier.model, x)
             attribute, together = self._prepared(classifier)

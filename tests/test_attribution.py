@@ -322,6 +322,12 @@ def test_what_cannot_be_done_is_said(photos: Any, unchecked: None) -> None:
         smoothgrad(0)
     with pytest.raises(TargetLayerError, match="SmallNet has no layer 'layer4'"):
         CaptumAttribution("LayerGradCam", layer="layer4").explain(SmallNet(), *photos)
+    with pytest.raises(
+        NonFiniteScoreError, match=r"the image is NaN or infinite for image\(s\) \[1\]"
+    ):
+        gradient().explain(
+            SmallNet(), photos[0].index_fill(0, torch.tensor([1]), torch.nan), photos[1]
+        )
     broken = SmallNet()
     nn.init.constant_(broken.head.weight, torch.nan)
     with pytest.raises(NonFiniteScoreError, match="the attribution of Saliency is NaN"):

@@ -119,7 +119,30 @@ def test_what_fails_is_named_and_the_rest_is_shown(
     assert {r["method"] for r in rows_of(out)} == {"gradcam"}
     assert (out / "comparison.png").exists()
     assert compare(weights, tmp_path / "none", [broken], "--methods", "gradcam") == 1
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "none" / "comparison.png").exists()
+    # A file where the folder should be, and a damaged map.
+    assert compare(weights, broken, photos, "--methods", "gradcam") == 1
+    assert "no folder can be made there" in capsys.readouterr().err
+    for kept in (out / "maps").iterdir():
+        kept.write_bytes(b"junk")
+    assert compare(weights, out, photos, "--methods", "gradcam") == 0
+
+
+def test_methods_without_their_package_are_named(
+    weights: Path,
+    photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "captum", None)
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
+    assert compare(weights, tmp_path, photos, "--methods", "gradient", "xrai", "gradcam") == 1
+    errors = capsys.readouterr().err
+    assert 'gradient: captum is not installed: install it with pip install "lightning' in errors
+    assert 'xrai: XRAI needs scikit-image: install it with pip install "lightning' in errors
+    assert {r["method"] for r in rows_of(tmp_path)} == {"gradcam"}
 
 
 def test_methods_by_name_by_figure_and_all() -> None:

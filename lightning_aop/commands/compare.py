@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from lightning_aop.commands.photos import Pairs, Recipe, load, photo_options, progress, read_pairs
-from lightning_aop.commands.store import MapStore, write_csv
+from lightning_aop.commands.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import CommandError
 from lightning_aop.methods import FIGURE_5, METHODS
 from lightning_aop.metrics import auc, deletion_insertion_curves
@@ -67,6 +67,7 @@ def compare(options: Namespace) -> int:
     for name, value in (("steps", options.steps), ("cell", options.cell - 31)):
         if value < 1:
             raise CommandError(f"--{name} {getattr(options, name)}: too small")
+    make_folder(options.output)
     recipe = load(options)
     pairs, failures = read_pairs(recipe, options)
     if pairs is None:
@@ -93,20 +94,23 @@ def compare(options: Namespace) -> int:
                 else:
                     keep(i, name, entry)
                     bar.update()
+            bar.set_description(name)
             try:
-                method = METHODS[name](options.target_layer, softmax) if missing else None
-                while method is not None and missing:
-                    group, missing = missing[:_TOGETHER], missing[_TOGETHER:]
-                    bar.set_description(name)
+                while missing:
+                    method, group = (
+                        METHODS[name](options.target_layer, softmax),
+                        missing[:_TOGETHER],
+                    )
                     found = _judged(recipe, method, images[group], targets[group], options.steps)
                     for i, entry in zip(group, found, strict=True):
                         store.write(keys[i], name, entry)
                         keep(i, name, entry)
                         bar.update()
+                    missing = missing[_TOGETHER:]
             except (ValueError, RuntimeError, ImportError) as error:
                 # Not every method works on every network.
                 failed.append(name)
-                bar.update(len(missing) + len(group) if method is not None else len(missing))
+                bar.update(len(missing))
                 first = str(error).strip().splitlines()[0]
                 bar.write(f"lightning-aop: {name}: {first}", file=sys.stderr)
             _write(options, recipe, names, pairs, rows, maps)

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_aop.commands.photos import load, photo_options, progress, read_pairs
-from lightning_aop.commands.store import MapStore, write_csv
+from lightning_aop.commands.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import CommandError
 from lightning_aop.methods import METHODS
 from lightning_aop.rendering import map_table, write_png
@@ -44,6 +44,7 @@ def sanity_check(options: Namespace) -> int:
     """Randomise, explain, compare and draw, layer by layer."""
     if options.cell < 32:
         raise CommandError(f"--cell {options.cell}: must be 32 pixels or more")
+    make_folder(options.output)
     recipe = load(options)
     pairs, failures = read_pairs(recipe, options)
     if pairs is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lightning_aop
 from lightning_aop.coco.features import update_with_weights
+from lightning_aop.errors import CommandError
 from lightning_aop.files import write_whole
 
 
@@ -32,12 +33,15 @@ class MapStore:
         return digest.hexdigest()[:16]
 
     def read(self, key: str, name: str) -> dict[str, Any] | None:
-        """Return what was kept under this name, or None."""
-        try:
-            entry: dict[str, Any] = torch.load(self._path(key, name), weights_only=True)
-        except FileNotFoundError:
+        """Return what was kept under this name, or None, also if the file is damaged."""
+        path = self._path(key, name)
+        if not path.is_file():
             return None
-        return entry
+        try:
+            entry: dict[str, Any] = torch.load(path, weights_only=True)
+        except Exception:  # whatever the unpickler makes of other bytes
+            return None
+        return entry if isinstance(entry, dict) else None
 
     def write(self, key: str, name: str, entry: Mapping[str, Any]) -> None:
         """Keep tensors and plain values; a tensor is copied out of the batch that it is a view of."""
@@ -48,6 +52,18 @@ class MapStore:
 
     def _path(self, key: str, name: str) -> Path:
         return self.folder / f"{key}-{name}.pt"
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of the results, before hours are spent on them.
+
+    Raises:
+        CommandError: it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--output {path}: no folder can be made there ({error})") from error
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
