@@ -315,9 +315,8 @@ class ExplanationMonitor(Callback):
             plan = team.from_first(lambda: self._plan(pl_module, probe, images))
             rows, targets = plan.rows.to(device), plan.targets.to(device)
             # Where a process would have nothing to judge, each does all the work.
-            if int(plan.judged.sum()) < team.size:
-                team = Team.alone()
-            mine = team.share(len(rows)).to(device)
+            workers = team if int(plan.judged.sum()) >= team.size else Team.alone()
+            mine = workers.share(len(rows)).to(device)
 
             def work(chunk: int) -> tuple[Maps, Metric | MetricCollection | None]:
                 method = self.method or fast_sigcam(self.target_layer, score=score)
@@ -325,7 +324,7 @@ class ExplanationMonitor(Callback):
                     pl_module, images[rows[mine]], targets[mine]
                 )
                 judged = plan.judged.to(device)[mine]
-                metric = self._metric(score, chunk, team)
+                metric = self._metric(score, chunk, workers)
                 if metric is not None and judged.any():
                     metric = metric.to(device)
                     metric.reset()
@@ -338,7 +337,7 @@ class ExplanationMonitor(Callback):
             maps = images.new_zeros(0, *images.shape[2:], dtype=torch.float32)
             if len(rows):
                 found, metric = team.together(lambda: self._within_memory(work, score))
-                maps = team.gather(found.float(), len(rows))
+                maps = workers.gather(found.float(), len(rows))
                 if metric is not None:
                     values |= _computed(metric)
         maps = _with_nan(maps, plan.finite)
