@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow reliability lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lightning-aop demo
@@ -13,6 +13,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev  ## minutes of CPU time; LIGHTNING_AOP_DATA names a folder of real photos
 	$(BIN)/python -m pytest -m slow -s
+
+reliability: $(VENV)/.dev  ## write the matrix of docs/reliability.md from its tests' results
+	$(BIN)/python -m pytest tests/test_harmless.py --reliability docs/reliability.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

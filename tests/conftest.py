@@ -123,3 +123,48 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "squeezenet.pth"
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), path)
     return path
+
+
+# --------------------------------------------------------------------------------------------------
+# the page that says what is proved
+
+
+_cells: dict[str, str] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--reliability", help="write the matrix of non-interference into this page", type=Path
+    )
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = dict(report.user_properties).get("cell")
+    if report.when == "call" and isinstance(name, str):
+        _cells[name] = {"passed": "equal", "skipped": "skipped", "failed": "**not equal**"}[
+            report.outcome
+        ]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    page: Path | None = session.config.getoption("--reliability")
+    if page is None:
+        return
+    import platform
+
+    import pytorch_lightning
+
+    before, rest = page.read_text().split("<!-- matrix -->")
+    after = rest.split("<!-- end of matrix -->")[1]
+    proved = sum(result == "equal" for result in _cells.values())
+    rows = "\n".join(f"| {name} | {result} |" for name, result in _cells.items())
+    refused = (
+        "| FSDP, DeepSpeed, ModelParallel | refused: the weights are shards, a map needs all |"
+    )
+    table = (
+        f"\n{proved} of {len(_cells)} cells are equal bit for bit, on {platform.system()} with Python "
+        f"{platform.python_version()}, torch {torch.__version__.split('+')[0]} and Lightning "
+        f"{pytorch_lightning.__version__}, on the CPU.\n\n"
+        f"| how the model is trained | with and without the monitor |\n|---|---|\n{rows}\n{refused}\n"
+    )
+    page.write_text(f"{before}<!-- matrix -->{table}<!-- end of matrix -->{after}")
