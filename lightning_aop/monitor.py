@@ -1,12 +1,11 @@
 """ExplanationMonitor: the Lightning callback that shows, while a model trains, what it looks at."""
 
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +16,13 @@ from lightning_aop.aop import fast_sigcam
 from lightning_aop.budget import Budget
 from lightning_aop.chunks import largest_chunk, with_chunk
 from lightning_aop.image_log import log_image
+from lightning_aop.lightnings import (
+    Callback,
+    LightningModule,
+    Trainer,
+    misconfiguration,
+    rank_zero_warn,
+)
 from lightning_aop.metrics import EnergyPointingGame, Faithfulness, PointingGame
 from lightning_aop.panels import Explanations, draw_probe
 from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed
@@ -32,19 +38,6 @@ from lightning_aop.samples import (
 from lightning_aop.scores import Score, sigmoid, softmax
 from lightning_aop.team import Team
 from lightning_aop.types import Maps, SaliencyMethod, Targets
-
-# The two names of Lightning have distinct base classes; take those of the one in use.
-if TYPE_CHECKING or "lightning.pytorch" not in sys.modules or "pytorch_lightning" in sys.modules:
-    from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.utilities import rank_zero_warn
-    from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
-        MisconfigurationException,
-    )
-else:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.utilities import rank_zero_warn
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 
 T = TypeVar("T")
 Moment: TypeAlias = Literal["start", "step", "epoch"]
@@ -190,7 +183,7 @@ class ExplanationMonitor(Callback):
         """Refuse what can't work before any work is done."""
         problem = self._misuse() or _unsupported(trainer)
         if problem:
-            raise MisconfigurationException(f"ExplanationMonitor: {problem}")
+            raise misconfiguration(trainer, f"ExplanationMonitor: {problem}")
         if stage == "fit":
             self._kept, self._last_step, self._resumed = None, 0, False
             self._budget = Budget(self.max_overhead)
