@@ -7,11 +7,13 @@ evidence stays zero.
 
 Cost: one forward and one backward an image (2 evaluations; CAM has no backward), the backward only
 down to the layer; plus one evaluation of one image where the layer has to be found in a model not
-seen before, three where that is a transformer.
+seen before, three where that is a transformer. Where the monitor keeps what the frozen part of a
+model gives, the forward is one of what follows it (`frozen.FrozenPart`).
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, final
 
 import torch
@@ -19,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.frozen import evaluated
 from lightning_aop.ops import min_max, resize
 from lightning_aop.probing import (
     Capture,
@@ -28,6 +31,7 @@ from lightning_aop.probing import (
     capture,
     explaining,
     find_target_layer,
+    named_layer,
 )
 from lightning_aop.scores import logit
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
@@ -66,13 +70,15 @@ class _ActivationMap(ABC):
             layer = self.target_layer
             if layer is None:
                 layer = find_target_layer(classifier.model, x)
+            name, _ = named_layer(classifier.model, layer)
             maps, logits = [], []
             size = (x.shape[2], x.shape[3])
-            with capture(classifier.model, layer, size, self.reshape) as captured:
+            with capture(classifier.model, name, size, self.reshape) as captured:
                 for part, classes in zip(
                     x.split(self.eval_batch_size), t.split(self.eval_batch_size), strict=True
                 ):
-                    evidence, scores = self._evidence(classifier, captured, part, classes)
+                    work = partial(self._evidence, classifier, captured, part, classes)
+                    evidence, scores = evaluated(classifier.model, name, part, work)
                     maps.append(evidence.relu())
                     logits.append(scores.detach())
             require_finite(torch.cat(logits), t, "the logit")

@@ -15,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_aop.aop import fast_sigcam
 from lightning_aop.budget import Budget
 from lightning_aop.chunks import largest_chunk, with_chunk
+from lightning_aop.frozen import FrozenPart
 from lightning_aop.image_log import log_image
 from lightning_aop.lightnings import (
     Callback,
@@ -25,7 +26,7 @@ from lightning_aop.lightnings import (
 )
 from lightning_aop.metrics import EnergyPointingGame, Faithfulness, PointingGame
 from lightning_aop.panels import Explanations, draw_probe
-from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed
+from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed, unwrap
 from lightning_aop.samples import (
     Probe,
     ProbeSource,
@@ -105,7 +106,8 @@ class ExplanationMonitor(Callback):
     state. An explanation that fails gives a warning, and training goes on; one that runs out of
     memory is tried again with half as many images in a pass. With a callback that swaps weights
     around validation (`WeightAveraging`), the weights in place at its end are explained. Under DDP
-    each process explains its share of the probe, with the first one's BatchNorm statistics.
+    each process explains its share of the probe, with the first one's BatchNorm statistics. What a
+    frozen backbone makes of the probe is computed once, and kept while its weights stay the same.
 
     Args:
         method: how to explain; `fast_sigcam()` by default, 43 model evaluations an explanation.
@@ -174,6 +176,7 @@ class ExplanationMonitor(Callback):
         self._last_step = 0
         self._chunk: int | None = None  # images in a pass, once there was too little memory
         self._budget = Budget(max_overhead)
+        self._frozen = FrozenPart()
         self._warned: set[str] = set()
 
     # ---------------------------------------------------------------------------------------------
@@ -303,7 +306,11 @@ class ExplanationMonitor(Callback):
         probe = self._kept
         device = device_of(pl_module)
         score = self.score or (sigmoid if probe.multilabel else softmax)
-        with self._precision(trainer, pl_module), team.buffers_of_first(pl_module):
+        with (
+            self._precision(trainer, pl_module),
+            team.buffers_of_first(pl_module),
+            self._frozen.kept(unwrap(pl_module), len(probe.images)),
+        ):
             images = probe.images.to(device)
             plan = team.from_first(lambda: self._plan(pl_module, probe, images))
             rows, targets = plan.rows.to(device), plan.targets.to(device)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_aop.checks import check_batch
+from lightning_aop.frozen import evaluated
 from lightning_aop.scores import Score, full_precision
 from lightning_aop.types import Images, Targets
 
@@ -279,7 +280,12 @@ def predict(model: nn.Module, images: Images, eval_batch_size: int = 32) -> Floa
     """Return the model's logits in eval mode, leaving it undisturbed."""
     anything = torch.zeros(len(images), dtype=torch.long, device=images.device)
     with explaining(model, images, anything) as (classifier, x, _), torch.no_grad():
-        return torch.cat([classifier.logits(part) for part in x.split(eval_batch_size)])
+        return torch.cat(
+            [
+                evaluated(classifier.model, None, part, partial(classifier.logits, part))
+                for part in x.split(eval_batch_size)
+            ]
+        )
 
 
 # --------------------------------------------------------------------------------------------------
