@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -12,10 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+import lightning_aop
 from lightning_aop.aop import fast_sigcam
 from lightning_aop.budget import Budget
 from lightning_aop.chunks import largest_chunk, with_chunk
+from lightning_aop.film import write_film
 from lightning_aop.frozen import FrozenPart
+from lightning_aop.history import HistoryWriter, Record, stored
 from lightning_aop.image_log import log_image
 from lightning_aop.lightnings import (
     Callback,
@@ -27,6 +31,7 @@ from lightning_aop.lightnings import (
 from lightning_aop.metrics import EnergyPointingGame, Faithfulness, PointingGame
 from lightning_aop.panels import Explanations, draw_probe
 from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed, unwrap
+from lightning_aop.rendering import displayable
 from lightning_aop.samples import (
     Probe,
     ProbeSource,
@@ -36,6 +41,7 @@ from lightning_aop.samples import (
     normalisation_of,
     source_of,
 )
+from lightning_aop.sanity import rank_correlation
 from lightning_aop.scores import Score, sigmoid, softmax
 from lightning_aop.team import Team
 from lightning_aop.types import Maps, SaliencyMethod, Targets
@@ -75,13 +81,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Found:
-    """The maps of all pairs, NaN where there are none, with their masks and figures."""
+    """The maps of all pairs, NaN where there are none, with their masks and figures.
+
+    `blank` are those that show nothing.
+    """
 
     plan: Plan
     maps: Float[Tensor, "p h w"]
     masks: Bool[Tensor, "p h w"]
+    blank: Bool[Tensor, " p"]
     values: dict[str, float]
     score: Score
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The picture and the class of each map."""
+        return list(zip(self.plan.all_rows.tolist(), self.plan.all_targets.tolist(), strict=True))
 
 
 class ExplanationMonitor(Callback):
@@ -95,12 +110,17 @@ class ExplanationMonitor(Callback):
       are (`ModelCheckpoint(monitor="explain/overall_auc", mode="max")` works);
     - `explain/pointing_game`, `explain/energy_in_mask`: where the data has masks, how often the
       maximum of a map lies on the object, and which share of the heat; means over the classes;
+    - `explain/drift`: how much the maps have changed since the explanation before, 1 − their rank
+      correlation: 0 for none, 1 for no likeness;
     - `explain/blank_maps`: how many maps show nothing, or NaN; such are labelled in the picture;
     - `explain/seconds`: what it took.
 
     Where the data has masks (a dataset with `input_masks(index, classes)`, or a batch with bool
     `masks`), their outlines are drawn. Multilabel pictures show also what the model sees but the
     labels don't (a score above 0.5): the strongest such class is explained, but not judged.
+
+    Under `fit` the maps and figures are also stored, in the folder `explanations` beside the logger's
+    files, or in `default_root_dir`, and at the end as a film: see `history.History`, `film`.
 
     Training is left bit for bit as it would have been: weights, buffers, gradients, modes and random
     state. An explanation that fails gives a warning, and training goes on; one that runs out of
@@ -133,6 +153,7 @@ class ExplanationMonitor(Callback):
         max_overhead: leave out explanations so that they take no more than this share of the training
             time (0.05 for a twentieth), as `explain/overhead` and `explain/skipped` tell. The first
             is always made, and paid off before the next. None for no limit.
+        store: keep the maps and figures in files. Without them there is no drift.
         full_precision: explain in float32 whatever the trainer's precision; by default in the
             trainer's, but for the parts that need more.
     """
@@ -153,6 +174,7 @@ class ExplanationMonitor(Callback):
         std: Sequence[float] | None = None,
         max_classes_per_image: int = 3,
         max_overhead: float | None = None,
+        store: bool = True,
         full_precision: bool = False,
     ) -> None:
         super().__init__()
@@ -170,9 +192,13 @@ class ExplanationMonitor(Callback):
         self.mean, self.std = mean, std
         self.max_classes_per_image = max_classes_per_image
         self.max_overhead = max_overhead
+        self.store = store
         self.full_precision = full_precision
         self._kept: Probe | None = None
         self._resumed = False  # the probe is a checkpoint's, and not compared with the data yet
+        self._writer: HistoryWriter | None = None
+        self._folder: Path | None = None
+        self._earlier: tuple[Path, int] | None = None  # the folder and the records of a checkpoint
         self._last_step = 0
         self._chunk: int | None = None  # images in a pass, once there was too little memory
         self._budget = Budget(max_overhead)
@@ -189,6 +215,7 @@ class ExplanationMonitor(Callback):
             raise misconfiguration(trainer, f"ExplanationMonitor: {problem}")
         if stage == "fit":
             self._kept, self._last_step, self._resumed = None, 0, False
+            self._writer = self._folder = self._earlier = None
             self._budget = Budget(self.max_overhead)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,6 +244,15 @@ class ExplanationMonitor(Callback):
         """Explain at the chosen epochs where there is no validation."""
         if not trainer.enable_validation and self._due(trainer):
             self._fire(trainer, pl_module, "epoch")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make a film of the maps."""
+        try:
+            if self._writer is not None and self._writer.records:
+                with isolated_rng():
+                    write_film(self._writer.folder)
+        except Exception as error:
+            self._warn(f"ExplanationMonitor: no film of the maps. {type(error).__name__}: {error}")
 
     @property
     def _enabled(self) -> bool:
@@ -259,11 +295,16 @@ class ExplanationMonitor(Callback):
     # what is kept in a checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the probe, so that a resumed run goes on with the same pictures."""
-        return {} if self._kept is None else self._kept.state()
+        """Return the probe and where the history is, so that a resumed run goes on with both."""
+        state = {} if self._kept is None else self._kept.state()
+        if self._writer is not None:
+            state |= {"folder": str(self._writer.folder), "records": self._writer.records}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the probe of the run that is resumed."""
+        """Take up the probe and the history of the run that is resumed."""
+        if "folder" in state_dict:
+            self._earlier = Path(state_dict["folder"]), state_dict["records"]
         if "images" in state_dict:
             self._kept, self._resumed = Probe.from_state(state_dict), True
 
@@ -280,7 +321,11 @@ class ExplanationMonitor(Callback):
                     self._budget.skipped += 1
                     return
                 found = self._explain(trainer, pl_module, team)
+                drift = team.from_first(lambda: self._drift(trainer, found))
                 values = dict(found.values)
+                known = [value for value in drift if value is not None]
+                if known:
+                    values["drift"] = sum(known) / len(known)
                 values["seconds"] = time.perf_counter() - started
                 if self.max_overhead is not None:
                     values["skipped"] = float(self._budget.skipped)
@@ -289,6 +334,7 @@ class ExplanationMonitor(Callback):
                 self._log_values(trainer, pl_module, values, moment, team)
                 if trainer.is_global_zero:
                     self._log_picture(trainer, found, moment)
+                    self._store(trainer, found, values, drift)
         except Exception as error:
             self._budget.pay(time.perf_counter() - started)
             self._warn(
@@ -348,7 +394,7 @@ class ExplanationMonitor(Callback):
         flat = maps.flatten(1)
         blank = (flat.amax(dim=1) == flat.amin(dim=1)) | ~flat.isfinite().all(dim=1)
         values["blank_maps"] = float(blank.sum())
-        return Found(plan, maps, masks, values, score)
+        return Found(plan, maps, masks, blank, values, score)
 
     def _plan(self, pl_module: LightningModule, probe: Probe, images: Tensor) -> Plan:
         """Choose what is explained."""
@@ -480,16 +526,13 @@ class ExplanationMonitor(Callback):
 
     def _log_picture(self, trainer: Trainer, found: Found, moment: Moment) -> None:
         assert self._kept is not None
-        mean, std = self.mean, self.std
-        source, validation = (source_of(p, _loaders(trainer)) for p in (self.probe, 1))
-        if mean is None and std is None:
-            mean, std = normalisation_of(source) or (None, None)
+        mean, std = self._normalisation(trainer)
         plan = found.plan
         panel = draw_probe(
             self._kept,
             Explanations(plan.all_rows, plan.all_targets, found.maps, found.masks, plan.logits),
             found.score,
-            self.class_names or class_names_of(source) or class_names_of(validation),
+            self._names(trainer),
             title=_title(trainer),
             mean=mean,
             std=std,
@@ -506,6 +549,115 @@ class ExplanationMonitor(Callback):
                     f"ExplanationMonitor: {type(error).__name__}: {error}. The picture is at {path}"
                 )
 
+    def _normalisation(
+        self, trainer: Trainer
+    ) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        if self.mean is None and self.std is None:
+            return normalisation_of(source_of(self.probe, _loaders(trainer))) or (None, None)
+        return self.mean, self.std
+
+    def _names(self, trainer: Trainer) -> Sequence[str] | None:
+        source, validation = (source_of(p, _loaders(trainer)) for p in (self.probe, 1))
+        return self.class_names or class_names_of(source) or class_names_of(validation)
+
+    def _opened(self, trainer: Trainer) -> HistoryWriter | None:
+        """Return what the history is written with, None where none is."""
+        if not self.store or trainer.state.fn != "fit" or _leaves_no_files(trainer):
+            return None
+        if self._writer is None:
+            assert self._kept is not None
+            if self._folder is None:
+                self._folder = self._free_folder(trainer)
+            mean, std = self._normalisation(trainer)
+            pictures = displayable(self._kept.images, mean, std)
+            writer = HistoryWriter(
+                self._folder,
+                (pictures * 255).round().to(torch.uint8),
+                configuration=self._configuration(trainer),
+                class_names=dict(enumerate(map(str, self._names(trainer) or ()))),
+            )
+            if self._earlier is not None:
+                try:
+                    writer.keep(*self._earlier)
+                except (OSError, ValueError) as error:
+                    self._warn(
+                        "ExplanationMonitor: the history of the run that is resumed could not be "
+                        f"found, a new one begins. {type(error).__name__}: {error}"
+                    )
+            self._writer = writer
+        return self._writer
+
+    def _free_folder(self, trainer: Trainer) -> Path:
+        """Return a folder that no other run has, or that of the run which is resumed."""
+        folder, number = _history_folder(trainer), 1
+        if self._earlier is not None and self._earlier[0].parent == folder.parent:
+            return self._earlier[0]
+        while folder.exists():
+            number += 1
+            folder = folder.with_name(f"explanations-{number}")
+        return folder
+
+    def _configuration(self, trainer: Trainer) -> dict[str, str]:
+        found = {
+            "model": type(trainer.lightning_module).__name__,
+            "method": repr(self.method or fast_sigcam(self.target_layer)),
+            "targets": str(self.targets),
+            "metrics": "Faithfulness(steps=28)" if self.metrics is True else repr(self.metrics),
+            "precision": "32" if self.full_precision else str(trainer.precision),
+            "lightning_aop": lightning_aop.__version__,
+            "torch": torch.__version__,
+        }
+        if self.max_overhead is not None:
+            found["max_overhead"] = str(self.max_overhead)
+        return found
+
+    def _drift(self, trainer: Trainer, found: Found) -> list[float | None]:
+        """Return 1 − the rank correlation of each map with the one before, None without one."""
+        drift: list[float | None] = [None] * len(found.pairs)
+        try:
+            writer = self._opened(trainer)
+            if writer is None:
+                return drift
+            before = writer.last_maps()
+            blank = found.blank.tolist()
+            now = [n for n, pair in enumerate(found.pairs) if pair in before and not blank[n]]
+            if now:
+                maps = stored(found.maps[now]).cpu().double()
+                others = torch.stack([torch.tensor(before[found.pairs[n]]) for n in now]).double()
+                for n, alike in zip(now, rank_correlation(maps, others).tolist(), strict=True):
+                    drift[n] = 1 - alike
+        except Exception as error:
+            self._warn(
+                "ExplanationMonitor: the run's history can't be read or written. "
+                f"{type(error).__name__}: {error}"
+            )
+        return drift
+
+    def _store(
+        self, trainer: Trainer, found: Found, values: dict[str, float], drift: list[float | None]
+    ) -> None:
+        """Add what was found to the run's files."""
+        plan = found.plan
+        scores = found.score(plan.logits[plan.all_rows], plan.all_targets).nan_to_num(0.0)
+        record = Record(
+            step=_step(trainer),
+            epoch=trainer.current_epoch,
+            title=_title(trainer),
+            values=values,
+            images=plan.all_rows.tolist(),
+            targets=plan.all_targets.tolist(),
+            scores=scores.tolist(),
+            blank=found.blank.tolist(),
+            drift=drift,
+        )
+        try:
+            if self._writer is not None:
+                self._writer.add(record, stored(found.maps))
+        except Exception as error:
+            self._warn(
+                f"ExplanationMonitor: the maps could not be stored. {type(error).__name__}: {error}"
+            )
+
     def _warn(self, message: str) -> None:
         # The same trouble comes back at every epoch; its first line is said once.
         key = re.sub(r"\d+", "", message)
@@ -518,6 +670,22 @@ def _loaders(trainer: Trainer) -> Any:
     # Not `or`: the truth of a DataLoader is its length, which an iterable dataset has not.
     validation = trainer.val_dataloaders
     return trainer.train_dataloader if validation is None else validation
+
+
+def _leaves_no_files(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False) or getattr(trainer, "barebones", False))
+
+
+def _history_folder(trainer: Trainer) -> Path:
+    """Return where a logger has its files, as Lightning's ModelCheckpoint finds it."""
+    directory: str | Path | None = None
+    for logger in trainer.loggers:
+        directory = getattr(logger, "log_dir", None)
+        if directory is None and logger.save_dir is not None:
+            directory = Path(logger.save_dir) / str(logger.name) / str(logger.version)
+        if directory is not None:
+            break
+    return Path(directory or trainer.default_root_dir) / "explanations"
 
 
 def _step(trainer: Trainer) -> int:

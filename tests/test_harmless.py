@@ -434,6 +434,7 @@ def test_a_resumed_training_is_what_it_was(tmp_path: Path, record_property: Any)
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 log_every_n_steps=1,
+                default_root_dir=folder,
             )
             trainer.fit(module, *plain(), ckpt_path=folder / "last.ckpt" if epochs > 1 else None)
         return everything(trainer, module)
@@ -460,6 +461,7 @@ def test_validating_changes_nothing(tmp_path: Path, record_property: Any) -> Non
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
+            default_root_dir=tmp_path,
         )
         first = trainer.validate(module, loader(False), verbose=False)
         second = trainer.test(module, loader(False), verbose=False)

@@ -38,6 +38,10 @@ def test_sigkill_at_any_moment(runs: Path) -> None:
     ]
     assert len([name for name in names if name.endswith(".png")]) == 4  # one before training
     assert "explain/overall_auc" in seen["whole"]["epoch2.json"]
+    assert [record["title"] for record in seen["whole"]["records"]] == [
+        "before training",
+        *(f"epoch {n} · step {2 * n + 2}" for n in range(3)),
+    ]
     assert len(seen["killed"]) > 20
     for fatal, found in seen["killed"].items():
         assert found == seen["whole"], f"killed at evaluation {fatal} of {seen['moments']}"

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_aop import ExplanationMonitor, fast_sigcam
+from lightning_aop.history import History
 
 EPOCHS = 3
 
@@ -125,6 +127,16 @@ def seen(out: Path) -> dict[str, Any]:
     found = {path.name: json.loads(path.read_text()) for path in sorted(out.glob("epoch*.json"))}
     for path in sorted(out.rglob("*.png")):
         found[str(path.relative_to(out))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (state,) = (
+        state
+        for name, state in torch.load(out / "last.ckpt", weights_only=True)["callbacks"].items()
+        if "ExplanationMonitor" in name
+    )
+    history = History.load(state["folder"])
+    for record in history.records:
+        record.values.pop("seconds")
+    found["records"] = [asdict(record) for record in history.records]
+    found["maps"] = hashlib.sha256(history.maps.tobytes()).hexdigest()
     return found
 
 
