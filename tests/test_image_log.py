@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,13 +97,21 @@ def test_tensorboard_holds_the_very_pixels(loggers: Any, picture: Tensor, tmp_pa
 # W&B
 
 
-def wandb_history(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of an offline run: the records of its file, in LevelDB's log format."""
+def wandb_records(folder: Path) -> list[Any]:
+    """Return what an offline run has written, once its last record is there."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    end = time.monotonic() + 30
+    while not (records := parse_wandb(path.read_bytes())) or not records[-1].HasField("exit"):
+        assert time.monotonic() < end, f"{path} has no end after {len(records)} records"
+        time.sleep(0.05)
+    return records
+
+
+def parse_wandb(content: bytes) -> list[Any]:
+    """Read LevelDB's log format: records in parts that end with the blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    content, position, parts, rows = path.read_bytes(), 7, b"", []
-    assert content[:4] == b":W&B"
+    position, parts, records = 7, b"", []
     while position + 7 <= len(content):
         left = 32768 - position % 32768
         if left < 7:
@@ -112,12 +121,16 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
         kind = content[position + 6]  # 1: whole, 2: first, 3: middle, 4: last
         parts += content[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind not in (1, 4):
-            continue
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(parts)
-        parts = b""
-        if record.WhichOneof("record_type") == "history":
+        if kind in (1, 4):
+            records.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def history_of(records: list[Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        if record.HasField("history"):
             rows.append({})
             for item in record.history.item:
                 row, names = rows[-1], list(item.nested_key) or [item.key]
@@ -128,8 +141,10 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def wandb_logger(loggers: Any, tmp_path: Path) -> Iterator[Any]:
+def wandb_logger(loggers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")  # Lightning sets it, and leaves it
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
 
     class Derived(loggers.WandbLogger):  # type: ignore[misc]
         pass
@@ -147,7 +162,7 @@ def test_wandb_holds_pictures_at_the_step_of_the_scalars(
         caption = None if step == 3 else f"at step {step}"
         assert log_image(wandb_logger, "explain/heatmaps", picture, step, caption=caption) is None
     wandb_logger.experiment.finish()
-    rows = wandb_history(tmp_path)
+    rows = history_of(wandb_records(tmp_path))
     scalars = [r for r in rows if "explain/insertion" in r]
     assert [(r["trainer/global_step"], r["explain/insertion"]) for r in scalars] == [
         (7, 3.5),
@@ -175,14 +190,17 @@ def test_wandb_holds_a_table_with_pictures(
     with pytest.raises(ValueError, match=r"explain/table has 1 cells for 4 columns: give"):
         log_table(wandb_logger, "explain/table", columns, [[1]], 9)
     wandb_logger.experiment.finish()
-    (row,) = wandb_history(tmp_path)
+    records = wandb_records(tmp_path)
+    (row,) = history_of(records)
     assert row["trainer/global_step"] == 9
-    (files,) = tmp_path.glob("wandb/offline-run-*/files")
-    table = json.loads((files / row["explain/table"]["path"]).read_text())
+    assert row["explain/table"]["_type"] == "table-file"
+    (artifact,) = [r.artifact for r in records if r.HasField("artifact")]
+    files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    table = json.loads(files["explain/table.table.json"].read_text())
     assert table["columns"] == columns
     assert [cells[:3] for cells in table["data"]] == [[0, "cat", 0.25], [1, "dog", None]]
     for cells in table["data"]:
-        assert_holds(files / cells[3]["path"], picture)
+        assert_holds(files[cells[3]["path"]], picture)
 
 
 def test_only_wandb_has_tables(loggers: Any, tmp_path: Path) -> None:
@@ -296,7 +314,6 @@ def test_comet_that_takes_no_picture_is_an_error(tmp_path: Path) -> None:
         """,
         tmp_path,
         COMET_START_ONLINE="0",
-        COMET_AUTO_LOG_DISABLE="1",
         COMET_DISABLED="1",
     )
 
