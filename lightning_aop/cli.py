@@ -21,6 +21,7 @@ from lightning_aop.coco import CocoClassification, MultilabelClassifier
 from lightning_aop.coco.predictions import PredictionWriter
 from lightning_aop.commands.compare import compare, compare_parser
 from lightning_aop.commands.explain import explain, explain_parser
+from lightning_aop.commands.report import report, report_parser
 from lightning_aop.commands.sanity_check import sanity_check, sanity_check_parser
 from lightning_aop.errors import CommandError
 from lightning_aop.methods import METHODS, MethodName
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return compare(compare_parser().parse_args(words[1:]))
         if words[:1] == ["sanity-check"]:
             return sanity_check(sanity_check_parser().parse_args(words[1:]))
+        if words[:1] == ["report"]:
+            return report(report_parser().parse_args(words[1:]))
         if words[:1] == ["demo"]:
             return _demo(_demo_parser().parse_args(words[1:]))
         for message in _MEANT:

@@ -32,6 +32,7 @@ from lightning_aop.metrics import EnergyPointingGame, Faithfulness, PointingGame
 from lightning_aop.panels import Explanations, draw_probe
 from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed, unwrap
 from lightning_aop.rendering import displayable
+from lightning_aop.report import write_report
 from lightning_aop.samples import (
     Probe,
     ProbeSource,
@@ -48,6 +49,8 @@ from lightning_aop.types import Maps, SaliencyMethod, Targets
 
 T = TypeVar("T")
 Moment: TypeAlias = Literal["start", "step", "epoch"]
+
+_PAGE_SHARE = 0.02  # of the time spent explaining, for rewriting the page; it is whole at the end
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ class ExplanationMonitor(Callback):
     labels don't (a score above 0.5): the strongest such class is explained, but not judged.
 
     Under `fit` the maps and figures are also stored, in the folder `explanations` beside the logger's
-    files, or in `default_root_dir`, and at the end as a film: see `history.History`, `film`.
+    files, or in `default_root_dir`: `report.html`, a page to look through all of them, which is
+    rewritten as the run goes, and at the end `evolution.gif`, a film. `history.History` reads them.
 
     Training is left bit for bit as it would have been: weights, buffers, gradients, modes and random
     state. An explanation that fails gives a warning, and training goes on; one that runs out of
@@ -198,6 +202,7 @@ class ExplanationMonitor(Callback):
         self._resumed = False  # the probe is a checkpoint's, and not compared with the data yet
         self._writer: HistoryWriter | None = None
         self._folder: Path | None = None
+        self._explaining = self._paging = 0.0  # seconds
         self._earlier: tuple[Path, int] | None = None  # the folder and the records of a checkpoint
         self._last_step = 0
         self._chunk: int | None = None  # images in a pass, once there was too little memory
@@ -246,13 +251,18 @@ class ExplanationMonitor(Callback):
             self._fire(trainer, pl_module, "epoch")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make a film of the maps."""
-        try:
-            if self._writer is not None and self._writer.records:
+        """Write the page of the whole run, and make a film of the maps."""
+        if self._writer is None or not self._writer.records:
+            return
+        for work in (write_report, write_film):
+            try:
                 with isolated_rng():
-                    write_film(self._writer.folder)
-        except Exception as error:
-            self._warn(f"ExplanationMonitor: no film of the maps. {type(error).__name__}: {error}")
+                    work(self._writer.folder)
+            except Exception as error:
+                self._warn(
+                    "ExplanationMonitor: no page or film of the maps. "
+                    f"{type(error).__name__}: {error}"
+                )
 
     @property
     def _enabled(self) -> bool:
@@ -653,6 +663,12 @@ class ExplanationMonitor(Callback):
         try:
             if self._writer is not None:
                 self._writer.add(record, stored(found.maps))
+                self._explaining += values["seconds"]
+                # The page grows with the run, and so does what it takes to write it.
+                if self._paging <= _PAGE_SHARE * self._explaining:
+                    started = time.perf_counter()
+                    write_report(self._writer.folder)
+                    self._paging += time.perf_counter() - started
         except Exception as error:
             self._warn(
                 f"ExplanationMonitor: the maps could not be stored. {type(error).__name__}: {error}"

@@ -1,0 +1,162 @@
+"""A run's stored explanations as one page to open in a browser, with nothing to install or serve."""
+
+import base64
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lightning_aop.files import write_whole
+from lightning_aop.history import History, Record
+
+Bytes = npt.NDArray[np.uint8]
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+# The first is shown until another is chosen: it is that of all other pictures.
+_PALETTES = ("inferno", "turbo")
+# As in the pictures that loggers get: how much of the photo's colour and brightness stays below the
+# heat, and an exponent below 1 for middling heat, which would else drown in the photo.
+_SATURATION, _BRIGHTNESS, _EXPONENT = 0.2, 0.75, 0.75
+_PICTURE_QUALITY = 85
+# Above this many bytes of maps a page is slow to open and to send, and slight loss the lesser evil.
+_LOSSLESS_BYTES = 4_000_000
+_LOSSY_QUALITY = 80
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``report.html`` into the folder that holds a run's explanations.
+
+    The page is one file that needs no network and no server: it can be mailed, attached to a run or
+    opened years later. A reader never sees half of it, so it may be rewritten while it is open.
+
+    Args:
+        folder: where the explanations were stored; the page is titled by the ends of its path.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: the explanations cannot be read, or the page cannot be written.
+    """
+    folder = Path(folder)
+    path = folder / "report.html"
+    title = " / ".join(part for part in folder.resolve().parts[-2:] if part != folder.anchor)
+    write_whole(path, page(History.load(folder), title).encode())
+    return path
+
+
+def page(history: History, title: str = "Explanations") -> str:
+    """Return the page as HTML; a run without a single explanation has one too.
+
+    The maps keep every value, as greyscale PNG, unless they are so many or so rugged that the page
+    would grow unwieldy; then they are JPEG, which is off by a few in 255, and the page says so.
+
+    Args:
+        history: what was stored of the run.
+        title: what the page is headed.
+    """
+    sheets = [_sheet(history, record) for record in history.records]
+    files = [_encode(sheet, "PNG") for sheet, _ in sheets]
+    kind = "png"
+    if sum(map(len, files)) > _LOSSLESS_BYTES:
+        files = [_encode(sheet, "JPEG", quality=_LOSSY_QUALITY) for sheet, _ in sheets]
+        kind = "jpeg"
+    data = {
+        "title": title,
+        "configuration": history.configuration,
+        "class_names": {str(index): name for index, name in history.class_names.items()},
+        "references": history.references,
+        "picture_size": list(history.images.shape[1:3]),
+        "map_size": list(history.maps.shape[1:3]),
+        "images": [
+            _url("jpeg", _encode(image, "JPEG", quality=_PICTURE_QUALITY, subsampling=0))
+            for image in history.images
+        ],
+        "lossy": kind == "jpeg",
+        "palettes": _palettes(),
+        "palette": _PALETTES[0],
+        "saturation": _SATURATION,
+        "brightness": _BRIGHTNESS,
+        "exponent": _EXPONENT,
+        "records": [
+            {
+                "step": record.step,
+                "epoch": record.epoch,
+                "title": record.title,
+                "values": record.values,
+                "images": record.images,
+                "targets": record.targets,
+                "scores": record.scores,
+                "blank": record.blank,
+                "drift": record.drift,
+                "columns": columns,
+                "sheet": _url(kind, file),
+            }
+            for record, file, (_, columns) in zip(history.records, files, sheets, strict=True)
+        ],
+    }
+    before, _, after = _TEMPLATE.read_text(encoding="utf-8").partition("{{data}}")
+    return before + _script_json(data) + after
+
+
+def _sheet(history: History, record: Record) -> tuple[Bytes, int]:
+    """Lay a record's maps side by side in rows; return the sheet and how many are in a row."""
+    count = len(record.images)
+    maps = history.maps[record.first : record.first + count]
+    height, width = maps.shape[1:3]
+    columns = max(1, math.ceil(math.sqrt(count)))
+    rows = max(1, math.ceil(count / columns))
+    if not height or not width:
+        return np.zeros((1, 1), np.uint8), columns
+    tiles = np.zeros((rows * columns, height, width), np.uint8)
+    tiles[:count] = maps
+    sheet = tiles.reshape(rows, columns, height, width).swapaxes(1, 2)
+    return sheet.reshape(rows * height, columns * width), columns
+
+
+def _encode(image: Bytes, kind: str, **options: Any) -> bytes:
+    with io.BytesIO() as file:
+        Image.fromarray(image).save(file, kind, **options)
+        return file.getvalue()
+
+
+def _url(kind: str, file: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(file).decode()}"
+
+
+def _palettes() -> dict[str, str]:
+    """Return the colours of 0 to 255, as 256 times RRGGBB, of each palette."""
+    from matplotlib import colormaps
+
+    table = np.arange(256)
+    return {name: colormaps[name](table, bytes=True)[:, :3].tobytes().hex() for name in _PALETTES}
+
+
+def _script_json(data: Any) -> str:
+    """Return JSON that is safe inside a script element.
+
+    The characters that could end the element or start a comment stand in strings only, where JSON
+    allows them to be written as escapes. U+2028 and U+2029 are among what ``json`` escapes anyway.
+    """
+    text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _finite(data: Any) -> Any:
+    """Replace NaN and infinity, which JSON has no word for, with None; NumPy's numbers with Python's."""
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, np.generic):
+        data = data.item()
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data
