@@ -32,7 +32,7 @@ from lightning_aop.metrics import EnergyPointingGame, Faithfulness, PointingGame
 from lightning_aop.panels import Explanations, draw_probe
 from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed, unwrap
 from lightning_aop.rendering import displayable
-from lightning_aop.report import write_report
+from lightning_aop.report import add_to_report, write_report
 from lightning_aop.samples import (
     Probe,
     ProbeSource,
@@ -49,8 +49,6 @@ from lightning_aop.types import Maps, SaliencyMethod, Targets
 
 T = TypeVar("T")
 Moment: TypeAlias = Literal["start", "step", "epoch"]
-
-_PAGE_SHARE = 0.02  # of the time spent explaining, for rewriting the page; it is whole at the end
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,8 @@ class ExplanationMonitor(Callback):
     labels don't (a score above 0.5): the strongest such class is explained, but not judged.
 
     Under `fit` the maps and figures are also stored, in the folder `explanations` beside the logger's
-    files, or in `default_root_dir`: `report.html`, a page to look through all of them, which is
-    rewritten as the run goes, and at the end `evolution.gif`, a film. `history.History` reads them.
+    files, or in `default_root_dir`: `report.html`, a page to look through all of them, which
+    grows as the run goes, and at the end `evolution.gif`, a film. `history.History` reads them.
 
     Training is left bit for bit as it would have been: weights, buffers, gradients, modes and random
     state. An explanation that fails gives a warning, and training goes on; one that runs out of
@@ -202,7 +200,7 @@ class ExplanationMonitor(Callback):
         self._resumed = False  # the probe is a checkpoint's, and not compared with the data yet
         self._writer: HistoryWriter | None = None
         self._folder: Path | None = None
-        self._explaining = self._paging = 0.0  # seconds
+        self._paged = False  # the page is there, and holds all records
         self._earlier: tuple[Path, int] | None = None  # the folder and the records of a checkpoint
         self._last_step = 0
         self._chunk: int | None = None  # images in a pass, once there was too little memory
@@ -221,6 +219,7 @@ class ExplanationMonitor(Callback):
         if stage == "fit":
             self._kept, self._last_step, self._resumed = None, 0, False
             self._writer = self._folder = self._earlier = None
+            self._paged = False
             self._budget = Budget(self.max_overhead)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,18 +250,13 @@ class ExplanationMonitor(Callback):
             self._fire(trainer, pl_module, "epoch")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page of the whole run, and make a film of the maps."""
-        if self._writer is None or not self._writer.records:
-            return
-        for work in (write_report, write_film):
-            try:
+        """Make a film of the maps."""
+        try:
+            if self._writer is not None and self._writer.records:
                 with isolated_rng():
-                    work(self._writer.folder)
-            except Exception as error:
-                self._warn(
-                    "ExplanationMonitor: no page or film of the maps. "
-                    f"{type(error).__name__}: {error}"
-                )
+                    write_film(self._writer.folder)
+        except Exception as error:
+            self._warn(f"ExplanationMonitor: no film of the maps. {type(error).__name__}: {error}")
 
     @property
     def _enabled(self) -> bool:
@@ -570,7 +564,7 @@ class ExplanationMonitor(Callback):
         source, validation = (source_of(p, _loaders(trainer)) for p in (self.probe, 1))
         return self.class_names or class_names_of(source) or class_names_of(validation)
 
-    def _opened(self, trainer: Trainer) -> HistoryWriter | None:
+    def _opened(self, trainer: Trainer, score: Score) -> HistoryWriter | None:
         """Return what the history is written with, None where none is."""
         if not self.store or trainer.state.fn != "fit" or _leaves_no_files(trainer):
             return None
@@ -583,7 +577,7 @@ class ExplanationMonitor(Callback):
             writer = HistoryWriter(
                 self._folder,
                 (pictures * 255).round().to(torch.uint8),
-                configuration=self._configuration(trainer),
+                configuration=self._configuration(trainer, score),
                 class_names=dict(enumerate(map(str, self._names(trainer) or ()))),
             )
             if self._earlier is not None:
@@ -607,12 +601,12 @@ class ExplanationMonitor(Callback):
             folder = folder.with_name(f"explanations-{number}")
         return folder
 
-    def _configuration(self, trainer: Trainer) -> dict[str, str]:
+    def _configuration(self, trainer: Trainer, score: Score) -> dict[str, str]:
         found = {
             "model": type(trainer.lightning_module).__name__,
-            "method": repr(self.method or fast_sigcam(self.target_layer)),
+            "method": _printed(self.method or fast_sigcam(self.target_layer, score=score)),
             "targets": str(self.targets),
-            "metrics": "Faithfulness(steps=28)" if self.metrics is True else repr(self.metrics),
+            "metrics": "Faithfulness(steps=28)" if self.metrics is True else _printed(self.metrics),
             "precision": "32" if self.full_precision else str(trainer.precision),
             "lightning_aop": lightning_aop.__version__,
             "torch": torch.__version__,
@@ -625,7 +619,7 @@ class ExplanationMonitor(Callback):
         """Return 1 − the rank correlation of each map with the one before, None without one."""
         drift: list[float | None] = [None] * len(found.pairs)
         try:
-            writer = self._opened(trainer)
+            writer = self._opened(trainer, found.score)
             if writer is None:
                 return drift
             before = writer.last_maps()
@@ -662,14 +656,15 @@ class ExplanationMonitor(Callback):
         )
         try:
             if self._writer is not None:
-                self._writer.add(record, stored(found.maps))
-                self._explaining += values["seconds"]
-                # The page grows with the run, and so does what it takes to write it.
-                if self._paging <= _PAGE_SHARE * self._explaining:
-                    started = time.perf_counter()
+                maps = stored(found.maps)
+                self._writer.add(record, maps)
+                if self._paged:
+                    add_to_report(self._writer.folder, record, maps.cpu().numpy())
+                else:
                     write_report(self._writer.folder)
-                    self._paging += time.perf_counter() - started
+                self._paged = True
         except Exception as error:
+            self._paged = False  # to be written anew from what is stored
             self._warn(
                 f"ExplanationMonitor: the maps could not be stored. {type(error).__name__}: {error}"
             )
@@ -686,6 +681,11 @@ def _loaders(trainer: Trainer) -> Any:
     # Not `or`: the truth of a DataLoader is its length, which an iterable dataset has not.
     validation = trainer.val_dataloaders
     return trainer.train_dataloader if validation is None else validation
+
+
+def _printed(value: object) -> str:
+    # Functions by name: an address is another in each process.
+    return re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", repr(value))
 
 
 def _leaves_no_files(trainer: Trainer) -> bool:

@@ -23,8 +23,9 @@ _PALETTES = ("inferno", "turbo")
 # heat, and an exponent below 1 for middling heat, which would else drown in the photo.
 _SATURATION, _BRIGHTNESS, _EXPONENT = 0.2, 0.75, 0.75
 _PICTURE_QUALITY = 85
-# Above this many bytes of maps a page is slow to open and to send, and slight loss the lesser evil.
-_LOSSLESS_BYTES = 4_000_000
+# Above this many bytes of one record's maps a page is slow to open and to send, and slight loss the
+# lesser evil.
+_LOSSLESS_BYTES = 80_000
 _LOSSY_QUALITY = 80
 
 
@@ -50,6 +51,22 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
+def add_to_report(folder: str | Path, record: Record, maps: Bytes) -> None:
+    """Add what was found last to the page of `write_report`, whatever its length in no more time.
+
+    Args:
+        folder: where the page lies.
+        record: what is added.
+        maps: uint8 [P, h, w], those of the record.
+
+    Raises:
+        OSError: there is no page, or it cannot be written.
+    """
+    with (Path(folder) / "report.html").open("r+b") as file:
+        file.seek(0, io.SEEK_END)
+        file.write(_record(record, maps).encode())
+
+
 def page(history: History, title: str = "Explanations") -> str:
     """Return the page as HTML; a run without a single explanation has one too.
 
@@ -60,54 +77,58 @@ def page(history: History, title: str = "Explanations") -> str:
         history: what was stored of the run.
         title: what the page is headed.
     """
-    sheets = [_sheet(history, record) for record in history.records]
-    files = [_encode(sheet, "PNG") for sheet, _ in sheets]
-    kind = "png"
-    if sum(map(len, files)) > _LOSSLESS_BYTES:
-        files = [_encode(sheet, "JPEG", quality=_LOSSY_QUALITY) for sheet, _ in sheets]
-        kind = "jpeg"
     data = {
         "title": title,
         "configuration": history.configuration,
         "class_names": {str(index): name for index, name in history.class_names.items()},
         "references": history.references,
         "picture_size": list(history.images.shape[1:3]),
-        "map_size": list(history.maps.shape[1:3]),
         "images": [
             _url("jpeg", _encode(image, "JPEG", quality=_PICTURE_QUALITY, subsampling=0))
             for image in history.images
         ],
-        "lossy": kind == "jpeg",
         "palettes": _palettes(),
         "palette": _PALETTES[0],
         "saturation": _SATURATION,
         "brightness": _BRIGHTNESS,
         "exponent": _EXPONENT,
-        "records": [
-            {
-                "step": record.step,
-                "epoch": record.epoch,
-                "title": record.title,
-                "values": record.values,
-                "images": record.images,
-                "targets": record.targets,
-                "scores": record.scores,
-                "blank": record.blank,
-                "drift": record.drift,
-                "columns": columns,
-                "sheet": _url(kind, file),
-            }
-            for record, file, (_, columns) in zip(history.records, files, sheets, strict=True)
-        ],
     }
-    before, _, after = _TEMPLATE.read_text(encoding="utf-8").partition("{{data}}")
-    return before + _script_json(data) + after
+    return "".join(
+        [
+            _TEMPLATE.read_text(encoding="utf-8"),
+            f'<script type="application/json" id="data">{_script_json(data)}</script>\n',
+            *(_record(each, history.maps[each.first : each.end]) for each in history.records),
+        ]
+    )
 
 
-def _sheet(history: History, record: Record) -> tuple[Bytes, int]:
-    """Lay a record's maps side by side in rows; return the sheet and how many are in a row."""
-    count = len(record.images)
-    maps = history.maps[record.first : record.first + count]
+def _record(record: Record, maps: Bytes) -> str:
+    """Return the page's line about one time."""
+    sheet, columns = _sheet(maps)
+    kind, file = "png", _encode(sheet, "PNG")
+    if len(file) > _LOSSLESS_BYTES:
+        kind, file = "jpeg", _encode(sheet, "JPEG", quality=_LOSSY_QUALITY)
+    data = {
+        "step": record.step,
+        "epoch": record.epoch,
+        "title": record.title,
+        "values": record.values,
+        "images": record.images,
+        "targets": record.targets,
+        "scores": record.scores,
+        "blank": record.blank,
+        "drift": record.drift,
+        "columns": columns,
+        "map_size": list(maps.shape[1:]),
+        "sheet": _url(kind, file),
+        "lossy": kind == "jpeg",
+    }
+    return f'<script type="application/json" class="record">{_script_json(data)}</script>\n'
+
+
+def _sheet(maps: Bytes) -> tuple[Bytes, int]:
+    """Lay maps side by side in rows; return the sheet and how many are in a row."""
+    count = len(maps)
     height, width = maps.shape[1:3]
     columns = max(1, math.ceil(math.sqrt(count)))
     rows = max(1, math.ceil(count / columns))

@@ -204,7 +204,7 @@ def fit(folder: Path, *, epochs: int = 3, ckpt_path: Path | None = None, **optio
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        callbacks=[ExplanationMonitor(GradCAM(), probe=3, **monitor), Log()],
+        callbacks=[ExplanationMonitor(**({"method": GradCAM(), "probe": 3} | monitor)), Log()],
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -225,10 +225,18 @@ def test_the_monitor_stores_what_it_logs(tmp_path: Path) -> None:
     ]
     assert found.class_names == dict(enumerate(Data.classes))
     assert found.images.shape == (3, 24, 24, 3)
+    assert found.configuration["method"].startswith("GradCAM(")
     for record, values in zip(found.records[1:], logged, strict=True):
         shown = {f"explain/{name}": value for name, value in record.values.items()}
         assert shown == pytest.approx({n: v for n, v in values.items() if n in shown})
         assert shown.keys() == {name for name in values if name.startswith("explain/")}
+
+
+def test_the_configuration_names_functions(tmp_path: Path) -> None:
+    fit(tmp_path, epochs=1, monitor={"method": None, "metrics": False})
+    method = History.load(tmp_path / "explanations").configuration["method"]
+    assert "score=softmax," in method
+    assert "0x" not in method
 
 
 def test_drift_against_scipy(tmp_path: Path) -> None:
