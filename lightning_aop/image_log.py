@@ -61,6 +61,11 @@ def log_image(
     return write_png(image, Path(directory) / "images" / tag / f"step-{step:08d}.png")
 
 
+def has_tables(logger: object) -> bool:
+    """Tell whether `log_table` does anything for a logger."""
+    return any(cls.__name__ == "WandbLogger" for cls in type(logger).__mro__)
+
+
 def log_table(
     logger: object,
     tag: str,
@@ -79,7 +84,7 @@ def log_table(
         ValueError: a row has more or fewer cells than there are columns.
         Exception: whatever the logger raises.
     """
-    if not any(cls.__name__ == "WandbLogger" for cls in type(logger).__mro__):
+    if not has_tables(logger):
         return False
     if wrong := [row for row in rows if len(row) != len(columns)]:
         raise ValueError(

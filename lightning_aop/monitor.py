@@ -17,10 +17,11 @@ import lightning_aop
 from lightning_aop.aop import fast_sigcam
 from lightning_aop.budget import Budget
 from lightning_aop.chunks import largest_chunk, with_chunk
+from lightning_aop.evolution import COLUMNS, evolution_rows
 from lightning_aop.film import write_film
 from lightning_aop.frozen import FrozenPart
-from lightning_aop.history import HistoryWriter, Record, stored
-from lightning_aop.image_log import log_image
+from lightning_aop.history import History, HistoryWriter, Record, stored
+from lightning_aop.image_log import has_tables, log_image, log_table
 from lightning_aop.lightnings import (
     Callback,
     LightningModule,
@@ -250,13 +251,19 @@ class ExplanationMonitor(Callback):
             self._fire(trainer, pl_module, "epoch")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make a film of the maps."""
+        """Make a film of the maps, and a table for loggers that have tables."""
+        if self._writer is None or not self._writer.records:
+            return
         try:
-            if self._writer is not None and self._writer.records:
-                with isolated_rng():
-                    write_film(self._writer.folder)
+            with isolated_rng():
+                write_film(self._writer.folder)
+                for logger in filter(has_tables, trainer.loggers):
+                    rows = evolution_rows(History.load(self._writer.folder))
+                    log_table(logger, "explain/evolution", COLUMNS, rows, _step(trainer))
         except Exception as error:
-            self._warn(f"ExplanationMonitor: no film of the maps. {type(error).__name__}: {error}")
+            self._warn(
+                f"ExplanationMonitor: no film or table of the maps. {type(error).__name__}: {error}"
+            )
 
     @property
     def _enabled(self) -> bool:
@@ -546,7 +553,7 @@ class ExplanationMonitor(Callback):
         for sink in sinks:
             try:
                 root = None if sink else trainer.default_root_dir
-                log_image(sink, tag, panel, step, fallback=root)
+                log_image(sink, tag, panel, step, fallback=root, caption=_title(trainer))
             except Exception as error:
                 path = log_image(None, tag, panel, step, trainer.default_root_dir)
                 self._warn(

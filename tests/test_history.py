@@ -7,18 +7,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import scipy.stats
 import torch
 from conftest import SmallNet
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_aop import ExplanationMonitor
 from lightning_aop.cam import GradCAM
+from lightning_aop.evolution import COLUMNS, evolution_rows
 from lightning_aop.history import History, HistoryWriter, Record, stored
 
 IMAGES = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
@@ -313,3 +315,36 @@ def test_nothing_is_stored_where_nothing_was_asked_for(tmp_path: Path) -> None:
     fit(tmp_path, epochs=1, monitor={"store": False})
     fit(tmp_path, fast_dev_run=True)
     assert not list(tmp_path.rglob("maps.npy"))
+
+
+def test_the_rows_of_the_table(tmp_path: Path) -> None:
+    writer = written(tmp_path)
+    last = record(3, [(1, 2)])
+    last.blank[0] = True
+    writer.add(last, maps(3, 1))
+    rows = evolution_rows(History.load(tmp_path))
+    assert len(rows) == sum(map(len, PAIRS)) + 1
+    found = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+    assert [row["epoch"] for row in found] == [0, 1, 1, 1, 2, 2, 3]
+    assert [row["class"] for row in found][:3] == ["Käse", "Käse", "class 2"]
+    assert found[-1]["map"] is None
+    # A cell of the second map of step 1, by the formula of the overlay.
+    picture = IMAGES[1].float().reshape(3, 10, 2, 15, 2).mean(dim=(2, 4))[:, 4, 7] / 255
+    value = float(maps(1, 3)[1, 4, 7]) / 255
+    base = 0.75 * (0.2 * picture + 0.8 * (picture * torch.tensor([0.299, 0.587, 0.114])).sum())
+    heat = torch.tensor(matplotlib.colormaps["inferno"](round(value * 255))[:3])
+    share = 0.85 * value**0.75
+    expected = 255 * ((1 - share) * base + share * heat)
+    seen = torch.from_numpy(found[2]["map"][4, 7].astype(float))
+    assert (seen - expected).abs().max() < 3
+    assert len(evolution_rows(History.load(tmp_path), records=2)) == 3
+
+
+def test_wandb_gets_the_table(tmp_path: Path) -> None:
+    wandb_logger = WandbLogger(save_dir=tmp_path, offline=True)
+    fit(tmp_path, epochs=1, logger=wandb_logger)
+    wandb_logger.experiment.finish()
+    (path,) = tmp_path.rglob("files/media/table/explain/evolution*.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == list(COLUMNS)
+    assert [row[0] for row in table["data"]] == [0] * 6
