@@ -1,11 +1,12 @@
 """The probe's maps and scores over the epochs, in one folder a run that outlives the process.
 
-The folder has four files, which anything can read:
+The folder has these files, which anything can read:
 
 - `maps.npy`: all maps, uint8 [M, h, w], 255 for 1: `np.load("maps.npy") / 255`;
 - `history.jsonl`: a line for each time at which the probe was explained, a `Record`;
 - `images.npy`: the pictures, uint8 [N, H, W, 3];
-- `run.json`: the configuration, the names of the classes, and reference lines.
+- `masks.npy`: where the data says the objects are, bool [K, H, W];
+- `run.json`: the configuration, the names of the classes, and of which picture and class each mask is.
 
 A record is written after its maps, so that a process may end at any moment: what is half there does
 not count, and is overwritten when the run is resumed.
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -43,6 +44,10 @@ class Record:
         scores: F_c of each.
         blank: which maps show nothing.
         drift: 1 − the rank correlation with the map before, of the same picture and class.
+        deletion_auc: of each explanation, None where it was not judged.
+        insertion_auc: likewise.
+        controls: the figures, by name, that maps which know nothing of the model had at that time, by
+            their own name; empty where they were not measured.
         first: its maps are `maps[first : first + len(images)]`.
     """
 
@@ -55,12 +60,20 @@ class Record:
     scores: list[float]
     blank: list[bool]
     drift: list[float | None]
+    deletion_auc: list[float | None] = field(default_factory=list)
+    insertion_auc: list[float | None] = field(default_factory=list)
+    controls: dict[str, dict[str, float]] = field(default_factory=dict)
     first: int = 0
 
     @property
     def end(self) -> int:
         """The place after its last map."""
         return self.first + len(self.images)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The picture and the class of each explanation."""
+        return list(zip(self.images, self.targets, strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,16 +83,16 @@ class History:
     Attributes:
         configuration: settings by name.
         class_names: names by class index.
-        references: what knows nothing of the model, and its figures by name.
         images: the pictures as they are shown.
+        masks: where an object is, by picture and class; not for all.
         maps: those of all records, 255 for 1.
         records: in their order.
     """
 
     configuration: dict[str, str]
     class_names: dict[int, str]
-    references: dict[str, dict[str, float]]
     images: UInt8[np.ndarray, "n y x 3"]
+    masks: dict[tuple[int, int], Bool[np.ndarray, "y x"]]
     maps: UInt8[np.ndarray, "m h w"]
     records: list[Record] = field(default_factory=list)
 
@@ -104,8 +117,10 @@ class History:
             if (folder / "maps.npy").exists():
                 maps = np.load(folder / "maps.npy", mmap_mode="r", allow_pickle=False)
                 records = _records(folder / "history.jsonl", len(maps))
+            masks = np.load(folder / "masks.npy", allow_pickle=False)
+            objects = dict(zip(map(tuple, about["masks"]), masks, strict=True))
             names = {int(index): name for index, name in about["class_names"].items()}
-            return cls(about["configuration"], names, about["references"], images, maps, records)
+            return cls(about["configuration"], names, images, objects, maps, records)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(f"{folder} can't be read. {type(error).__name__}: {error}") from error
 
@@ -137,7 +152,9 @@ class HistoryWriter:
         *,
         configuration: Mapping[str, str],
         class_names: Mapping[int, str],
+        masks: Mapping[tuple[int, int], Bool[Tensor, "y x"]] | None = None,
     ) -> None:
+        masks = masks or {}
         self.folder = folder
         self.records = 0
         self._last: Record | None = None
@@ -145,10 +162,13 @@ class HistoryWriter:
         about = {
             "configuration": dict(configuration),
             "class_names": dict(class_names),
-            "references": {},
+            "masks": list(masks),
         }
         folder.mkdir(parents=True, exist_ok=True)
         _save(folder / "images.npy", images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        shape = (0, *images.shape[2:])
+        found = torch.stack(list(masks.values())).cpu() if masks else torch.zeros(shape).bool()
+        _save(folder / "masks.npy", found.numpy())
         write_whole(folder / "run.json", json.dumps(about, indent=1).encode())
 
     def keep(self, source: Path, count: int) -> None:
@@ -192,10 +212,9 @@ class HistoryWriter:
             return {}
         # Read again each time, so that nothing is held in between.
         maps = np.load(self.folder / "maps.npy", mmap_mode="r", allow_pickle=False)
-        pairs = zip(self._last.images, self._last.targets, strict=True)
         return {
             pair: np.array(maps[self._last.first + place])
-            for place, pair in enumerate(pairs)
+            for place, pair in enumerate(self._last.pairs)
             if not self._last.blank[place]
         }
 

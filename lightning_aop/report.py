@@ -81,7 +81,6 @@ def page(history: History, title: str = "Explanations") -> str:
         "title": title,
         "configuration": history.configuration,
         "class_names": {str(index): name for index, name in history.class_names.items()},
-        "references": history.references,
         "picture_size": list(history.images.shape[1:3]),
         "images": [
             _url("jpeg", _encode(image, "JPEG", quality=_PICTURE_QUALITY, subsampling=0))
@@ -118,6 +117,9 @@ def _record(record: Record, maps: Bytes) -> str:
         "scores": record.scores,
         "blank": record.blank,
         "drift": record.drift,
+        "deletion_auc": record.deletion_auc,
+        "insertion_auc": record.insertion_auc,
+        "controls": record.controls,
         "columns": columns,
         "map_size": list(maps.shape[1:]),
         "sheet": _url(kind, file),

@@ -24,6 +24,7 @@ from lightning_aop.evolution import COLUMNS, evolution_rows
 from lightning_aop.history import History, HistoryWriter, Record, stored
 
 IMAGES = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
+MASKS = IMAGES[:, 0] > 100
 
 
 def record(step: int, pairs: list[tuple[int, int]]) -> Record:
@@ -37,6 +38,9 @@ def record(step: int, pairs: list[tuple[int, int]]) -> Record:
         scores=[0.25] * len(pairs),
         blank=[False] * len(pairs),
         drift=[None] * len(pairs),
+        deletion_auc=[0.125 * image if image else None for image, _ in pairs],
+        insertion_auc=[0.25 * image if image else None for image, _ in pairs],
+        controls={"random map": {"overall_auc": 0.01}} if step == 1 else {},
     )
 
 
@@ -47,7 +51,11 @@ def maps(seed: int, count: int) -> Tensor:
 
 def begin(folder: Path) -> HistoryWriter:
     return HistoryWriter(
-        folder, IMAGES, configuration={"method": 'a "quoted" one'}, class_names={3: "Käse"}
+        folder,
+        IMAGES,
+        configuration={"method": 'a "quoted" one'},
+        class_names={3: "Käse"},
+        masks={(0, 3): MASKS[0], (1, 2): MASKS[1]},
     )
 
 
@@ -67,7 +75,11 @@ def check(folder: Path, count: int) -> None:
     for step, pairs in enumerate(PAIRS[:count]):
         each = found.records[step]
         assert (each.step, each.title) == (step, f"epoch {step}")
-        assert list(zip(each.images, each.targets, strict=True)) == pairs
+        assert each.pairs == pairs
+        made = record(step, pairs)
+        assert each.deletion_auc == made.deletion_auc
+        assert each.insertion_auc == made.insertion_auc
+        assert each.controls == made.controls
         assert each.values["overall_auc"] == 0.5 / (1 + step)
         assert math.isnan(each.values["pointing_game"])
         expected = maps(step, len(pairs)).numpy()
@@ -81,6 +93,8 @@ def test_all_is_read_back(tmp_path: Path) -> None:
     assert np.array_equal(found.images, IMAGES.permute(0, 2, 3, 1).numpy())
     assert found.configuration == {"method": 'a "quoted" one'}
     assert found.class_names == {3: "Käse"}
+    assert list(found.masks) == [(0, 3), (1, 2)]
+    assert np.array_equal(np.stack(list(found.masks.values())), MASKS.numpy())
     # The two lines of the documentation.
     plain = np.load(tmp_path / "maps.npy") / 255
     assert plain.shape == (6, 10, 15)
