@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -65,7 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _demo(_demo_parser().parse_args(words[1:]))
         for message in _MEANT:
             warnings.filterwarnings("ignore", message)
-        CommandLine(_with_shipped_configs(words))
+        try:
+            CommandLine(_with_shipped_configs(words))
+        finally:
+            # Gloo's threads may still hold tensors when the interpreter ends, which then aborts.
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
     except CommandError as error:
         print(f"lightning-aop: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,8 @@
 
 import os
 import random
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 # More threads only wait for each other where the machine has other work, as with networks this small.
 torch.set_num_threads(1)
+
+
+def finish(command: Sequence[object], **options: Any) -> str:
+    """Run a command to its end and return its output; one that fails or hangs shows its errors."""
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, **options)
+    except subprocess.TimeoutExpired as error:
+        told = [(part or b"").decode() for part in (error.stdout, error.stderr)]
+        pytest.fail(f"{words} did not end\n" + "\n".join(told))
+    if done.returncode != 0:
+        pytest.fail(f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
 
 
 class SmallNet(nn.Module):

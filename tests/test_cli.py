@@ -1,5 +1,4 @@
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import skimage
 import torch
 import torchvision
+from conftest import finish
 from PIL import Image
 
 from lightning_aop.cli import main
@@ -102,5 +102,5 @@ def test_what_a_user_can_mend_is_said(
 
 def test_the_module_is_the_command() -> None:
     command = [sys.executable, "-m", "lightning_aop", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Explain photos and draw the maps" in result.stdout
+    text = finish(command)
+    assert "Explain photos and draw the maps" in text

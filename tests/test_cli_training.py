@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import finish
 
 from lightning_aop.cli import main, shipped_configs
 from lightning_aop.shapes import CLASSES, write_shapes
@@ -199,12 +199,7 @@ def test_two_processes_give_the_metrics_of_one(root: Path, weights: Path, tmp_pa
     monitor = "{class_path: lightning_aop.ExplanationMonitor, init_args: {probe: 2, method: "
     monitor += "lightning_aop.GradCAM}}"
     command = [sys.executable, "-m", "lightning_aop"]
-    subprocess.run(
-        [*command, "fit", *fit, f"--trainer.callbacks=[{monitor}]"],
-        check=True,
-        capture_output=True,
-        env=ENVIRONMENT,
-    )
+    finish([*command, "fit", *fit, f"--trainer.callbacks=[{monitor}]"], env=ENVIRONMENT)
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     (table,) = tmp_path.glob("two/**/metrics.csv")
     with table.open(newline="") as file:
@@ -222,9 +217,7 @@ def test_two_processes_give_the_metrics_of_one(root: Path, weights: Path, tmp_pa
             "--trainer.logger={class_path: pytorch_lightning.loggers.CSVLogger, "
             f"init_args: {{save_dir: validated{devices}}}}}",
         )
-        subprocess.run(
-            [*command, "validate", *words], check=True, capture_output=True, env=ENVIRONMENT
-        )
+        finish([*command, "validate", *words], env=ENVIRONMENT)
         (path,) = tmp_path.glob(f"validated{devices}/**/metrics.csv")
         with path.open(newline="") as file:
             (row,) = csv.DictReader(file)
@@ -232,6 +225,13 @@ def test_two_processes_give_the_metrics_of_one(root: Path, weights: Path, tmp_pa
     assert results[0] == pytest.approx(results[1], abs=1e-5)
     # And they are what two processes saw while they trained.
     assert results[0]["val/mAP"] == pytest.approx(float(rows[-1]["val/mAP"]), abs=1e-5)
+
+
+def test_the_processes_part_before_the_interpreter_ends(root: Path, weights: Path) -> None:
+    words = options(root, weights, "--trainer.strategy=ddp", "--trainer.devices=1")
+    words += ["--trainer.logger=false", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    assert main(["fit", *words, "--data.features=cached"]) == 0
+    assert not torch.distributed.is_initialized()
 
 
 def test_predicting_needs_a_checkpoint(

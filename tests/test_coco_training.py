@@ -18,7 +18,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchvision
-from conftest import assert_same
+from conftest import assert_same, finish
 from sklearn import metrics as sk
 from torch import Tensor, nn
 
@@ -496,10 +496,8 @@ def test_a_killed_process_leaves_its_features(root: Path, tmp_path: Path) -> Non
     (state,) = tmp_path.glob("*/state.npy")
     done = int((np.load(state) == 1).sum())
     assert 6 <= done < 24
-    again = subprocess.run(
-        [*command, "0"], capture_output=True, text=True, check=True, env=environment
-    )
-    assert again.stdout.count("images 2") == (24 - done) // 2
+    again = finish([*command, "0"], env=environment)
+    assert again.count("images 2") == (24 - done) // 2
     assert (np.load(state) == 1).all()
 
 

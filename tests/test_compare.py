@@ -1,7 +1,6 @@
 import csv
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import skimage
 import torch
 import torchvision
+from conftest import finish
 from PIL import Image
 
 from lightning_aop import GradCAM
@@ -168,14 +168,8 @@ def test_the_example_compares(weights: Path, photos: list[Path], tmp_path: Path)
     example = Path(__file__).parents[1] / "examples" / "compare_methods.py"
     command = [sys.executable, example, photos[0], "--model", "squeezenet1_1", "--weights", weights]
     command += ["--output", tmp_path / "methods.png"]
-    result = subprocess.run(
-        [str(word) for word in command],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert "GradCAM + EMP" in result.stdout
-    assert "40 evaluations" in result.stdout
+    text = finish(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "GradCAM + EMP" in text
+    assert "40 evaluations" in text
     with Image.open(tmp_path / "methods.png") as picture:
         assert picture.width > 6 * 160

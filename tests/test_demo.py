@@ -1,9 +1,9 @@
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import finish
 from PIL import Image
 
 pytest.importorskip("pycocotools")
@@ -47,5 +47,5 @@ def test_the_watching_example_learns_and_is_watched(tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLE, "--data", root, "--backbone", "mobilenet_v3_small"]
     command += ["--weights", weights, "--output", output, "--epochs", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([str(p) for p in command], check=True, capture_output=True, env=environment)
+    finish(command, env=environment)
     assert len(list(output.rglob("step-*.png"))) == 2

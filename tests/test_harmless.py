@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import SmallNet, assert_same, snapshot
+from conftest import SmallNet, assert_same, finish, snapshot
 from pytorch_lightning.callbacks import (
     EarlyStopping,
     ModelCheckpoint,
@@ -484,10 +483,8 @@ def test_two_processes_train_as_they_did(tmp_path: Path, record_property: Any) -
     for how in ("without", "with"):
         out = tmp_path / how
         out.mkdir()
-        subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "scripts" / "harmless.py"), str(out), how],
-            check=True,
-            capture_output=True,
+        finish(
+            [sys.executable, Path(__file__).parent / "scripts" / "harmless.py", out, how],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
             timeout=240,
             cwd=out,

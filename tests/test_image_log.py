@@ -99,12 +99,19 @@ def test_tensorboard_holds_the_very_pixels(loggers: Any, picture: Tensor, tmp_pa
 
 def wandb_records(folder: Path) -> list[Any]:
     """Return what an offline run has written, once its last record is there."""
+    from google.protobuf.message import DecodeError
+
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     end = time.monotonic() + 30
-    while not (records := parse_wandb(path.read_bytes())) or not records[-1].HasField("exit"):
+    while True:
+        try:
+            records = parse_wandb(path.read_bytes())
+        except DecodeError:  # the last one is being written
+            records = []
+        if records and records[-1].HasField("exit"):
+            return records
         assert time.monotonic() < end, f"{path} has no end after {len(records)} records"
         time.sleep(0.05)
-    return records
 
 
 def parse_wandb(content: bytes) -> list[Any]:

@@ -1,12 +1,11 @@
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SmallNet
+from conftest import SmallNet, finish
 
 from lightning_aop import fast_sigcam
 from lightning_aop.metrics import Faithfulness
@@ -19,14 +18,7 @@ def run(out: Path, processes: int, probe: int, failing: int = -1) -> dict[str, l
     out.mkdir()
     command = [sys.executable, SCRIPT, out, processes, probe, failing]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    subprocess.run(
-        [str(word) for word in command],
-        check=True,
-        capture_output=True,
-        env=environment,
-        timeout=240,
-        cwd=out,
-    )
+    finish(command, env=environment, timeout=240, cwd=out)
     return {
         what: [torch.load(out / f"{what}-{rank}.pt") for rank in range(processes)]
         for what in ("validate", "fit")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import finish
 
 from lightning_aop import GradCAM, pointing_game
 from lightning_aop.cli import coco_method, main
@@ -231,23 +232,13 @@ def test_two_processes_and_a_killed_run_give_the_same_figures(
     assert one["pairs"] > 5
 
     shared = process(root, checkpoint, tmp_path / "two", *options)
-    subprocess.run(
-        [*shared, "--trainer.devices=2", "--trainer.strategy=ddp"],
-        check=True,
-        capture_output=True,
-        env=ENVIRONMENT,
-    )
+    finish([*shared, "--trainer.devices=2", "--trainer.strategy=ddp"], env=ENVIRONMENT)
     assert len(list((tmp_path / "two").rglob("groups-*.jsonl"))) == 2
     # One group is missing: fewer than there are processes.
     (path,) = (tmp_path / "two").rglob("groups-1.jsonl")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     assert len(lines(tmp_path / "two")) == 6
-    subprocess.run(
-        [*shared, "--trainer.devices=2", "--trainer.strategy=ddp"],
-        check=True,
-        capture_output=True,
-        env=ENVIRONMENT,
-    )
+    finish([*shared, "--trainer.devices=2", "--trainer.strategy=ddp"], env=ENVIRONMENT)
     groups = [line["group"] for line in lines(tmp_path / "two")]
     assert sorted(groups) == list(range(7)), "each group once"
     (two,) = json.loads((tmp_path / "two" / "results.json").read_text())
@@ -264,7 +255,7 @@ def test_two_processes_and_a_killed_run_give_the_same_figures(
         running.send_signal(signal.SIGKILL)
     done = lines(tmp_path / "killed")
     assert 0 < len(done) < 7
-    subprocess.run(killed, check=True, capture_output=True, env=ENVIRONMENT)
+    finish(killed, env=ENVIRONMENT)
     (again,) = json.loads((tmp_path / "killed" / "results.json").read_text())
     assert again | same == one | same
     assert lines(tmp_path / "killed")[: len(done)] == done

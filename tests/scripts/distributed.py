@@ -110,3 +110,5 @@ if __name__ == "__main__":
         content = {"found": monitor.found, "warnings": monitor.warnings, "metrics": metrics}
         content["state"] = model.state_dict()
         torch.save(content, out / f"{what}-{rank()}.pt")
+    if processes > 1:
+        torch.distributed.destroy_process_group()  # or the interpreter may abort at its end

@@ -38,3 +38,4 @@ if __name__ == "__main__":
     torch.save(
         everything(trainer, module) | {"fired": monitor.fired}, out / f"{dist.get_rank()}.pt"
     )
+    dist.destroy_process_group()  # or the interpreter may abort at its end
