@@ -157,6 +157,7 @@ class HistoryWriter:
         masks = masks or {}
         self.folder = folder
         self.records = 0
+        self._first: Record | None = None
         self._last: Record | None = None
         self._bytes = 0
         about = {
@@ -181,7 +182,7 @@ class HistoryWriter:
         if len(earlier.records) < count:
             raise ValueError(f"{source} has {len(earlier.records)} records, not {count}")
         records = earlier.records[:count]
-        self._last = records[-1] if records else None
+        self._first, self._last = (records[0], records[-1]) if records else (None, None)
         _save(self.folder / "maps.npy", np.array(earlier.maps[: self._next]))
         lines = "".join(map(_line, records)).encode()
         write_whole(self.folder / "history.jsonl", lines)
@@ -200,23 +201,35 @@ class HistoryWriter:
             file.write(line)
             file.truncate()
         self.records += 1
+        self._first = self._first or record
         self._last, self._bytes = record, self._bytes + len(line)
 
     @property
     def _next(self) -> int:
         return 0 if self._last is None else self._last.end
 
-    def last_maps(self) -> dict[tuple[int, int], UInt8[np.ndarray, "h w"]]:
-        """Return the maps of the last record that show anything, by picture and class."""
-        if self._last is None:
-            return {}
+    def earlier_maps(self) -> list[tuple[str, dict[tuple[int, int], UInt8[np.ndarray, "h w"]]]]:
+        """Return the title of the first record and of the last, each with its maps by picture and class.
+
+        Those that show nothing are left out. There is one entry where both are the same record, and
+        none where there is no record.
+        """
+        if self._first is None or self._last is None:
+            return []
+        records = [self._first, self._last][self._first is self._last :]
         # Read again each time, so that nothing is held in between.
         maps = np.load(self.folder / "maps.npy", mmap_mode="r", allow_pickle=False)
-        return {
-            pair: np.array(maps[self._last.first + place])
-            for place, pair in enumerate(self._last.pairs)
-            if not self._last.blank[place]
-        }
+        return [
+            (
+                record.title,
+                {
+                    pair: np.array(maps[record.first + place])
+                    for place, pair in enumerate(record.pairs)
+                    if not record.blank[place]
+                },
+            )
+            for record in records
+        ]
 
 
 def _line(record: Record) -> str:

@@ -1,5 +1,6 @@
 """ExplanationMonitor: the Lightning callback that shows, while a model trains, what it looks at."""
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -17,10 +18,11 @@ import lightning_aop
 from lightning_aop.aop import fast_sigcam
 from lightning_aop.budget import Budget
 from lightning_aop.chunks import largest_chunk, with_chunk
+from lightning_aop.controls import CentreGaussian, RandomMap
 from lightning_aop.evolution import COLUMNS, evolution_rows
-from lightning_aop.film import write_film
+from lightning_aop.findings import Found, Plan
 from lightning_aop.frozen import FrozenPart
-from lightning_aop.history import History, HistoryWriter, Record, stored
+from lightning_aop.history import History, HistoryWriter, Record
 from lightning_aop.image_log import has_tables, log_image, log_table
 from lightning_aop.lightnings import (
     Callback,
@@ -29,11 +31,11 @@ from lightning_aop.lightnings import (
     misconfiguration,
     rank_zero_warn,
 )
-from lightning_aop.metrics import EnergyPointingGame, Faithfulness, PointingGame
-from lightning_aop.panels import Explanations, draw_probe
+from lightning_aop.metrics import EnergyPointingGame, Faithfulness, OverallAUC, PointingGame
+from lightning_aop.panels import draw_change, draw_probe
 from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed, unwrap
-from lightning_aop.rendering import displayable
-from lightning_aop.report import add_to_report, write_report
+from lightning_aop.rendering import PANELS, Panel, displayable
+from lightning_aop.run_files import Earlier, RunFiles
 from lightning_aop.samples import (
     Probe,
     ProbeSource,
@@ -43,7 +45,6 @@ from lightning_aop.samples import (
     normalisation_of,
     source_of,
 )
-from lightning_aop.sanity import rank_correlation
 from lightning_aop.scores import Score, sigmoid, softmax
 from lightning_aop.team import Team
 from lightning_aop.types import Maps, SaliencyMethod, Targets
@@ -52,53 +53,20 @@ T = TypeVar("T")
 Moment: TypeAlias = Literal["start", "step", "epoch"]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is explained at one time, on the CPU.
-
-    Attributes:
-        all_rows: which picture of the probe each pair has.
-        all_targets: which class.
-        finite: the pairs whose picture has finite logits; only those can be explained.
-        judged: of these, the ones that the metrics are about.
-        logits: of all pictures.
-    """
-
-    all_rows: Int[Tensor, " p"]
-    all_targets: Int[Tensor, " p"]
-    finite: Bool[Tensor, " p"]
-    judged: Bool[Tensor, " f"]
-    logits: Float[Tensor, "b k"]
-
-    @property
-    def rows(self) -> Int[Tensor, " f"]:
-        """The pictures of the pairs that can be explained."""
-        return self.all_rows[self.finite]
-
-    @property
-    def targets(self) -> Int[Tensor, " f"]:
-        """The classes of the pairs that can be explained."""
-        return self.all_targets[self.finite]
+# What knows nothing of the model, and what the figures of its maps are called after.
+_CONTROLS: dict[str, SaliencyMethod] = {
+    "random map": RandomMap(),
+    "centre gaussian": CentreGaussian(),
+}
 
 
-@dataclass(frozen=True)
-class Found:
-    """The maps of all pairs, NaN where there are none, with their masks and figures.
+@dataclass
+class _Worked:
+    """What one process has done of the work."""
 
-    `blank` are those that show nothing.
-    """
-
-    plan: Plan
-    maps: Float[Tensor, "p h w"]
-    masks: Bool[Tensor, "p h w"]
-    blank: Bool[Tensor, " p"]
-    values: dict[str, float]
-    score: Score
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """The picture and the class of each map."""
-        return list(zip(self.plan.all_rows.tolist(), self.plan.all_targets.tolist(), strict=True))
+    maps: Maps
+    curves: Float[Tensor, "mine 2 points"]
+    metrics: dict[str, Metric | MetricCollection]  # of the method, "", and of the controls
 
 
 class ExplanationMonitor(Callback):
@@ -172,6 +140,8 @@ class ExplanationMonitor(Callback):
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         metrics: Metric | MetricCollection | bool = True,
+        controls: bool = True,
+        panels: Sequence[Panel] = ("overlay",),
         class_names: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -191,6 +161,8 @@ class ExplanationMonitor(Callback):
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps or 0
         self.metrics = metrics
+        self.controls = controls
+        self.panels = panels
         self.class_names = class_names
         self.mean, self.std = mean, std
         self.max_classes_per_image = max_classes_per_image
@@ -199,10 +171,9 @@ class ExplanationMonitor(Callback):
         self.full_precision = full_precision
         self._kept: Probe | None = None
         self._resumed = False  # the probe is a checkpoint's, and not compared with the data yet
-        self._writer: HistoryWriter | None = None
-        self._folder: Path | None = None
-        self._paged = False  # the page is there, and holds all records
-        self._earlier: tuple[Path, int] | None = None  # the folder and the records of a checkpoint
+        self._files = RunFiles(self._warn)
+        self._explained = 0  # times
+        self._controls: dict[str, dict[str, float]] = {}
         self._last_step = 0
         self._chunk: int | None = None  # images in a pass, once there was too little memory
         self._budget = Budget(max_overhead)
@@ -219,8 +190,7 @@ class ExplanationMonitor(Callback):
             raise misconfiguration(trainer, f"ExplanationMonitor: {problem}")
         if stage == "fit":
             self._kept, self._last_step, self._resumed = None, 0, False
-            self._writer = self._folder = self._earlier = None
-            self._paged = False
+            self._files, self._explained, self._controls = RunFiles(self._warn), 0, {}
             self._budget = Budget(self.max_overhead)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,13 +222,14 @@ class ExplanationMonitor(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a film of the maps, and a table for loggers that have tables."""
-        if self._writer is None or not self._writer.records:
+        folder = self._files.folder
+        if folder is None:
             return
         try:
             with isolated_rng():
-                write_film(self._writer.folder)
+                self._files.finish()
                 for logger in filter(has_tables, trainer.loggers):
-                    rows = evolution_rows(History.load(self._writer.folder))
+                    rows = evolution_rows(History.load(folder))
                     log_table(logger, "explain/evolution", COLUMNS, rows, _step(trainer))
         except Exception as error:
             self._warn(
@@ -293,6 +264,10 @@ class ExplanationMonitor(Callback):
             return f"max_classes_per_image={self.max_classes_per_image} must be at least 1"
         if self.max_overhead is not None and self.max_overhead <= 0:
             return f"max_overhead={self.max_overhead} must be above 0, such as 0.05 for a twentieth"
+        if isinstance(self.panels, str) or not self.panels or set(self.panels) - set(PANELS):
+            return (
+                f"panels={self.panels!r} must be a list of some of {', '.join(map(repr, PANELS))}"
+            )
         if self.method is not None and not isinstance(self.method, SaliencyMethod):
             return (
                 f"method must have explain(model, images, targets), got "
@@ -308,14 +283,14 @@ class ExplanationMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the probe and where the history is, so that a resumed run goes on with both."""
         state = {} if self._kept is None else self._kept.state()
-        if self._writer is not None:
-            state |= {"folder": str(self._writer.folder), "records": self._writer.records}
-        return state
+        state |= {"explained": self._explained, "controls": self._controls}
+        return state | self._files.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the probe and the history of the run that is resumed."""
-        if "folder" in state_dict:
-            self._earlier = Path(state_dict["folder"]), state_dict["records"]
+        self._files.take_up(state_dict)
+        self._explained = state_dict.get("explained", 0)
+        self._controls = state_dict.get("controls", {})
         if "images" in state_dict:
             self._kept, self._resumed = Probe.from_state(state_dict), True
 
@@ -332,7 +307,7 @@ class ExplanationMonitor(Callback):
                     self._budget.skipped += 1
                     return
                 found = self._explain(trainer, pl_module, team)
-                drift = team.from_first(lambda: self._drift(trainer, found))
+                drift, before = team.from_first(lambda: self._before(trainer, found))
                 values = dict(found.values)
                 known = [value for value in drift if value is not None]
                 if known:
@@ -342,10 +317,15 @@ class ExplanationMonitor(Callback):
                     values["skipped"] = float(self._budget.skipped)
                     self._budget.pay(values["seconds"])
                     values["overhead"] = self._budget.overhead
-                self._log_values(trainer, pl_module, values, moment, team)
+                fresh = bool(found.controls)
+                if fresh:
+                    self._controls = found.controls
+                if trainer.state.fn == "fit":
+                    self._explained += 1
+                self._log_values(trainer, pl_module, values | self._lines(), moment, team)
                 if trainer.is_global_zero:
-                    self._log_picture(trainer, found, moment)
-                    self._store(trainer, found, values, drift)
+                    self._log_pictures(trainer, found, drift, before, moment)
+                    self._store(trainer, found, values, drift, fresh)
         except Exception as error:
             self._budget.pay(time.perf_counter() - started)
             self._warn(
@@ -375,37 +355,63 @@ class ExplanationMonitor(Callback):
             workers = team if int(plan.judged.sum()) >= team.size else Team.alone()
             mine = workers.share(len(rows)).to(device)
 
-            def work(chunk: int) -> tuple[Maps, Metric | MetricCollection | None]:
+            def work(chunk: int) -> _Worked:
                 method = self.method or fast_sigcam(self.target_layer, score=score)
                 maps = with_chunk(method, chunk).explain(
                     pl_module, images[rows[mine]], targets[mine]
                 )
                 judged = plan.judged.to(device)[mine]
+                worked = _Worked(maps, maps.new_full((len(maps), 2, 2), torch.nan), {})
                 metric = self._metric(score, chunk, workers)
-                if metric is not None and judged.any():
-                    metric = metric.to(device)
-                    metric.reset()
-                    metric.update(
-                        pl_module, images[rows[mine[judged]]], maps[judged], targets[mine[judged]]
-                    )
-                return maps, metric
+                if metric is None or not judged.any():
+                    return worked
+                pictures, classes = images[rows[mine[judged]]], targets[mine[judged]]
+                worked.metrics[""] = _updated(metric, pl_module, pictures, maps[judged], classes)
+                curves = getattr(metric, "last_curves", {})
+                if len(curves) == 2:
+                    both = torch.stack([curves["deletion"], curves["insertion"]], dim=1)
+                    worked.curves = both.new_full((len(maps), *both.shape[1:]), torch.nan)
+                    worked.curves[judged] = both
+                if self._controls_due(trainer, metric):
+                    for name, control in _CONTROLS.items():
+                        known = control.explain(pl_module, pictures, classes)
+                        worked.metrics[name] = _updated(
+                            metric.clone(), pl_module, pictures, known, classes
+                        )
+                return worked
 
-            values: dict[str, float] = {}
+            figures: dict[str, dict[str, float]] = {}
             maps = images.new_zeros(0, *images.shape[2:], dtype=torch.float32)
+            curves = images.new_zeros(0, 2, 2, dtype=torch.float32)
             if len(rows):
-                found, metric = team.together(lambda: self._within_memory(work, score))
-                maps = workers.gather(found.float(), len(rows))
-                if metric is not None:
-                    values |= _computed(metric)
-        maps = _with_nan(maps, plan.finite)
+                worked = team.together(lambda: self._within_memory(work, score))
+                maps = workers.gather(worked.maps.float(), len(rows))
+                curves = workers.gather(worked.curves.float(), len(rows))
+                figures = {name: _computed(metric) for name, metric in worked.metrics.items()}
+        values = figures.pop("", {})
+        maps, curves = (_with_nan(found, plan.finite) for found in (maps, curves))
         masks, known = probe.masks_of(plan.all_rows, plan.all_targets)
         known &= plan.finite
         num_classes = plan.logits.shape[1]
         values |= _located(maps[known], masks[known], plan.all_targets[known], num_classes)
-        flat = maps.flatten(1)
-        blank = (flat.amax(dim=1) == flat.amin(dim=1)) | ~flat.isfinite().all(dim=1)
-        values["blank_maps"] = float(blank.sum())
-        return Found(plan, maps, masks, blank, values, score)
+        pairs = plan.all_rows, plan.all_targets
+        found = Found(*pairs, maps, masks, curves, plan.logits, score, values, figures)
+        values["blank_maps"] = float(found.blank.sum())
+        return found
+
+    def _controls_due(self, trainer: Trainer, metric: Metric | MetricCollection) -> bool:
+        # What a map that knows nothing gets depends on the model, which learns ever more slowly: after
+        # 1, 2, 4, 8, … explanations it is measured again.
+        number = self._explained + 1
+        wanted = self.controls and isinstance(metric, (Faithfulness, OverallAUC))
+        return wanted and (trainer.state.fn != "fit" or number & (number - 1) == 0)
+
+    def _lines(self) -> dict[str, float]:
+        """Return the over-all AUC of the controls, as last measured."""
+        return {
+            f"overall_auc_{name.replace(' ', '_')}": figures["overall_auc"]
+            for name, figures in self._controls.items()
+        }
 
     def _plan(self, pl_module: LightningModule, probe: Probe, images: Tensor) -> Plan:
         """Choose what is explained."""
@@ -535,20 +541,27 @@ class ExplanationMonitor(Callback):
                     f"ExplanationMonitor: {name} took no figures. {type(error).__name__}: {error}"
                 )
 
-    def _log_picture(self, trainer: Trainer, found: Found, moment: Moment) -> None:
+    def _log_pictures(
+        self,
+        trainer: Trainer,
+        found: Found,
+        drift: list[float | None],
+        before: list[Earlier],
+        moment: Moment,
+    ) -> None:
         assert self._kept is not None
-        mean, std = self._normalisation(trainer)
-        plan = found.plan
-        panel = draw_probe(
-            self._kept,
-            Explanations(plan.all_rows, plan.all_targets, found.maps, found.masks, plan.logits),
-            found.score,
-            self._names(trainer),
-            title=_title(trainer),
-            mean=mean,
-            std=std,
-        )
-        step, tag = _logged_step(trainer, moment), "explain/heatmaps"
+        names, (mean, std) = self._names(trainer), self._normalisation(trainer)
+        title, step = _title(trainer), _logged_step(trainer, moment)
+        look: dict[str, Any] = {"title": title, "mean": mean, "std": std}
+        pages = draw_probe(self._kept, found, names, panels=self.panels, **look)
+        for number, panel in enumerate(pages, start=1):
+            tag = "explain/heatmaps" if number == 1 else f"explain/heatmaps-{number}"
+            self._log_picture(trainer, tag, panel, step)
+        change = draw_change(self._kept, found, before, drift, names, **look)
+        if change is not None:
+            self._log_picture(trainer, "explain/change", change, step)
+
+    def _log_picture(self, trainer: Trainer, tag: str, panel: Tensor, step: int) -> None:
         sinks: list[object] = [*trainer.loggers] or [None]
         for sink in sinks:
             try:
@@ -557,7 +570,8 @@ class ExplanationMonitor(Callback):
             except Exception as error:
                 path = log_image(None, tag, panel, step, trainer.default_root_dir)
                 self._warn(
-                    f"ExplanationMonitor: {type(error).__name__}: {error}. The picture is at {path}"
+                    f"ExplanationMonitor: {type(error).__name__}: {error}.",
+                    f" The picture is at {path}",
                 )
 
     def _normalisation(
@@ -571,42 +585,22 @@ class ExplanationMonitor(Callback):
         source, validation = (source_of(p, _loaders(trainer)) for p in (self.probe, 1))
         return self.class_names or class_names_of(source) or class_names_of(validation)
 
-    def _opened(self, trainer: Trainer, score: Score) -> HistoryWriter | None:
-        """Return what the history is written with, None where none is."""
-        if not self.store or trainer.state.fn != "fit" or _leaves_no_files(trainer):
-            return None
-        if self._writer is None:
-            assert self._kept is not None
-            if self._folder is None:
-                self._folder = self._free_folder(trainer)
-            mean, std = self._normalisation(trainer)
-            pictures = displayable(self._kept.images, mean, std)
-            writer = HistoryWriter(
-                self._folder,
-                (pictures * 255).round().to(torch.uint8),
-                configuration=self._configuration(trainer, score),
-                class_names=dict(enumerate(map(str, self._names(trainer) or ()))),
+    def _begun(self, trainer: Trainer, found: Found, folder: Path) -> HistoryWriter:
+        """Begin the run's history in a folder."""
+        assert self._kept is not None
+        pictures = displayable(self._kept.images, *self._normalisation(trainer))
+        masks: dict[tuple[int, int], Tensor] = {}
+        if self._kept.masks is not None and self._kept.mask_pairs is not None:
+            masks = dict(
+                zip(map(tuple, self._kept.mask_pairs.tolist()), self._kept.masks, strict=True)
             )
-            if self._earlier is not None:
-                try:
-                    writer.keep(*self._earlier)
-                except (OSError, ValueError) as error:
-                    self._warn(
-                        "ExplanationMonitor: the history of the run that is resumed could not be "
-                        f"found, a new one begins. {type(error).__name__}: {error}"
-                    )
-            self._writer = writer
-        return self._writer
-
-    def _free_folder(self, trainer: Trainer) -> Path:
-        """Return a folder that no other run has, or that of the run which is resumed."""
-        folder, number = _history_folder(trainer), 1
-        if self._earlier is not None and self._earlier[0].parent == folder.parent:
-            return self._earlier[0]
-        while folder.exists():
-            number += 1
-            folder = folder.with_name(f"explanations-{number}")
-        return folder
+        return HistoryWriter(
+            folder,
+            (pictures * 255).round().to(torch.uint8),
+            configuration=self._configuration(trainer, found.score),
+            class_names=dict(enumerate(map(str, self._names(trainer) or ()))),
+            masks=masks,
+        )
 
     def _configuration(self, trainer: Trainer, score: Score) -> dict[str, str]:
         found = {
@@ -622,66 +616,56 @@ class ExplanationMonitor(Callback):
             found["max_overhead"] = str(self.max_overhead)
         return found
 
-    def _drift(self, trainer: Trainer, found: Found) -> list[float | None]:
-        """Return 1 − the rank correlation of each map with the one before, None without one."""
-        drift: list[float | None] = [None] * len(found.pairs)
+    def _before(self, trainer: Trainer, found: Found) -> tuple[list[float | None], list[Earlier]]:
+        """Return each map's drift, None without one, and the maps that were found before."""
         try:
-            writer = self._opened(trainer, found.score)
-            if writer is None:
-                return drift
-            before = writer.last_maps()
-            blank = found.blank.tolist()
-            now = [n for n, pair in enumerate(found.pairs) if pair in before and not blank[n]]
-            if now:
-                maps = stored(found.maps[now]).cpu().double()
-                others = torch.stack([torch.tensor(before[found.pairs[n]]) for n in now]).double()
-                for n, alike in zip(now, rank_correlation(maps, others).tolist(), strict=True):
-                    drift[n] = 1 - alike
+            if self.store:
+                self._files.open(trainer, lambda folder: self._begun(trainer, found, folder))
+            return self._files.drift(found.pairs, found.maps, (~found.blank).tolist())
         except Exception as error:
             self._warn(
                 "ExplanationMonitor: the run's history can't be read or written. "
                 f"{type(error).__name__}: {error}"
             )
-        return drift
+            return [None] * len(found.pairs), []
 
     def _store(
-        self, trainer: Trainer, found: Found, values: dict[str, float], drift: list[float | None]
+        self,
+        trainer: Trainer,
+        found: Found,
+        values: dict[str, float],
+        drift: list[float | None],
+        fresh: bool,
     ) -> None:
         """Add what was found to the run's files."""
-        plan = found.plan
-        scores = found.score(plan.logits[plan.all_rows], plan.all_targets).nan_to_num(0.0)
+        deletion, insertion = found.aucs.T.tolist()
         record = Record(
             step=_step(trainer),
             epoch=trainer.current_epoch,
             title=_title(trainer),
             values=values,
-            images=plan.all_rows.tolist(),
-            targets=plan.all_targets.tolist(),
-            scores=scores.tolist(),
+            images=found.rows.tolist(),
+            targets=found.targets.tolist(),
+            scores=found.scores.nan_to_num(0.0).tolist(),
             blank=found.blank.tolist(),
             drift=drift,
+            deletion_auc=[None if math.isnan(value) else value for value in deletion],
+            insertion_auc=[None if math.isnan(value) else value for value in insertion],
+            controls=self._controls if fresh else {},
         )
         try:
-            if self._writer is not None:
-                maps = stored(found.maps)
-                self._writer.add(record, maps)
-                if self._paged:
-                    add_to_report(self._writer.folder, record, maps.cpu().numpy())
-                else:
-                    write_report(self._writer.folder)
-                self._paged = True
+            self._files.add(record, found.maps)
         except Exception as error:
-            self._paged = False  # to be written anew from what is stored
             self._warn(
                 f"ExplanationMonitor: the maps could not be stored. {type(error).__name__}: {error}"
             )
 
-    def _warn(self, message: str) -> None:
+    def _warn(self, message: str, more: str = "") -> None:
         # The same trouble comes back at every epoch; its first line is said once.
         key = re.sub(r"\d+", "", message)
         if key not in self._warned:
             self._warned.add(key)
-            rank_zero_warn(message, stacklevel=2)
+            rank_zero_warn(message + more, stacklevel=2)
 
 
 def _loaders(trainer: Trainer) -> Any:
@@ -693,22 +677,6 @@ def _loaders(trainer: Trainer) -> Any:
 def _printed(value: object) -> str:
     # Functions by name: an address is another in each process.
     return re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", repr(value))
-
-
-def _leaves_no_files(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False) or getattr(trainer, "barebones", False))
-
-
-def _history_folder(trainer: Trainer) -> Path:
-    """Return where a logger has its files, as Lightning's ModelCheckpoint finds it."""
-    directory: str | Path | None = None
-    for logger in trainer.loggers:
-        directory = getattr(logger, "log_dir", None)
-        if directory is None and logger.save_dir is not None:
-            directory = Path(logger.save_dir) / str(logger.name) / str(logger.version)
-        if directory is not None:
-            break
-    return Path(directory or trainer.default_root_dir) / "explanations"
 
 
 def _step(trainer: Trainer) -> int:
@@ -746,8 +714,21 @@ def _computed(metric: Metric | MetricCollection) -> dict[str, float]:
     return {name: float(value) for name, value in result.items()}
 
 
+def _updated(
+    metric: Metric | MetricCollection,
+    model: LightningModule,
+    images: Tensor,
+    maps: Maps,
+    targets: Targets,
+) -> Metric | MetricCollection:
+    metric = metric.to(images.device)
+    metric.reset()
+    metric.update(model, images, maps, targets)
+    return metric
+
+
 def _with_nan(maps: Float[Tensor, "f h w"], finite: Bool[Tensor, " p"]) -> Float[Tensor, "p h w"]:
-    """Return a map for each pair, NaN for those that could not be explained."""
+    """Return a map for each pair, or its curves, NaN for those that could not be explained."""
     every = maps.new_full((len(finite), *maps.shape[1:]), torch.nan)
     every[finite.to(maps.device)] = maps
     return every

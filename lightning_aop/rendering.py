@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from lightning_aop.types import Images, Maps
 
 RGB: TypeAlias = Float[Tensor, "b 3 h w"]
 Picture: TypeAlias = UInt8[Tensor, "3 H W"]
+Panel: TypeAlias = Literal["overlay", "map", "curves"]
+PANELS: tuple[Panel, ...] = get_args(Panel)
 
 # The overlay keeps this much of the photo's colour and brightness. The untouched photo stands beside
 # it, and a greyer, darker one cannot be mistaken for heat (an orange cat is not a hot region).
@@ -39,6 +41,9 @@ _SMALLEST = 32
 _PAPER, _INK, _MUTED = (20, 22, 27), (238, 240, 244), (156, 163, 175)
 _VERDICTS = {"missed": (245, 180, 80), "false positive": (248, 113, 113)}
 _BEST = (134, 239, 172)
+# Deletion and insertion: apart by brightness too, and none of them a colour of the maps.
+_GAMES = {"deletion": (248, 150, 160), "insertion": (120, 200, 255)}
+_CHART, _AXIS = (31, 34, 41), (75, 80, 90)
 # Cyan is none of inferno's colours.
 _LINE = (0.3, 0.95, 1.0)
 _ABREAST = 5  # overlays of one group in a row
@@ -147,9 +152,13 @@ def overlay(images: RGB, maps: Maps) -> RGB:
     image = images.detach().to(heat)
     grey = (image * image.new_tensor(_LUMA).view(-1, 1, 1)).sum(1, keepdim=True)
     base = _BRIGHTNESS * torch.lerp(grey.expand_as(image), image, _SATURATION)
+    return torch.lerp(base, _coloured(heat), _OPACITY * heat[:, None] ** _EXPONENT)
+
+
+def _coloured(heat: Maps) -> RGB:
+    """Return the colour of each value in [0, 1]."""
     level = (heat * 256).long().clamp(max=255)
-    colour = _colours().to(heat.device)[level].movedim(-1, 1)
-    return torch.lerp(base, colour, _OPACITY * heat[:, None] ** _EXPONENT)
+    return _colours().to(heat.device)[level].movedim(-1, 1)
 
 
 def heatmap_grid(
@@ -165,6 +174,8 @@ def heatmap_grid(
     outlines: Bool[Tensor, "b h w"] | None = None,
     groups: Sequence[int] | None = None,
     headings: Sequence[str] | None = None,
+    panels: Sequence[Panel] = ("overlay",),
+    curves: Float[Tensor, "b 2 points"] | None = None,
 ) -> Picture:
     """Draw every sample as "input | overlay" with its caption, and one colour bar for all.
 
@@ -174,7 +185,7 @@ def heatmap_grid(
             "blank map" on its overlay, and one with a NaN or infinite value "NaN map".
         captions: b texts of one or two lines (split at a newline). A line too long for its place is
             shortened with an ellipsis; a number at its end, such as a score, is kept. A second line
-            is muted, but "missed" is amber and "false positive" a soft red.
+            is muted, but one that begins with "missed" is amber, with "false positive" a soft red.
         title: one line at the top.
         columns: pairs in a row; by default chosen for a picture about 1.6 times as wide as high.
         mean: see ``displayable``.
@@ -189,6 +200,10 @@ def heatmap_grid(
             below it. Groups are laid out for a picture about 1.6 times as wide as high.
         headings: a text of one or two lines for each group, below its input, shortened without keeping
             a number; needs ``groups``.
+        panels: what stands beside the input: "overlay"; "map", the heat alone; "curves", a chart of
+            deletion and insertion.
+        curves: of each sample the scores in deletion and in insertion, in equal steps from nothing to
+            all, as ``metrics.functional`` gives them; NaN for a sample without.
 
     Returns:
         (3, H, W) uint8 on the CPU, reached by one copy from the device of ``maps``.
@@ -196,15 +211,17 @@ def heatmap_grid(
     Raises:
         ValueError: ``images``, ``maps``, ``captions``, ``outlines``, ``groups`` or ``headings`` differ
             in number or size, there is no sample, ``columns`` is below 1 or given with ``groups``,
-            ``headings`` come without them, ``cell`` is below 32, or ``mean`` and ``std`` are wrong.
+            ``headings`` come without them, ``cell`` is below 32, ``mean`` and ``std`` are wrong, or
+            ``panels`` are unknown, none, or "curves" without ``curves``.
     """
     pictures = displayable(images, mean, std)
     _check_same_size(pictures, maps)
     _check_layout(images, captions, columns, cell, outlines, groups, headings)
+    _check_panels(panels, curves, len(images))
     count = len(pictures)
     members = _runs(groups) if groups is not None else [[i] for i in range(count)]
-    panels, labels = _panels(pictures, maps, cell, outlines, members)
-    high, wide = panels.shape[2:4]
+    drawn, labels = _panels(pictures, maps, cell, outlines, members, panels)
+    high, wide = drawn.shape[2:4]
     em = min(max(round(max(high, wide) / 13), 11), 24)
     font, bold = _font("DejaVuSans.ttf", em), _font("DejaVuSans-Bold.ttf", round(1.15 * em))
     small = _font("DejaVuSans.ttf", max(round(0.8 * em), 10))
@@ -215,16 +232,19 @@ def heatmap_grid(
     rows = max(map(len, texts + heads))
     # A label may be wider than its panel, and must not run into the next tile or, in a group, panel.
     last = max(wide, math.ceil(small.getlength("blank map")) + em)
-    step = wide + seam  # from one panel to the next
+    first = wide + seam  # from the input to the first sample
     if groups is not None:
         # Of each caption a verdict must fit, and with it a score.
         last = max(last, math.ceil(font.getlength("false positive")) + em // 4)
-        step = last + em // 2
+        first = last + em // 2
+    head_width, strip = last - em // 4, len(panels) * (wide + seam) - seam
+    last = max(last, strip)
+    step = last + em // 2  # from one sample of a group to the next
     down = high + em // 2 + line * rows + em
     # As many in each row of a group that is too long for one.
     across = [math.ceil(len(s) / math.ceil(len(s) / _ABREAST)) for s in members]
     sizes = [
-        (n * step + last + margin, math.ceil(len(samples) / n) * down)
+        (first + (n - 1) * step + last + margin, math.ceil(len(samples) / n) * down)
         for n, samples in zip(across, members, strict=True)
     ]
     bar_w, bar_h = 12 * em, round(0.7 * em)
@@ -253,24 +273,31 @@ def heatmap_grid(
 
     def write(lines: Sequence[str], x: int, y: int, width: float, keep_score: bool = True) -> None:
         for row, text in enumerate(lines):
-            colour = _VERDICTS.get(text, _MUTED) if row else _INK
+            colour = _VERDICTS.get(text.split(" · ")[0], _MUTED) if row else _INK
             text = _shortened(text, font, width, keep_score)
             draw.text((x, y + row * line), text, colour, font, "la")
 
     for place, samples, head, n in zip(_flow(sizes, limit), members, heads, across, strict=True):
         left, upper = margin + place[0], top + place[1]
         below = high + em // 2
-        canvas.paste(Image.fromarray(panels[samples[0], 0]), (left, upper))
+        canvas.paste(Image.fromarray(drawn[samples[0], 0]), (left, upper))
         if groups is not None:
             # A heading lists classes: its last score belongs to the last of them, not to the first.
-            write(head, left, upper + below, last - em // 4, keep_score=False)
+            write(head, left, upper + below, head_width, keep_score=False)
         for k, i in enumerate(samples):
-            x, y = left + (k % n + 1) * step, upper + k // n * down
-            canvas.paste(Image.fromarray(panels[i, 1]), (x, y))
-            if labels[i]:
-                _badge(draw, (x, y + high), labels[i], small)
+            x, y = left + first + k % n * step, upper + k // n * down
+            pixels = iter(drawn[i, 1:])
+            for column, panel in enumerate(panels):
+                corner = x + column * (wide + seam), y
+                if panel == "curves":
+                    assert curves is not None
+                    _curve_panel(canvas, corner, (wide, high), curves[i], small)
+                    continue
+                canvas.paste(Image.fromarray(next(pixels)), corner)
+                if labels[i]:
+                    _badge(draw, (corner[0], y + high), labels[i], small)
             if groups is None:
-                write(texts[i], left, y + below, step + last)
+                write(texts[i], left, y + below, first + last)
             else:
                 write(texts[i], x, y + below, last - em // 4)
 
@@ -519,6 +546,51 @@ def _check_layout(
         )
 
 
+def _check_panels(panels: Sequence[str], curves: Tensor | None, count: int) -> None:
+    wrong = [panel for panel in panels if panel not in PANELS]
+    if wrong or not panels or isinstance(panels, str):
+        raise ValueError(
+            f"panels must be one or more of {', '.join(map(repr, PANELS))}, got {panels!r}: "
+            'give a list such as ["overlay", "map"]'
+        )
+    if "curves" in panels and (curves is None or list(curves.shape[:2]) != [count, 2]):
+        raise ValueError(
+            f"curves must have shape [{count}, 2, points] to be drawn, got "
+            f"{None if curves is None else list(curves.shape)}: give deletion and insertion of each "
+            "image, NaN where there are none"
+        )
+
+
+def _curve_panel(
+    canvas: Image.Image,
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    curves: Float[Tensor, "2 points"],
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    """Draw deletion and insertion over the share of pixels moved, with their AUCs."""
+    (x, y), (width, height), pad = corner, size, round(font.size / 2)
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((x, y, x + width - 1, y + height - 1), _CHART)
+    if not curves.isfinite().all():
+        draw.text((x + width / 2, y + height / 2), "not measured", _MUTED, font, "mm")
+        return
+    line = round(1.3 * font.size)
+    left, right, top, bottom = x + pad, x + width - pad, y + pad + 2 * line, y + height - pad
+    # A probability has the whole range from 0 to 1, so that charts are comparable.
+    low, high = min(0.0, float(curves.min())), max(1.0, float(curves.max()))
+    draw.line((left, top, left, bottom, right, bottom), _AXIS, 1)
+    share = np.linspace(left, right, curves.shape[1])
+    for row, (curve, (name, colour)) in enumerate(zip(curves, _GAMES.items(), strict=True)):
+        heights = bottom - (curve.double().numpy() - low) / (high - low) * (bottom - top)
+        draw.line(list(zip(share, heights, strict=True)), colour, max(width // 96, 1), "curve")
+        area = float(torch.trapezoid(curve.double())) / (len(curve) - 1)
+        text = f"{name} {area:.2f}"
+        if font.getlength(text) > width - 2 * pad:
+            text = f"{area:.2f}"
+        draw.text((left, y + pad // 2 + row * line), text, colour, font, "la")
+
+
 def write_png(image: Picture, path: str | Path) -> Path:
     """Write a picture as a PNG file; a reader never sees half a file.
 
@@ -567,8 +639,9 @@ def _panels(
     cell: int | None,
     outlines: Bool[Tensor, "b h w"] | None,
     members: Sequence[Sequence[int]],
-) -> tuple[UInt8[np.ndarray, "b 2 y x 3"], list[str]]:
-    """Draw both panels of every sample at their final size, and name the maps that show nothing."""
+    panels: Sequence[Panel] = ("overlay",),
+) -> tuple[UInt8[np.ndarray, "b n y x 3"], list[str]]:
+    """Draw the input and the panels that have pixels, and name the maps that show nothing."""
     longer = max(pictures.shape[2:])
     scale = cell / longer if cell else _LARGEST / longer
     if cell is None and scale > 1:
@@ -577,7 +650,8 @@ def _panels(
     state = torch.where(heat.amax((1, 2)) > 0, 0, 1)
     state = torch.where(maps.isfinite().all(2).all(1), state, 2)
     pictures, heat = _resized(pictures.to(heat), scale), _resized(heat[:, None], scale)[:, 0]
-    both = torch.stack((pictures, overlay(pictures, heat)), 1)
+    kinds = {"overlay": lambda: overlay(pictures, heat), "map": lambda: _coloured(heat)}
+    both = torch.stack([pictures, *(kinds[kind]() for kind in panels if kind in kinds)], 1)
     if outlines is not None:
         # Whole pixels when enlarged; when reduced, a thin or small object does not vanish.
         masks = F.adaptive_max_pool2d(outlines.to(heat), list(both.shape[-2:])) > 0
@@ -587,7 +661,7 @@ def _panels(
         union = (
             torch.zeros_like(heat[: len(members)]).index_add(0, where, masks.to(heat))[where] > 0
         )
-        both = _outlined(both, torch.stack((union, masks), 1))
+        both = _outlined(both, torch.stack([union, *[masks] * (both.shape[1] - 1)], 1))
     shown = _bytes(both.movedim(2, -1))
     # The states travel in the same buffer as the pixels, for every copy waits for the device.
     flat = torch.cat((shown.flatten(1), state.byte()[:, None]), 1).cpu().numpy()

@@ -148,15 +148,21 @@ def test_a_run_goes_on_in_another_folder(tmp_path: Path, count: int) -> None:
         begin(tmp_path / "more").keep(tmp_path / "old", 4)
 
 
-def test_the_last_maps_by_picture_and_class(tmp_path: Path) -> None:
+def test_the_first_and_the_last_maps_by_picture_and_class(tmp_path: Path) -> None:
     writer = begin(tmp_path)
-    assert writer.last_maps() == {}
-    last = record(0, [(0, 3), (1, 2)])
-    last.blank[1] = True
-    writer.add(last, maps(0, 2))
-    found = writer.last_maps()
-    assert list(found) == [(0, 3)]
-    assert np.array_equal(found[0, 3], maps(0, 2)[0].numpy())
+    assert writer.earlier_maps() == []
+    for step in range(3):
+        made = record(step, [(0, 3), (1, 2)])
+        made.blank[1] = step == 0
+        writer.add(made, maps(step, 2))
+        found = writer.earlier_maps()
+        assert [title for title, _ in found] == ["epoch 0", f"epoch {step}"][step == 0 :]
+        assert list(found[0][1]) == [(0, 3)]
+        assert np.array_equal(found[0][1][0, 3], maps(0, 2)[0].numpy())
+        assert np.array_equal(found[-1][1][0, 3], maps(step, 2)[0].numpy())
+    writer = begin(tmp_path)
+    writer.keep(tmp_path, 2)
+    assert [title for title, _ in writer.earlier_maps()] == ["epoch 0", "epoch 1"]
 
 
 def test_what_is_stored_of_a_map() -> None:
@@ -245,7 +251,8 @@ def test_the_monitor_stores_what_it_logs(tmp_path: Path) -> None:
     for record, values in zip(found.records[1:], logged, strict=True):
         shown = {f"explain/{name}": value for name, value in record.values.items()}
         assert shown == pytest.approx({n: v for n, v in values.items() if n in shown})
-        assert shown.keys() == {name for name in values if name.startswith("explain/")}
+        lines = {f"explain/overall_auc_{name}" for name in ("random_map", "centre_gaussian")}
+        assert shown.keys() | lines == {name for name in values if name.startswith("explain/")}
 
 
 def test_the_configuration_names_functions(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import csv
 import io
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
 from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM, panels
-from lightning_aop.metrics import DeletionAUC, OverallAUC
+from lightning_aop.history import History
+from lightning_aop.metrics import DeletionAUC, Faithfulness, OverallAUC
 from lightning_aop.rendering import heatmap_grid
 from lightning_aop.samples import Probe
 from lightning_aop.scores import sigmoid
@@ -96,7 +98,7 @@ def loaders(count: int = 24) -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 
 def pictures_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*.png"))
+    return sorted(path.name for path in folder.rglob("heatmaps/*.png"))
 
 
 class Watch(ExplanationMonitor):
@@ -112,14 +114,15 @@ class Watch(ExplanationMonitor):
         self.steps.append(trainer.global_step)
         return super()._explain(trainer, *rest)
 
-    def _log_picture(self, *arguments: Any) -> None:
+    def _log_pictures(self, *arguments: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(panels, "heatmap_grid", self._grid)
-            super()._log_picture(*arguments)
+            super()._log_pictures(*arguments)
 
     def _grid(self, images: Any, maps: Any, captions: Any, **layout: Any) -> Any:
-        self.captions.append(list(captions))
-        self.layouts.append(layout)
+        if "panels" in layout:  # not the picture of the change
+            self.captions.append(list(captions))
+            self.layouts.append(layout)
         return heatmap_grid(images, maps, captions, **layout)
 
 
@@ -146,6 +149,76 @@ def test_one_line_is_enough(tmp_path: Path) -> None:
     assert [value.step for value in events.Scalars("explain/overall_auc")] == [0, 2, 5]
     assert pictures_in(tmp_path / "csv") == [f"step-{step:08d}.png" for step in (0, 2, 5)]
     assert monitor.captions[0][0].startswith(Pictures.classes[int(Pictures().labels[0])])
+
+
+def test_controls_are_judged_as_the_maps_are(tmp_path: Path) -> None:
+    images, labels = torch.rand(3, 3, 32, 32), torch.arange(3)
+    images[:, :, 8:24, 8:24] += 3
+    monitor = Watch(GradCAM("net.features"), probe=(images, labels))
+    model = Classifier()
+    with torch.no_grad():
+        model.net.head.weight *= 20  # an untrained one hardly cares
+    (result,) = trainer(tmp_path, monitor).validate(model, loaders()[1], verbose=False)
+    height, width = images.shape[2:]
+    y, x = ((np.arange(n) + 0.5) / n - 0.5 for n in (height, width))
+    gaussian = np.exp(-(y[:, None] ** 2 + x**2) / (2 * 0.25**2))
+    metric = Faithfulness(steps=28)
+    metric.update(model, images, torch.tensor(gaussian).float().repeat(3, 1, 1), labels)
+    expected = float(metric.compute()["overall_auc"])
+    assert result["explain/overall_auc_centre_gaussian"] == pytest.approx(expected, abs=1e-6)
+    assert result["explain/overall_auc_random_map"] != result["explain/overall_auc"]
+    assert abs(expected) > 1e-3
+    quiet = Watch(GradCAM("net.features"), probe=3, controls=False)
+    (result,) = trainer(tmp_path, quiet).validate(model, loaders()[1], verbose=False)
+    assert "explain/overall_auc_centre_gaussian" not in result
+
+
+def test_controls_are_measured_ever_more_seldom(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    run = trainer(tmp_path, Watch(GradCAM("net.features"), probe=2), logger=logger, max_epochs=5)
+    run.fit(Classifier(), *loaders())
+    records = History.load(Path(logger.log_dir) / "explanations").records
+    assert [bool(r.controls) for r in records] == [True, True, False, True, False, False]
+    assert set(records[0].controls) == {"random map", "centre gaussian"}
+    # In between the figure stays, so that loggers draw a line as long as the others.
+    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["explain/overall_auc"]]
+    measured = [r.controls["random map"]["overall_auc"] for r in records if r.controls]
+    shown = [float(r["explain/overall_auc_random_map"]) for r in rows]
+    expected = [measured[n] for n in (0, 1, 1, 2, 2, 2)]
+    assert shown == pytest.approx(expected, abs=1e-6)
+
+
+def test_each_map_has_its_own_auc(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    run = trainer(tmp_path, Watch(GradCAM("net.features"), probe=4), logger=logger, max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    for record in History.load(Path(logger.log_dir) / "explanations").records:
+        for name, values in (
+            ("deletion_auc", record.deletion_auc),
+            ("insertion_auc", record.insertion_auc),
+        ):
+            assert len(set(values)) == 4
+            assert np.mean(values) == pytest.approx(record.values[name], abs=1e-6)
+
+
+def test_panels_on_request(tmp_path: Path) -> None:
+    widths = []
+    for wanted in (["overlay"], ["overlay", "map", "curves"]):
+        folder = tmp_path / str(len(wanted))
+        monitor = Watch(GradCAM("net.features"), probe=1, panels=wanted)
+        run = trainer(folder, monitor, logger=CSVLogger(folder))
+        run.validate(Classifier(), loaders()[1], verbose=False)
+        (path,) = folder.rglob("heatmaps/*.png")
+        with Image.open(path) as picture:
+            widths.append(picture.width)
+    assert widths[1] > 1.5 * widths[0]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_panels(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"panels=\['heat'\] must be"):
+        trainer(tmp_path, Watch(panels=["heat"])).validate(Classifier(), loaders()[1])
 
 
 def test_validate_explains_and_reports(tmp_path: Path) -> None:
@@ -254,7 +327,7 @@ def test_false_positives_are_drawn_and_not_judged(tmp_path: Path) -> None:
             assert found.startswith("ant 0.9")
             assert "missed" not in found
             assert missed.startswith("cat 0.0")
-            assert missed.endswith("\nmissed")
+            assert missed.split(" · ")[0].endswith("\nmissed")
             assert wrong.startswith("emu 0.9")
             assert wrong.endswith("\nfalse positive")
             assert monitor.layouts[0]["groups"] == [0, 0, 0]
@@ -616,7 +689,7 @@ def test_wandb_gets_pictures_and_scalars(tmp_path: Path, monkeypatch: pytest.Mon
     summary = logger.experiment.summary
     assert "explain/overall_auc" in summary.keys()  # noqa: SIM118
     wandb.finish()
-    pictures = list(tmp_path.rglob("media/images/**/*.png"))
+    pictures = list(tmp_path.rglob("media/images/explain/heatmaps_*.png"))
     assert len(pictures) == 2
     assert np.asarray(Image.open(pictures[0])).std() > 10
 

@@ -45,9 +45,10 @@ def test_two_processes_find_what_one_finds(
         assert mine["maps"].shape == (5, 32, 32)
         torch.testing.assert_close(mine["maps"], expected["maps"], atol=1e-5, rtol=0)
         assert mine["values"] == pytest.approx(expected["values"], abs=1e-5)
-        assert each["metrics"]["explain/overall_auc"] == pytest.approx(
-            alone["metrics"]["explain/overall_auc"], abs=1e-5
-        )
+        torch.testing.assert_close(mine["curves"], expected["curves"], atol=1e-5, rtol=0)
+        for name in ("", "_random_map", "_centre_gaussian"):
+            key = f"explain/overall_auc{name}"
+            assert each["metrics"][key] == pytest.approx(alone["metrics"][key], abs=1e-5)
 
 
 def test_all_processes_explain_the_first_one_s_network(two: dict[str, list[Any]]) -> None:

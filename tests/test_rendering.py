@@ -225,6 +225,80 @@ def test_default_columns_make_a_landscape(count: int, size: tuple[int, int], cap
     assert tall.shape[2] == heatmap_grid(pictures(1, size), ramps(1, size), ["a"]).shape[2]
 
 
+def inferno(values: Tensor) -> Tensor:
+    return as_bytes(
+        torch.from_numpy(matplotlib.colormaps["inferno"](values.numpy())[..., :3])
+    ).permute(2, 0, 1)
+
+
+def test_more_panels_stand_beside_the_overlay() -> None:
+    images, maps = pictures(), ramps()
+    curves = torch.full((2, 2, 29), torch.nan)
+    curves[0] = torch.tensor([0.25, 0.75])[:, None]
+    grid = heatmap_grid(
+        images, maps, ["a", "b"], panels=["overlay", "map", "curves"], curves=curves, columns=1
+    )
+    [(y, x)] = find(grid, as_bytes(images)[0])
+    [(overlay_y, overlay_x)] = find(grid, as_bytes(overlay(images, maps))[0])
+    heats = find(grid, inferno(maps[0]))
+    assert len(heats) == 2
+    assert overlay_y == heats[0][0] == y
+    seam = overlay_x - x - 160
+    assert 0 < seam < 20
+    assert heats[0][1] == x + 2 * (160 + seam)
+    # Both curves are level: a quarter and three quarters up the axis, each as wide as it.
+    left = x + 3 * (160 + seam)
+    chart = grid[:, y : y + 128, left : left + 160].permute(1, 2, 0).int()
+    rows = {}
+    for name, colour in rendering._GAMES.items():
+        alike = (chart[40:] - torch.tensor(colour)).abs().sum(2) < 60
+        long = alike.sum(1) > 130
+        assert 1 <= long.sum() <= 4
+        rows[name] = 40 + float(long.nonzero().double().mean())
+    axis = (chart - torch.tensor(rendering._AXIS)).abs().sum(2) < 6
+    bottom = float((axis.sum(1) > 130).nonzero().double().mean())
+    top = bottom - float(axis.sum(0).max()) + 1
+    for name, value in (("deletion", 0.25), ("insertion", 0.75)):
+        assert rows[name] == pytest.approx(bottom - value * (bottom - top), abs=1.5)
+    # The second has none: no line, but words.
+    other = grid[:, heats[1][0] : heats[1][0] + 128, left : left + 160].permute(1, 2, 0).int()
+    for colour in rendering._GAMES.values():
+        assert ((other - torch.tensor(colour)).abs().sum(2) > 60).all()
+    assert (other.float().mean(2) > 120).any()
+
+
+def test_panels_of_a_group_stand_together() -> None:
+    images, maps = (
+        pictures(1).repeat(3, 1, 1, 1),
+        ramps(3) * torch.tensor([1, 0.8, 0.6])[:, None, None],
+    )
+    grid = heatmap_grid(
+        images, maps, ["a", "b", "c"], groups=[0, 0, 1], panels=["map", "overlay"], cell=160
+    )
+    laid = as_bytes(overlay(images, maps))
+    for n in range(3):
+        [(y, x)] = find(grid, inferno(maps[n]))
+        [(overlay_y, overlay_x)] = find(grid, laid[n])
+        assert (overlay_y, 160 < overlay_x - x < 180) == (y, True)
+    assert len(find(grid, as_bytes(images)[0])) == 2
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("panels", "curves", "said"),
+    [
+        ([], None, "one or more"),
+        (["heat"], None, "heat"),
+        ("map", None, "such as"),
+        (["curves"], None, r"shape \[2, 2, points\] to be drawn, got None"),
+        (["curves"], torch.zeros(3, 2, 9), r"got \[3, 2, 9\]"),
+    ],
+)
+def test_wrong_panels(panels: Any, curves: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        heatmap_grid(pictures(), ramps(), ["a", "b"], panels=panels, curves=curves)
+
+
 def changed(first: Tensor, second: Tensor) -> tuple[int, int, int, int]:
     """Return the box (top, bottom, left, right) of what differs."""
     assert first.shape == second.shape

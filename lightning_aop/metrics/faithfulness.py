@@ -43,6 +43,8 @@ class _FaithfulnessAUC(Metric, ABC):
     full_state_update = False
     games: ClassVar[tuple[str, ...]]
     total: Tensor
+    last_curves: dict[str, Tensor]
+    """Of the batch of the last update [B, points], by game."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class _FaithfulnessAUC(Metric, ABC):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.last_curves = {}
         self.settings: dict[str, Any] = {
             "score": score,
             "fill": fill,
@@ -75,11 +78,17 @@ class _FaithfulnessAUC(Metric, ABC):
             maps: saliency of each image, at its size; only its order counts.
             targets: the class whose score is watched.
         """
-        for game, curve in self._curves(model, images, maps, targets).items():
+        self.last_curves = self._curves(model, images, maps, targets)
+        for game, curve in self.last_curves.items():
             area, mean = getattr(self, f"{game}_auc"), getattr(self, f"{game}_curve")
             area += auc(curve).sum().to(area)
             mean += _on_grid(curve).sum(dim=0).to(mean)
         self.total += len(images)
+
+    def reset(self) -> None:
+        """Forget all images."""
+        super().reset()
+        self.last_curves = {}
 
     def _curves(
         self, model: nn.Module, images: Images, maps: Maps, targets: Targets

@@ -71,11 +71,13 @@ class Watch(ExplanationMonitor):
         found = super()._explain(trainer, pl_module, team)
         after = pl_module.state_dict()
         assert all(torch.equal(before[k], after[k]) for k in before)
-        self.found.append({"maps": found.maps, "values": found.values, "state": before})
+        self.found.append(
+            {"maps": found.maps, "values": found.values, "curves": found.curves, "state": before}
+        )
         return found
 
-    def _warn(self, message: str) -> None:
-        self.warnings.append(message)
+    def _warn(self, message: str, more: str = "") -> None:
+        self.warnings.append(message + more)
 
 
 if __name__ == "__main__":
