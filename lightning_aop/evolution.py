@@ -7,14 +7,25 @@ from torch.nn.functional import interpolate
 from lightning_aop.history import History
 from lightning_aop.rendering import overlay
 
-COLUMNS = ("epoch", "step", "image", "class", "score", "drift", "map", "over-all AUC")
+COLUMNS = (
+    "epoch",
+    "step",
+    "image",
+    "class",
+    "score",
+    "deletion AUC",
+    "insertion AUC",
+    "over-all AUC",
+    "drift",
+    "map",
+)
 
 
 def evolution_rows(history: History, records: int = 50) -> list[list[object]]:
     """Return a row for each explanation of the last records, in the order of `COLUMNS`.
 
     The map is laid over its picture, uint8 [h, w, 3] in the size of the maps; None for a map that
-    shows nothing. The over-all AUC is that of all the probe at the time.
+    shows nothing, as for an AUC that was not measured.
     """
     height, width = history.maps.shape[1:]
     pictures = torch.from_numpy(history.images).permute(0, 3, 1, 2).float() / 255
@@ -25,6 +36,7 @@ def evolution_rows(history: History, records: int = 50) -> list[list[object]]:
         shown = (overlay(small[record.images], maps) * 255).round().to(torch.uint8)
         for n, picture in enumerate(shown.permute(0, 2, 3, 1).numpy()):
             target = record.targets[n]
+            deletion, insertion = record.deletion_auc[n], record.insertion_auc[n]
             rows.append(
                 [
                     record.epoch,
@@ -32,9 +44,11 @@ def evolution_rows(history: History, records: int = 50) -> list[list[object]]:
                     record.images[n],
                     history.class_names.get(target, f"class {target}"),
                     record.scores[n],
+                    deletion,
+                    insertion,
+                    None if deletion is None or insertion is None else insertion - deletion,
                     record.drift[n],
                     None if record.blank[n] else picture,
-                    record.values.get("overall_auc"),
                 ]
             )
     return rows

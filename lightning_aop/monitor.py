@@ -74,10 +74,15 @@ class ExplanationMonitor(Callback):
 
     Before training, at every chosen validation, and under `trainer.validate()`, the monitor logs
 
-    - `explain/heatmaps`: each probe picture beside its overlay, with the class and its score, on one
-      colour scale for the whole run;
+    - `explain/heatmaps`: each probe picture beside its overlay, with the class, its score and the map's
+      over-all AUC, on one colour scale for the whole run; what is more than 32 explanations goes on in
+      `explain/heatmaps-2` and so on;
     - `explain/deletion_auc`, `explain/insertion_auc`, `explain/overall_auc`: how faithful the maps
       are (`ModelCheckpoint(monitor="explain/overall_auc", mode="max")` works);
+    - `explain/overall_auc_random_map`, `explain/overall_auc_centre_gaussian`: the same for two maps that
+      know nothing of the model, measured at the 1st, 2nd, 4th, 8th … explanation and held in between;
+    - `explain/change`: the first map, the previous one and that of now side by side, of up to 16
+      explanations;
     - `explain/pointing_game`, `explain/energy_in_mask`: where the data has masks, how often the
       maximum of a map lies on the object, and which share of the heat; means over the classes;
     - `explain/drift`: how much the maps have changed since the explanation before, 1 − their rank
@@ -117,6 +122,10 @@ class ExplanationMonitor(Callback):
         metrics: what judges the maps, a metric with `update(model, images, maps, targets)` whose
             `compute()` gives a value or a dictionary of values; by default `Faithfulness(steps=28)`,
             56 model evaluations an explanation. False for none.
+        controls: judge a random map and a centre gaussian too, where the metric gives an over-all AUC:
+            112 evaluations an explanation when they are measured.
+        panels: what stands beside each picture: "overlay"; "map", the heat alone; "curves", its
+            deletion and insertion.
         class_names: names by class index; by default the dataset's `classes`, or the index.
         mean, std: what the pictures were normalised with, to show them as they were; by default what
             the dataset's `transform` says.

@@ -1,6 +1,7 @@
 """The pictures of a probe: its maps, with what the labels and the model say of each, now and before."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -88,7 +89,7 @@ def draw_change(
         before: titles and maps of the first time and, if it is another, of the previous one.
         drift: 1 − the rank correlation of each map with the previous one.
         names: by class index.
-        title: of the picture; its last part stands for now.
+        title: when.
         mean: see `heatmap_grid`.
         std: see `heatmap_grid`.
 
@@ -121,7 +122,7 @@ def draw_change(
         probe.images.to(found.maps.device)[rows],
         torch.stack(maps),
         captions,
-        title=title,
+        title=f"{title} · change of the maps",
         mean=mean,
         std=std,
         groups=groups,
@@ -153,7 +154,8 @@ def _areas(found: Found) -> list[list[str]]:
     """Return the over-all AUC of each pair in words, nothing where it was not measured."""
     deletion, insertion = found.aucs.cpu().unbind(dim=1)
     overall = (insertion - deletion).tolist()
-    return [[] if value != value else [f"AUC {value:.2f}"] for value in overall]
+    # Adding 0 leaves no minus at what is rounded to it.
+    return [[] if math.isnan(v) else [f"AUC {round(v, 2) + 0.0:.2f}"] for v in overall]
 
 
 def _multilabel_captions(probe: Probe, found: Found, names: Sequence[str] | None) -> list[str]:

@@ -482,10 +482,16 @@ def _unpleasant(size: tuple[int, int]) -> float:
 def _pleasing_limit(
     sizes: Sequence[tuple[int, int]], size: Callable[[int], tuple[int, int]]
 ) -> int:
-    """Choose the width of rows that brings the canvas near 1.6 : 1."""
+    """Choose the width of rows that brings the canvas near 1.6 : 1 and leaves little of it empty."""
+    filled = sum(width * height for width, height in sizes)
+
+    def unpleasant(limit: int) -> float:
+        width, height = size(limit)
+        return _unpleasant((width, height)) + 1 - filled / (width * height)
+
     widths = list(itertools.accumulate((width for width, _ in sizes), initial=0))
     limits = {end - start for start, end in itertools.combinations(widths, 2)}
-    return min(sorted(limits), key=lambda limit: _unpleasant(size(limit)))
+    return min(sorted(limits), key=unpleasant)
 
 
 def _check_layout(

@@ -349,6 +349,12 @@ def test_the_rows_of_the_table(tmp_path: Path) -> None:
     assert [row["epoch"] for row in found] == [0, 1, 1, 1, 2, 2, 3]
     assert [row["class"] for row in found][:3] == ["Käse", "Käse", "class 2"]
     assert found[-1]["map"] is None
+    assert found[0]["deletion AUC"] is found[0]["over-all AUC"] is None
+    assert [found[2][f"{name} AUC"] for name in ("deletion", "insertion", "over-all")] == [
+        0.125,
+        0.25,
+        0.125,
+    ]
     # A cell of the second map of step 1, by the formula of the overlay.
     picture = IMAGES[1].float().reshape(3, 10, 2, 15, 2).mean(dim=(2, 4))[:, 4, 7] / 255
     value = float(maps(1, 3)[1, 4, 7]) / 255

@@ -1,0 +1,115 @@
+"""What drawing, logging and storing the explanations cost beside explaining.
+
+    OMP_NUM_THREADS=1 python benchmarks/rendering_share.py
+
+Fits a network of torchvision on generated pictures for a few short epochs, on the CPU, with the
+monitor's defaults and TensorBoard. Prints the seconds of each explanation by part, and the share of what
+is not explaining.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torchvision
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_aop import ExplanationMonitor
+
+
+class Module(pl.LightningModule):
+    """A classifier with nothing of its own."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.net: nn.Module = torchvision.models.get_model(name, num_classes=10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        """Return the loss."""
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        """Evaluate."""
+        self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return SGD."""
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Timed(ExplanationMonitor):
+    """The monitor, with a clock beside each part of its work."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.seconds: dict[str, list[float]] = {"explain": [], "draw and log": [], "store": []}
+
+    def _time(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        started = time.perf_counter()
+        result = work(*arguments)
+        self.seconds[part].append(time.perf_counter() - started)
+        return result
+
+    def _explain(self, *arguments: Any) -> Any:
+        return self._time("explain", super()._explain, *arguments)
+
+    def _log_pictures(self, *arguments: Any) -> None:
+        self._time("draw and log", super()._log_pictures, *arguments)
+
+    def _store(self, *arguments: Any) -> None:
+        self._time("store", super()._store, *arguments)
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--images", type=int, default=16, help="in the probe")
+    parser.add_argument("--side", type=int, default=224, help="of a picture, in pixels")
+    parser.add_argument("--epochs", type=int, default=3)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    pl.seed_everything(0, verbose=False)
+    images = torch.rand(options.images, 3, options.side, options.side)
+    data = TensorDataset(images, torch.arange(options.images) % 10)
+    monitor = Timed(probe=options.images)
+    with tempfile.TemporaryDirectory() as folder:
+        pl.Trainer(
+            accelerator="cpu",
+            max_epochs=options.epochs,
+            logger=TensorBoardLogger(folder),
+            callbacks=[monitor],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(Module(options.model), DataLoader(data, batch_size=8), DataLoader(data, batch_size=8))
+    parts = monitor.seconds
+    print(
+        f"{options.model}, {options.images} pictures of {options.side} x {options.side}, 1 thread\n"
+    )
+    print(f"| explanation | {' | '.join(parts)} | all but explaining |")
+    print("|---" * (len(parts) + 2) + "|")
+    shares = []
+    for number, row in enumerate(zip(*parts.values(), strict=True)):
+        shares.append(sum(row[1:]) / row[0])
+        seconds = " | ".join(f"{value:.2f} s" for value in row)
+        print(f"| {number} | {seconds} | {shares[-1]:.1%} |")
+    print(f"\nmedian share: {statistics.median(shares):.1%}")
+
+
+if __name__ == "__main__":
+    main()
