@@ -689,7 +689,8 @@ def test_controls_hold_from_when_they_were_measured(browser: Any, tmp_path: Path
             return [x, y];
         });
         const drawn = [...curve.querySelectorAll("path")]
-            .filter(p => getComputedStyle(p).strokeDasharray !== "none");
+            .filter(p => getComputedStyle(p).strokeDasharray !== "none")
+            .filter(p => getComputedStyle(p).fill === "none");
         return [
             Object.fromEntries(drawn.map(p => [p.dataset.name, along(p)])),
             Object.fromEntries([...curve.querySelectorAll("circle")]
@@ -833,12 +834,12 @@ def test_trends_are_means_of_the_classes(browser: Any, tmp_path: Path) -> None:
 
 
 def test_many_classes_are_folded_and_stay_narrow(browser: Any, tmp_path: Path) -> None:
-    history = synthetic(records=2, explanations=81, size=32, map_size=14, pictures=81, classes=80)
+    history = synthetic(records=2, explanations=82, size=32, map_size=14, pictures=82, classes=80)
     shown = Page(browser, history, tmp_path, width=360)
     rows = "return [...document.querySelectorAll('.classes tbody tr')].filter(r => r.offsetHeight)"
     listed = f"{rows}.map(r => r.dataset.class)"
-    # By how many there are, and the names by their numbers.
-    first = ["0", "2", "1", "4", "5", "6", "7", "8", "9", "10", "11", "12"]
+    # Those of two explanations, then the others by name, numbers in names as numbers.
+    first = ["0", "1", "2", "4", "5", "6", "7", "8", "9", "10", "11", "12"]
     assert shown.js(listed) == first
     shown.click("#classes-more")
     rest = [*map(str, range(13, 80)), "3"]
