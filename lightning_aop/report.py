@@ -22,6 +22,7 @@ _PALETTES = ("inferno", "turbo")
 # As in the pictures that loggers get: how much of the photo's colour and brightness stays below the
 # heat, and an exponent below 1 for middling heat, which would else drown in the photo.
 _SATURATION, _BRIGHTNESS, _EXPONENT = 0.2, 0.75, 0.75
+_OUTLINE = (77, 242, 255)  # likewise
 _PICTURE_QUALITY = 85
 # Above this many bytes of one record's maps a page is slow to open and to send, and slight loss the
 # lesser evil.
@@ -86,6 +87,11 @@ def page(history: History, title: str = "Explanations") -> str:
             _url("jpeg", _encode(image, "JPEG", quality=_PICTURE_QUALITY, subsampling=0))
             for image in history.images
         ],
+        "masks": [
+            [picture, target, _url("png", _encode(mask, "PNG"))]
+            for (picture, target), mask in history.masks.items()
+        ],
+        "outline": _OUTLINE,
         "palettes": _palettes(),
         "palette": _PALETTES[0],
         "saturation": _SATURATION,
@@ -142,7 +148,7 @@ def _sheet(maps: Bytes) -> tuple[Bytes, int]:
     return sheet.reshape(rows * height, columns * width), columns
 
 
-def _encode(image: Bytes, kind: str, **options: Any) -> bytes:
+def _encode(image: Bytes | npt.NDArray[np.bool_], kind: str, **options: Any) -> bytes:
     with io.BytesIO() as file:
         Image.fromarray(image).save(file, kind, **options)
         return file.getvalue()

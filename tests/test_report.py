@@ -49,10 +49,38 @@ def photos(count: int, height: int, width: int) -> npt.NDArray[np.uint8]:
     return np.clip(np.stack(large) + fine, 0, 255).astype(np.uint8)
 
 
+def ellipses(count: int, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """Return masks of one to three ellipses, the first of which goes beyond the picture's edge."""
+    random = np.random.default_rng(2)
+    y, x = np.mgrid[:height, :width]
+    masks = np.zeros((count, height, width), bool)
+    for n in range(count):
+        for place in range(n % 3 + 1):
+            cy, cx, ry, rx = random.uniform((0.3, 0.3, 0.12, 0.12), (0.7, 0.7, 0.3, 0.3))
+            cx -= 0.4 * (place == 0)
+            masks[n] |= ((y / height - cy) / ry) ** 2 + ((x / width - cx) / rx) ** 2 <= 1
+    return masks
+
+
 def synthetic(
-    records: int = 5, explanations: int = 6, size: int = 96, map_size: int = 48, pictures: int = 4
+    records: int = 5,
+    explanations: int = 6,
+    size: int = 96,
+    map_size: int = 48,
+    pictures: int = 4,
+    classes: int = 7,
 ) -> History:
     maps = bumps(records * explanations, map_size, map_size)
+    # Not all are annotated, and not all are judged; controls are measured now and then.
+    pairs = list({(k % pictures, k % classes): None for k in range(explanations)})[:-1]
+    masks = dict(zip(pairs, ellipses(len(pairs), size, size), strict=True))
+    controls = {
+        1: {
+            "random map": {"overall_auc": 0.01, "deletion_auc": 0.3},
+            "centre gaussian": {"overall_auc": 0.15},
+        },
+        3: {"random map": {"overall_auc": 0.07, "deletion_auc": 0.3}},
+    }
     made = []
     for r in range(records):
         blank = [(r == 0 and k % 3 == 0) or (k == 4 and r == 2) for k in range(explanations)]
@@ -75,12 +103,21 @@ def synthetic(
                     "seconds": 12.345 + r,
                 },
                 images=[k % pictures for k in range(explanations)],
-                targets=[k % 7 for k in range(explanations)],
+                targets=[k % classes for k in range(explanations)],
                 scores=[
                     (k + 1) / (explanations + 1) * (r + 1) / records for k in range(explanations)
                 ],
                 blank=blank,
                 drift=[None if r == 0 else 0.051 * k / r for k in range(explanations)],
+                deletion_auc=[
+                    None if k == 1 else 0.6 / (k + r + 1)
+                    for k in range(explanations if r != 3 else 0)
+                ],
+                insertion_auc=[
+                    None if k == 1 else 0.9 - 0.5 / (k + r / 2 + 1)
+                    for k in range(explanations if r != 3 else 0)
+                ],
+                controls=controls.get(r, {}),
                 first=first,
             )
         )
@@ -92,14 +129,19 @@ def synthetic(
             2: "a crescent with a rather long class name",
             3: "star",
         },
-        references={
-            "random map": {"overall_auc": 0.01, "pointing_game": 0.12},
-            "centre gaussian": {"overall_auc": 0.15, "pointing_game": 0.15},
-        },
         images=photos(pictures, size, size),
+        masks=masks,
         maps=maps,
         records=made,
     )
+
+
+def overall(record: Record, k: int) -> float | None:
+    """Return what the page has to say of one explanation's AUCs."""
+    if not record.insertion_auc or not record.deletion_auc:
+        return None
+    insertion, deletion = record.insertion_auc[k], record.deletion_auc[k]
+    return None if insertion is None or deletion is None else insertion - deletion
 
 
 class Scripts(HTMLParser):
@@ -163,11 +205,13 @@ def test_page_holds_the_same_numbers() -> None:
     data = decoded(page(history))
     assert data["configuration"] == history.configuration
     assert {int(k): v for k, v in data["class_names"].items()} == history.class_names
-    assert data["references"] == history.references
     assert len(data["records"]) == len(history.records)
     for r, record in enumerate(history.records):
         got = data["records"][r]
-        for name in ("step", "epoch", "title", "images", "targets", "scores", "blank", "drift"):
+        for name in (
+            *("step", "epoch", "title", "images", "targets", "scores", "blank", "drift"),
+            *("deletion_auc", "insertion_auc", "controls"),
+        ):
             assert got[name] == getattr(record, name)
         assert got["values"] == {
             name: None if math.isnan(value) else value for name, value in record.values.items()
@@ -178,6 +222,9 @@ def test_page_holds_the_same_numbers() -> None:
         assert url.startswith("data:image/jpeg;base64,")
         assert abs(image(url).astype(float) - picture).mean() < 4
     assert not any(record["lossy"] for record in data["records"])
+    masks = {(picture, target): image(url) for picture, target, url in data["masks"]}
+    assert masks.keys() == history.masks.keys()
+    assert all((mask == history.masks[pair]).all() for pair, mask in masks.items())
 
 
 def test_maps_keep_their_places_where_records_differ_in_length() -> None:
@@ -192,7 +239,7 @@ def test_maps_keep_their_places_where_records_differ_in_length() -> None:
             Record(record.step, record.epoch, record.title, record.values, **kept, first=first)
         )
         first += count
-    history = History(whole.configuration, {}, {}, whole.images, bumps(9, 30, 44, seed=5), records)
+    history = History(whole.configuration, {}, whole.images, {}, bumps(9, 30, 44, seed=5), records)
     data = decoded(page(history))
     assert (maps_of(data, 0) == history.maps[:6]).all()
     assert data["records"][1]["images"] == []
@@ -201,7 +248,7 @@ def test_maps_keep_their_places_where_records_differ_in_length() -> None:
 
 def test_nothing_breaks_out_of_the_data() -> None:
     html = page(synthetic(), title=f"{{{{data}}}} {NASTY}")
-    template = page(History({}, {}, {}, photos(1, 8, 8)[:0], bumps(1, 8, 8)[:0], []))
+    template = page(History({}, {}, photos(1, 8, 8)[:0], {}, bumps(1, 8, 8)[:0], []))
     assert template.count("<script") == 2
     assert html.count("<script") == 2 + 5
     assert html.count("</script") == 2 + 5
@@ -251,6 +298,7 @@ def save(history: History, folder: Path) -> None:
         pictures,
         configuration=history.configuration,
         class_names=history.class_names,
+        masks={pair: torch.from_numpy(mask) for pair, mask in history.masks.items()},
     )
     for record in history.records:
         maps = np.ascontiguousarray(history.maps[record.first : record.end])
@@ -265,9 +313,9 @@ def test_report_is_written_beside_the_explanations(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
     data = decoded(path.read_text(encoding="utf-8"))
     assert data["title"].endswith(tmp_path.name)
-    del data["title"], data["references"]
     expected = decoded(page(history))
-    assert data == {name: expected[name] for name in data}
+    del data["title"], expected["title"]
+    assert data == expected
 
 
 def test_a_page_grows_record_by_record(tmp_path: Path) -> None:
@@ -406,7 +454,9 @@ class Page:
             drift = record.drift[k]
             text = history.class_names.get(target, f"class {target}")
             text += f" score {record.scores[k]:.3f}"
-            expected.append(f"{text} drift {NONE if drift is None else format(drift, '.3f')}")
+            text += f" drift {NONE if drift is None else format(drift, '.3f')}"
+            auc = overall(record, k)
+            expected.append(text if auc is None else f"{text} AUC {auc:.3f}")
         assert self.captions() == expected
         labels = self.js(
             "return [...document.querySelectorAll('#grid figure')]"
@@ -519,6 +569,7 @@ def test_pixels_are_the_blend(browser: Any, tmp_path: Path) -> None:
     picture = image(shown.data["images"][1])
     heat = history.maps[history.records[4].first + 1]
     canvas = "#grid figure[data-index='1'] canvas"
+    shown.click("#outlines")
 
     def differs(opacity: float) -> None:
         got = shown.pixels(canvas)
@@ -545,6 +596,7 @@ def test_pixels_are_the_blend(browser: Any, tmp_path: Path) -> None:
 def test_blank_map_has_none_of_the_colours(browser: Any, tmp_path: Path) -> None:
     history = synthetic()
     shown = Page(browser, history, tmp_path)
+    shown.click("#outlines")
     shown.click("#first")
     for mode in ("overlay", "map"):
         shown.click(f"input[value={mode}]")
@@ -573,6 +625,12 @@ def test_a_picture_opens_its_history(browser: Any, tmp_path: Path) -> None:
         (a if a == "true" else float(str(a)), b) for a, b in expected
     ]
     assert browser.find_element("id", "detail-title").text == "star"
+    charts = (
+        "return [...document.querySelectorAll('#detail-charts .curve')]"
+        ".map(c => [c.dataset.metric, c.querySelectorAll('circle').length, +c.dataset.value])"
+    )
+    auc = overall(history.records[4], 3)
+    assert shown.js(charts) == [["score", 4, history.records[4].scores[3]], ["auc", 3, auc]]
     shown.click("#film figure[data-record='1'] button")
     shown.assert_shows(history, 1)
     assert (
@@ -584,6 +642,8 @@ def test_a_picture_opens_its_history(browser: Any, tmp_path: Path) -> None:
         shown.pixels("#film figure[data-record='1'] canvas")
         == shown.pixels("#grid figure[data-index='3'] canvas")
     ).all()
+    shown.click("#grid figure[data-index='1'] button")  # which was never judged
+    assert [name for name, *_ in shown.js(charts)] == ["score"]
     shown.click("#detail-close")
     assert not browser.find_element("id", "detail").is_displayed()
     shown.assert_sound()
@@ -592,6 +652,7 @@ def test_a_picture_opens_its_history(browser: Any, tmp_path: Path) -> None:
 def test_the_last_of_many_hasty_steps_is_shown(browser: Any, tmp_path: Path) -> None:
     history = synthetic(records=12, size=176)
     shown = Page(browser, history, tmp_path)
+    shown.click("#outlines")
     shown.js("for (let i = 0; i < 9; i++) document.getElementById('previous').click()")
     shown.settle()
     shown.assert_shows(history, 2)
@@ -602,7 +663,7 @@ def test_the_last_of_many_hasty_steps_is_shown(browser: Any, tmp_path: Path) -> 
     shown.assert_sound()
 
 
-def test_curves_go_to_the_record_and_have_references(browser: Any, tmp_path: Path) -> None:
+def test_curves_go_to_the_record(browser: Any, tmp_path: Path) -> None:
     history = synthetic()
     shown = Page(browser, history, tmp_path)
     curve = "#curves [data-metric=overall_auc]"
@@ -618,12 +679,215 @@ def test_curves_go_to_the_record_and_have_references(browser: Any, tmp_path: Pat
     shown.assert_sound()
 
 
+def test_controls_hold_from_when_they_were_measured(browser: Any, tmp_path: Path) -> None:
+    history = synthetic()
+    shown = Page(browser, history, tmp_path)
+    lines, points, names = shown.js("""
+        const curve = document.querySelector("#curves [data-metric=overall_auc]");
+        const along = (path) => Array.from({length: 2001}, (_, i) => {
+            const {x, y} = path.getPointAtLength(path.getTotalLength() * i / 2000);
+            return [x, y];
+        });
+        const drawn = [...curve.querySelectorAll("path")]
+            .filter(p => getComputedStyle(p).strokeDasharray !== "none")
+            .filter(p => getComputedStyle(p).fill === "none");
+        return [
+            Object.fromEntries(drawn.map(p => [p.dataset.name, along(p)])),
+            Object.fromEntries([...curve.querySelectorAll("circle")]
+                .map(c => [c.dataset.record, [c.cx.baseVal.value, c.cy.baseVal.value]])),
+            [...curve.querySelectorAll(".ref-text")].map(t => [t.textContent, t.getBBox().y]),
+        ];""")
+    (x1, y1), (x3, _), (x4, y4) = (points[r] for r in "134")
+
+    def height(value: float) -> float:
+        """By the points of the curve itself, which are 0.2 at record 1 and 0.5 at record 4."""
+        return float(y1 + (value - 0.2) / (0.5 - 0.2) * (y4 - y1))
+
+    steps = {
+        "random map": [(x1, x3, 0.01), (x3, math.inf, 0.07)],
+        "centre gaussian": [(x1, math.inf, 0.15)],
+    }
+    assert lines.keys() == steps.keys()
+    for name, held in steps.items():
+        x, y = np.array(lines[name]).T
+        assert x.min() == pytest.approx(x1, abs=0.01)
+        assert x.max() >= x4 - 0.01
+        for start, stop, value in held:
+            level = y[(x > start + 0.02) & (x < stop - 0.02)]
+            assert len(level) > 100
+            assert level == pytest.approx(height(value), abs=0.02)
+    # Each is named; the higher one's name stands higher.
+    assert [name for name, _ in sorted(names, key=lambda each: each[1])] == [
+        "centre gaussian",
+        "random map",
+    ]
+    drawn = shown.js(
+        "return Object.fromEntries([...document.querySelectorAll('#curves .curve')]"
+        ".map(c => [c.dataset.metric, [...c.querySelectorAll('.ref')].map(l => l.dataset.name)]))"
+    )
+    assert drawn.pop("overall_auc") == ["random map", "centre gaussian"]
+    assert drawn.pop("deletion_auc") == ["random map"]
+    assert not any(drawn.values())
+    shown.assert_sound()
+
+
+@pytest.mark.parametrize("size", [96, 224])
+def test_outline_is_the_inner_border_of_the_mask(browser: Any, tmp_path: Path, size: int) -> None:
+    history = synthetic(records=2, size=size)
+    shown = Page(browser, history, tmp_path)
+    zoom = 2 if size == 96 else 1
+    mask = history.masks[2, 2].repeat(zoom, 0).repeat(zoom, 1)
+    # The outline is 2 wide on a canvas of 192 or 224, and a halo of 1 surrounds it.
+    line, halo = np.zeros_like(mask), np.zeros_like(mask)
+    for y, x in np.argwhere(mask):
+        line[y, x] = not mask[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3].all()
+    for y, x in np.argwhere(~line):
+        halo[y, x] = line[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].any()
+    assert (mask & ~line)[:, 0].any()  # no line along the picture's edge
+    for mode in ("overlay", "map", "picture"):
+        shown.click(f"input[value={mode}]")
+        with_line, other_with = (shown.pixels(f"#grid [data-index='{k}'] canvas") for k in (2, 5))
+        shown.click("#outlines")
+        without, other = (shown.pixels(f"#grid [data-index='{k}'] canvas") for k in (2, 5))
+        shown.click("#outlines")
+        assert (with_line[line] == (77, 242, 255)).all()
+        assert abs(with_line[halo] - 0.25 * without[halo]).max() < 2
+        assert (with_line == without)[~line & ~halo].all()
+        assert (other_with == other).all()  # which has no mask
+    shown.assert_sound()
+
+
+def test_without_masks_there_is_no_choice_of_outlines(browser: Any, tmp_path: Path) -> None:
+    history = synthetic(records=2)
+    shown = Page(browser, history, tmp_path)
+    assert browser.find_element("id", "outlines").is_displayed()
+    shown = Page(browser, replace(history, masks={}), tmp_path)
+    assert not browser.find_element("id", "outlines").is_displayed()
+    shown.assert_sound()
+
+
+def trends(shown: Page) -> dict[str, dict[str, Any]]:
+    """Return what stands in the rows of the classes: texts, and by column (text, x, y, on curve)."""
+    found: dict[str, dict[str, Any]] = shown.js("""
+        return Object.fromEntries([...document.querySelectorAll(".classes tbody tr")].map(row => [
+            row.dataset.class,
+            {
+                texts: [...row.querySelector("th").children].map(c => c.textContent),
+                ...Object.fromEntries([...row.querySelectorAll("td")].map(cell => {
+                    const point = cell.querySelector("circle"), path = cell.querySelector(".path");
+                    const [x, y] = [point.cx.baseVal.value, point.cy.baseVal.value];
+                    const seen = getComputedStyle(point).visibility === "visible";
+                    const on = seen && path.isPointInStroke(new DOMPoint(x, y));
+                    const text = cell.querySelector("b").textContent;
+                    return [cell.dataset.label, [text, x, seen ? y : null, on]];
+                })),
+            },
+        ]));""")
+    return found
+
+
+def test_trends_are_means_of_the_classes(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    history = synthetic(explanations=16, classes=6)
+    shown = Page(browser, history, tmp_path)
+    scales: dict[str, list[tuple[float, float]]] = {"score": [], "AUC": [], "drift": []}
+    across: dict[int, set[float]] = {}
+    empty = 0
+    for r in (4, 3, 2, 1, 0):
+        record, rows = history.records[r], trends(shown)
+        assert set(rows) == {str(target) for target in record.targets}
+        for target, row in rows.items():
+            places = [k for k, found in enumerate(record.targets) if found == int(target)]
+            plain = [k for k in places if not record.blank[k]]
+            expected = {
+                "score": [record.scores[k] for k in places],
+                "AUC": [overall(record, k) for k in plain],
+                "drift": [record.drift[k] for k in plain],
+            }
+            name = history.class_names.get(int(target), f"class {target}")
+            assert row["texts"] == [name, f"{len(places)} explanations"]
+            for column, values in expected.items():
+                text, x, y, on = row[column]
+                known = [value for value in values if value is not None]
+                if not known:
+                    assert (text, y) == (NONE, None)
+                    empty += 1
+                    continue
+                mean = math.fsum(known) / len(known)
+                assert float(text) == pytest.approx(mean, abs=0.00051)
+                assert on
+                scales[column].append((mean, y))
+                across.setdefault(r, set()).add(x)
+        shown.press(Keys.ARROW_LEFT)
+    assert empty
+    for found in scales.values():  # one scale for all classes, higher is more
+        values, heights = np.array(found).T
+        slope, start = np.polyfit(values, heights, 1)
+        assert slope < 0
+        assert abs(start + slope * values - heights).max() < 0.01
+    assert all(len(xs) == 1 for xs in across.values())
+    assert sorted(across, key=lambda r: min(across[r])) == [0, 1, 2, 3, 4]
+    shown.click(".classes tr:nth-child(3) circle")
+    shown.assert_shows(history, 0)
+    shown.assert_sound()
+
+
+def test_many_classes_are_folded_and_stay_narrow(browser: Any, tmp_path: Path) -> None:
+    history = synthetic(records=2, explanations=82, size=32, map_size=14, pictures=82, classes=80)
+    shown = Page(browser, history, tmp_path, width=360)
+    rows = "return [...document.querySelectorAll('.classes tbody tr')].filter(r => r.offsetHeight)"
+    listed = f"{rows}.map(r => r.dataset.class)"
+    # Those of two explanations, then the others by name, numbers in names as numbers.
+    first = ["0", "1", "2", "4", "5", "6", "7", "8", "9", "10", "11", "12"]
+    assert shown.js(listed) == first
+    shown.click("#classes-more")
+    rest = [*map(str, range(13, 80)), "3"]
+    assert shown.js(listed) == first + rest
+    assert shown.js(
+        f"{rows}.every(r => [...r.querySelectorAll('*')]"
+        ".every(n => n.getBoundingClientRect().right <= 360))"
+    )
+    shown.assert_sound()
+    shown.click("#classes-more")
+    assert shown.js(listed) == first
+
+
+def test_records_may_know_neither_aucs_nor_controls(browser: Any, tmp_path: Path) -> None:
+    history = synthetic()
+    plain = [
+        replace(record, deletion_auc=[], insertion_auc=[], controls={})
+        for record in history.records
+    ]
+    shown = Page(browser, replace(history, records=plain), tmp_path)
+    texts = shown.js("return document.getElementById('probe').innerText")
+    assert "AUC" not in texts
+    assert shown.js("return document.querySelectorAll('.ref').length") == 0
+    heads = shown.js(
+        "return [...document.querySelectorAll('.classes td')].map(c => c.dataset.label)"
+    )
+    assert set(heads) == {"score", "drift"}
+    path = tmp_path / "less.html"
+    text = page(history)
+    for name in ("deletion_auc", "insertion_auc"):
+        text = text.replace(f'"{name}":[', '"unknown":[')
+    path.write_text(text.replace('"controls":', '"unknown":'), encoding="utf-8")
+    browser.get(path.as_uri())
+    shown.settle()
+    assert shown.js("return document.getElementById('probe').innerText") == texts
+    shown.assert_sound()
+
+
 def test_strings_are_text(browser: Any, tmp_path: Path) -> None:
     history = synthetic()
     shown = Page(browser, history, tmp_path)
     assert any(NASTY in caption for caption in shown.captions())
     values = shown.js("return [...document.querySelectorAll('dd')].map(d => d.textContent)")
     assert values == list(history.configuration.values())
+    names = shown.js(
+        "return [...document.querySelectorAll('.classes .name')].map(n => n.innerText)"
+    )
+    assert names[0] == NASTY
     assert shown.js("return document.querySelectorAll('script').length") == 2 + 5
     shown.assert_sound()
 
