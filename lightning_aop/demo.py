@@ -219,5 +219,6 @@ def _report(result: DemoResult) -> None:
     print(f"(an object covers {result.object_area:.3f} of its picture)")
     tool = Path(sys.executable).with_name("tensorboard")
     command = tool if tool.exists() else "tensorboard"
-    print(f"\nheatmaps     {result.grids}")
+    print(f"\nreport       {result.logs / 'explanations' / 'report.html'}")
+    print(f"heatmaps     {result.grids}")
     print(f"TensorBoard  {command} --logdir {result.logs.parent}")

@@ -1,7 +1,11 @@
-"""The maps of a run over the epochs as one moving picture: `evolution.gif`."""
+"""The maps of a run over the epochs as one moving picture: `evolution.gif`, and MP4 where it can be."""
 
 import io
 import math
+import shutil
+import subprocess
+import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,24 +18,30 @@ from torch.nn.functional import interpolate
 
 from lightning_aop.files import write_whole
 from lightning_aop.history import History, Record
-from lightning_aop.rendering import heatmap_grid
+from lightning_aop.rendering import PAPER, heatmap_grid, overlay
 
 _FIGURES = {"overall_auc": "over-all AUC", "pointing_game": "pointing game"}
+_LAST = 3.0  # seconds
+_BAR = 48  # of 256 colours
 
 
 def write_film(
     folder: str | Path, *, seconds: float = 0.5, explanations: int = 12, cell: int = 128
-) -> Path:
-    """Write `evolution.gif` into the folder of a run's history, and return its path.
+) -> list[Path]:
+    """Write `evolution.gif` into the folder of a run's history, and `evolution.mp4` where ffmpeg is.
 
-    A frame shows what was explained last, as it was then, with the epoch and the figures above; a
-    map that shows nothing is labelled. The last frame stays for three seconds.
+    A frame shows what was explained last, as it was then, with the epoch and the figures above, and
+    the outline of the mask where the data has one; a map that shows nothing is labelled. The last
+    frame stays for three seconds.
 
     Args:
         folder: what the monitor has written, `explanations`.
         seconds: how long a frame is shown.
         explanations: the most maps in a frame, the first ones.
         cell: the longer side of a picture, in pixels.
+
+    Returns:
+        The paths of the films.
 
     Raises:
         FileNotFoundError: there is no history in the folder.
@@ -45,14 +55,53 @@ def write_film(
         Image.fromarray(frame.permute(1, 2, 0).numpy())
         for frame in film_frames(history, explanations, cell)
     ]
-    milliseconds = [round(1000 * seconds)] * (len(frames) - 1) + [3000]
-    # The colours of one frame are those of all: with a palette for each, flat areas would flicker.
+    paths = [_write_gif(folder / "evolution.gif", frames, seconds)]
+    ffmpeg = shutil.which("ffmpeg")
+    if ffmpeg is not None:
+        try:
+            paths.append(_write_mp4(folder / "evolution.mp4", frames, seconds, ffmpeg))
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+            warnings.warn(
+                f"{ffmpeg} made no evolution.mp4, the GIF is there. {said or error}", stacklevel=2
+            )
+    return paths
+
+
+def _write_gif(path: Path, frames: list[Image.Image], seconds: float) -> Path:
+    milliseconds = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * _LAST)]
+    # The colours of one frame are those of all: with a palette for each, flat areas would flicker, as
+    # they would with dithering.
     palette = _palette(frames)
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     content = io.BytesIO()
     first.save(content, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
-    path = folder / "evolution.gif"
     write_whole(path, content.getvalue())
+    return path
+
+
+def _write_mp4(path: Path, frames: list[Image.Image], seconds: float, ffmpeg: str) -> Path:
+    """Encode the frames as H.264 with whatever encoder for it this ffmpeg has."""
+    width, height = frames[0].size
+    stay = math.ceil(_LAST / seconds) - 1  # the last one again, for there is one rate for all
+    pixels = b"".join(frame.tobytes() for frame in [*frames, *[frames[-1]] * stay])
+    # H.264 in the colours that every player knows has even sides.
+    even = f"pad={width + width % 2}:{height + height % 2}:color=0x{bytes(PAPER).hex()}"
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / path.name
+        subprocess.run(
+            [
+                *(ffmpeg, "-loglevel", "error", "-y", "-nostdin"),
+                *("-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", f"{width}x{height}"),
+                *("-framerate", f"{1 / seconds:.6f}", "-i", "pipe:0", "-vf", even),
+                *("-c:v", "h264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(made)),
+            ],
+            input=pixels,
+            capture_output=True,
+            check=True,
+            timeout=60 + len(frames),
+        )
+        write_whole(path, made.read_bytes())
     return path
 
 
@@ -61,14 +110,15 @@ def film_frames(
 ) -> Iterator[UInt8[Tensor, "3 height width"]]:
     """Yield a picture for each record, all of one size."""
     last = history.records[-1]
-    pairs = list(zip(last.images, last.targets, strict=True))[:explanations]
+    pairs = last.pairs[:explanations]
     images = torch.from_numpy(history.images[[image for image, _ in pairs]])
     images = images.permute(0, 3, 1, 2).float() / 255
+    outlines = None
+    if history.masks:
+        none = np.zeros(history.images.shape[1:3], dtype=bool)
+        outlines = torch.from_numpy(np.stack([history.masks.get(pair, none) for pair in pairs]))
     for record in history.records:
-        places = {
-            pair: place
-            for place, pair in enumerate(zip(record.images, record.targets, strict=True))
-        }
+        places = {pair: place for place, pair in enumerate(record.pairs)}
         maps = np.zeros((len(pairs), *history.maps.shape[1:]), dtype=np.uint8)
         captions = []
         for n, pair in enumerate(pairs):
@@ -82,7 +132,9 @@ def film_frames(
         enlarged = interpolate(
             torch.from_numpy(maps)[:, None] / 255, images.shape[2:], mode="bilinear"
         )
-        yield heatmap_grid(images, enlarged[:, 0], captions, title=_title(record), cell=cell)
+        yield heatmap_grid(
+            images, enlarged[:, 0], captions, title=_title(record), cell=cell, outlines=outlines
+        )
 
 
 def _title(record: Record) -> str:
@@ -95,10 +147,15 @@ def _title(record: Record) -> str:
 
 
 def _palette(frames: list[Image.Image]) -> Image.Image:
-    """Return 256 colours for the first, the middle and the last frame."""
+    """Return 256 colours for the first, the middle and the last frame, and for the colour bar."""
     chosen = [frames[0], frames[len(frames) // 2], frames[-1]]
     strip = Image.new("RGB", (frames[0].width, 3 * frames[0].height))
     for n, frame in enumerate(chosen):
         strip.paste(frame, (0, n * frames[0].height))
-    # By octree, whose error is half of the default's and which is ten times as fast.
-    return strip.quantize(256, Image.Quantize.FASTOCTREE)
+    # The bar is too small to get colours of its own, and shows bands without.
+    bar = overlay(torch.full((1, 3, 1, _BAR), 0.5), torch.linspace(0, 1, _BAR).expand(1, 1, -1))
+    colours = strip.quantize(256 - _BAR, Image.Quantize.MEDIANCUT, kmeans=2).getpalette() or []
+    levels = (bar[0, :, 0].T * 255).round().int().flatten().tolist()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(levels + colours[: 3 * (256 - _BAR)])
+    return palette

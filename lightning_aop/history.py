@@ -60,8 +60,8 @@ class Record:
     scores: list[float]
     blank: list[bool]
     drift: list[float | None]
-    deletion_auc: list[float | None] = field(default_factory=list)
-    insertion_auc: list[float | None] = field(default_factory=list)
+    deletion_auc: list[float | None]
+    insertion_auc: list[float | None]
     controls: dict[str, dict[str, float]] = field(default_factory=dict)
     first: int = 0
 

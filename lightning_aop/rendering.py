@@ -38,7 +38,7 @@ _LUMA = (0.299, 0.587, 0.114)
 
 _LARGEST = 224  # longer side of a panel in pixels, unless `cell` asks for another
 _SMALLEST = 32
-_PAPER, _INK, _MUTED = (20, 22, 27), (238, 240, 244), (156, 163, 175)
+PAPER, _INK, _MUTED = (20, 22, 27), (238, 240, 244), (156, 163, 175)
 _VERDICTS = {"missed": (245, 180, 80), "false positive": (248, 113, 113)}
 _BEST = (134, 239, 172)
 # Deletion and insertion: apart by brightness too, and none of them a colour of the maps.
@@ -264,7 +264,7 @@ def heatmap_grid(
         limit = columns * sizes[0][0]
     else:
         limit = _pleasing_limit(sizes, size)
-    canvas = Image.new("RGB", size(limit), _PAPER)
+    canvas = Image.new("RGB", size(limit), PAPER)
     content, foot = canvas.width - 2 * margin, canvas.height - bottom
     draw = ImageDraw.Draw(canvas)
     if title:
@@ -414,7 +414,7 @@ def map_table(
     top = margin + (2 * line if title else 0)
     band_high = head_high + count * row_high + em
     width = (band + 1) * step + em - gap + 2 * margin
-    canvas = Image.new("RGB", (width, top + len(bands) * band_high + bar_h + 2 * margin), _PAPER)
+    canvas = Image.new("RGB", (width, top + len(bands) * band_high + bar_h + 2 * margin), PAPER)
     draw = ImageDraw.Draw(canvas)
     if title:
         text = _shortened(" ".join(title.split()), large, width - 2 * margin)
@@ -738,5 +738,5 @@ def _badge(
     pad = round(font.size / 3)
     x, y = corner[0] + pad, corner[1] - pad
     _, top, right, _ = draw.textbbox((x + pad, y - pad), text, font, "ls")
-    draw.rectangle((x, top - pad, right + pad, y), _PAPER)
+    draw.rectangle((x, top - pad, right + pad, y), PAPER)
     draw.text((x + pad, y - pad), text, _INK, font, "ls")

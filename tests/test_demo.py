@@ -22,6 +22,8 @@ def test_a_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert "before   after" in printed
     assert str(result.grids) in printed
+    (page,) = tmp_path.rglob("report.html")
+    assert str(page) in printed
     assert "--logdir" in printed
 
 
@@ -48,4 +50,4 @@ def test_the_watching_example_learns_and_is_watched(tmp_path: Path) -> None:
     command += ["--weights", weights, "--output", output, "--epochs", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     finish(command, env=environment)
-    assert len(list(output.rglob("step-*.png"))) == 2
+    assert len(list(output.rglob("heatmaps/step-*.png"))) == 2

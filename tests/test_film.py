@@ -1,5 +1,8 @@
 """The film of a run has a frame for each record, which shows what was found then."""
 
+import shutil
+import subprocess
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,6 +33,8 @@ def run(folder: Path, records: int) -> History:
                 scores=[0.5, 0.25],
                 blank=[False, False],
                 drift=[None, None],
+                deletion_auc=[None, None],
+                insertion_auc=[None, None],
             ),
             maps,
         )
@@ -38,7 +43,7 @@ def run(folder: Path, records: int) -> History:
 
 def test_a_frame_for_each_record(tmp_path: Path) -> None:
     history = run(tmp_path, 5)
-    path = write_film(tmp_path, seconds=0.2, cell=48)
+    path = write_film(tmp_path, seconds=0.2, cell=48)[0]
     assert path == tmp_path / "evolution.gif"
     frames = [frame.permute(1, 2, 0).numpy() for frame in film_frames(history, cell=48)]
     with Image.open(path) as film:
@@ -48,9 +53,73 @@ def test_a_frame_for_each_record(tmp_path: Path) -> None:
             assert film.info["duration"] == (3000 if n == 4 else 200)
             seen = np.asarray(film.convert("RGB")).astype(float)
             assert np.abs(seen - frame).mean() < 12  # of 255, in noise of all colours
+            # The colour bar, which has a hundredth of the pixels, has its colours.
+            bar = np.abs(seen - frame)[-28:-18, -160:-24]
+            assert bar.mean() < 1.5
     # What moves is the heat, and the title.
     moved = [np.abs(a.astype(int) - b).sum(axis=(1, 2)) for a, b in pairwise(frames)]
     assert all(rows.any() for rows in moved)
+
+
+def test_what_stays_the_same_does_not_flicker(tmp_path: Path) -> None:
+    history = run(tmp_path, 4)
+    path = write_film(tmp_path, cell=48)[0]
+    first, *others = [frame.permute(1, 2, 0).numpy() for frame in film_frames(history, cell=48)]
+    with Image.open(path) as film:
+        begin = np.asarray(film.convert("RGB"))
+        for n, frame in enumerate(others, start=1):
+            film.seek(n)
+            same = (frame == first).all(axis=2)
+            assert 0.3 < same.mean() < 1
+            assert np.array_equal(np.asarray(film.convert("RGB"))[same], begin[same])
+
+
+def test_masks_are_outlined(tmp_path: Path) -> None:
+    plain = run(tmp_path, 1)
+    mask = np.zeros((48, 48), dtype=bool)
+    mask[10:30, 10:30] = True
+    (bare,), (lined,) = (
+        list(film_frames(replace(plain, masks=masks), cell=48)) for masks in ({}, {(1, 7): mask})
+    )
+    cyan = torch.tensor([76, 242, 255])[:, None, None]
+    assert not (bare == cyan).all(0).any()
+    # The border of 20 x 20 on the input and the overlay, and a line in the legend.
+    found = (lined == cyan).all(0)
+    assert 2 * 76 < int(found.sum()) < 2 * 76 + 200
+
+
+def test_the_mp4_holds_the_same_frames(tmp_path: Path) -> None:
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("ffmpeg is not installed")
+    history = run(tmp_path, 5)
+    _, path = write_film(tmp_path, seconds=0.5, cell=49)
+    assert path == tmp_path / "evolution.mp4"
+    frames = [frame.permute(1, 2, 0).numpy() for frame in film_frames(history, cell=49)]
+    height, width = (side + side % 2 for side in frames[0].shape[:2])
+    command = ["ffmpeg", "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, check=True)
+    seen = np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3).astype(float)
+    assert len(seen) == 5 + 5  # the last one stays for three seconds
+    for got, frame in zip(seen, [*frames, *[frames[-1]] * 5], strict=True):
+        rows, columns = frame.shape[:2]
+        assert np.abs(got[:rows, :columns] - frame).mean() < 12  # of 255, in noise of all colours
+        assert (got[rows:] < 60).all()
+
+
+@pytest.mark.parametrize("script", ["echo no encoder >&2; exit 1", "exit 0"])
+def test_a_broken_encoder_costs_only_its_own_film(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    broken = tmp_path / "bin" / "ffmpeg"
+    broken.parent.mkdir()
+    broken.write_text(f"#!/bin/sh\n{script}\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(broken.parent), prepend=":")
+    run(tmp_path / "run", 2)
+    with pytest.warns(UserWarning, match="made no evolution.mp4.*(no encoder|No such file)"):
+        paths = write_film(tmp_path / "run", cell=48)
+    assert paths == [tmp_path / "run" / "evolution.gif"]
+    assert not (tmp_path / "run" / "evolution.mp4").exists()
 
 
 def test_what_was_not_explained_at_some_time_is_labelled(tmp_path: Path) -> None:

@@ -564,11 +564,9 @@ def test_a_group_shows_its_input_once_with_all_outlines() -> None:
     assert lines[0, 0].sum() == lines[0, 1].sum() + lines[1, 1].sum(), "the input has both"
     # Three panels and two, against three pairs: the input that is shown twice is gone.
     grouped = heatmap_grid(images, maps, ["a"] * 3, groups=[4, 4, 7], cell=64)
-    background = (grouped == torch.tensor(rendering._PAPER, dtype=torch.uint8)[:, None, None]).all(
-        0
-    )
+    background = (grouped == torch.tensor(rendering.PAPER, dtype=torch.uint8)[:, None, None]).all(0)
     pairs = heatmap_grid(images, maps, ["a"] * 3, cell=64)
-    empty = (pairs == torch.tensor(rendering._PAPER, dtype=torch.uint8)[:, None, None]).all(0)
+    empty = (pairs == torch.tensor(rendering.PAPER, dtype=torch.uint8)[:, None, None]).all(0)
     saved = int((~empty).sum()) - int((~background).sum())
     assert 0.8 * 64 * 64 < saved < 1.2 * 64 * 64
 

@@ -231,13 +231,9 @@ def test_maps_keep_their_places_where_records_differ_in_length() -> None:
     whole = synthetic(records=3, explanations=6)
     records, first = [], 0
     for record, count in zip(whole.records, (6, 0, 3), strict=True):
-        kept = {
-            name: getattr(record, name)[:count]
-            for name in ("images", "targets", "scores", "blank", "drift")
-        }
-        records.append(
-            Record(record.step, record.epoch, record.title, record.values, **kept, first=first)
-        )
+        lists = ("images", "targets", "scores", "blank", "drift", "deletion_auc", "insertion_auc")
+        kept = {name: getattr(record, name)[:count] for name in lists}
+        records.append(replace(record, **kept, first=first))
         first += count
     history = History(whole.configuration, {}, whole.images, {}, bumps(9, 30, 44, seed=5), records)
     data = decoded(page(history))
@@ -338,6 +334,7 @@ def test_the_command_makes_page_and_film(
         save(synthetic(records=2), tmp_path / version / "explanations")
     assert main(["report", str(tmp_path)]) == 0
     made = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    made = [path for path in made if path.suffix != ".mp4"]  # where there is an encoder
     assert [path.name for path in made] == ["report.html", "evolution.gif"] * 2
     assert all(path.stat().st_size > 1000 for path in made)
     assert made[2].parent == tmp_path / "version_1" / "explanations"

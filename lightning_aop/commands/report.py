@@ -14,8 +14,9 @@ def report_parser() -> ArgumentParser:
     """Return the options of `lightning-aop report`."""
     parser = ArgumentParser(
         prog="lightning-aop report",
-        description="Make report.html and evolution.gif of every run in a folder, from the maps and "
-        "figures that its ExplanationMonitor has stored; the run may still be going on.",
+        description="Make report.html, evolution.gif and, where ffmpeg is installed, evolution.mp4 of "
+        "every run in a folder, from the maps and figures that its ExplanationMonitor has stored; the "
+        "run may still be going on.",
     )
     add = parser.add_argument
     add("run", type=Path, help="the folder of a run, or of several")
@@ -43,7 +44,7 @@ def report(options: Namespace) -> int:
             print(write_report(folder))
             if History.load(folder).records:
                 seconds, count = options.seconds, options.explanations
-                print(write_film(folder, seconds=seconds, explanations=count))
+                print(*write_film(folder, seconds=seconds, explanations=count), sep="\n")
         except (ValueError, OSError) as error:
             failures += 1
             print(f"{folder}: {error}")
