@@ -17,37 +17,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torchvision
+from monitor_overhead import CLASSES, Module
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_aop import ExplanationMonitor
-
-
-class Module(pl.LightningModule):
-    """A classifier with nothing of its own."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.net: nn.Module = torchvision.models.get_model(name, num_classes=10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits."""
-        logits: Tensor = self.net(images)
-        return logits
-
-    def training_step(self, batch: Any, index: int) -> Tensor:
-        """Return the loss."""
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, index: int) -> None:
-        """Evaluate."""
-        self(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return SGD."""
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 class Timed(ExplanationMonitor):
@@ -85,7 +59,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
     images = torch.rand(options.images, 3, options.side, options.side)
-    data = TensorDataset(images, torch.arange(options.images) % 10)
+    data = TensorDataset(images, torch.arange(options.images) % CLASSES)
     monitor = Timed(probe=options.images)
     with tempfile.TemporaryDirectory() as folder:
         pl.Trainer(
