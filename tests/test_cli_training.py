@@ -107,7 +107,7 @@ def test_from_fitting_to_predicting(
     (checkpoint,) = tmp_path.glob("runs/shapes_demo/version_0/checkpoints/epoch*.ckpt")
     assert str(checkpoint.relative_to(tmp_path)) in printed
     assert "tensorboard --logdir" in printed
-    assert len(list(tmp_path.glob("runs/**/step-*.png"))) == 2
+    assert len(list(tmp_path.glob("runs/**/heatmaps/step-*.png"))) == 2
     torch.load(checkpoint, weights_only=True)
 
     weights.rename(tmp_path / "moved.pth")  # the checkpoint has all that is needed
