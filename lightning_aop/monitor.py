@@ -316,7 +316,14 @@ class ExplanationMonitor(Callback):
                     self._budget.skipped += 1
                     return
                 found = self._explain(trainer, pl_module, team)
-                drift, before = team.from_first(lambda: self._before(trainer, found))
+                before: list[Earlier] = []  # for the one process that draws
+
+                def drift_since() -> list[float | None]:
+                    nonlocal before
+                    drift, before = self._before(trainer, found)
+                    return drift
+
+                drift = team.from_first(drift_since)
                 values = dict(found.values)
                 known = [value for value in drift if value is not None]
                 if known:
