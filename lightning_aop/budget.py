@@ -11,7 +11,7 @@ class Budget:
     Attributes:
         share: explanations may take this share of the training time; None for any.
         spent: seconds spent on explanations.
-        last: seconds that the last explanation took, and the next one is expected to take.
+        last: seconds that the last explanation took, but for extras, and the next is expected to take.
         skipped: explanations left out since the last.
     """
 
@@ -31,14 +31,17 @@ class Budget:
         """The share that explanations have taken so far."""
         return self.spent / max(self.training, 1e-9)
 
-    def allows_another(self) -> bool:
-        """Tell whether one more may be made; the first always, since nobody knows what it takes."""
+    def allows_another(self, extra: float = 0.0) -> bool:
+        """Tell whether one more may be made; the first always, since nobody knows what it takes.
+
+        `extra` are the seconds expected for what not every explanation has.
+        """
         if self.share is None or self.last == 0:
             return True
-        return self.spent + self.last <= self.share * self.training
+        return self.spent + self.last + extra <= self.share * self.training
 
-    def pay(self, seconds: float) -> None:
-        """Take an explanation into account."""
+    def pay(self, seconds: float, extra: float = 0.0) -> None:
+        """Take an explanation into account, of which `extra` seconds were for extras."""
         self.spent += seconds
-        self.last = seconds
+        self.last = seconds - extra
         self.skipped = 0

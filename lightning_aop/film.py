@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lightning_aop.checks import require_positive
 from lightning_aop.files import write_whole
 from lightning_aop.history import History, Record
 from lightning_aop.rendering import PAPER, heatmap_grid, overlay
@@ -23,6 +25,7 @@ from lightning_aop.rendering import PAPER, heatmap_grid, overlay
 _FIGURES = {"overall_auc": "over-all AUC", "pointing_game": "pointing game"}
 _LAST = 3.0  # seconds
 _BAR = 48  # of 256 colours
+_FRAMES = 120  # held in memory, 2 MB each
 
 
 def write_film(
@@ -32,11 +35,11 @@ def write_film(
 
     A frame shows what was explained last, as it was then, with the epoch and the figures above, and
     the outline of the mask where the data has one; a map that shows nothing is labelled. The last
-    frame stays for three seconds.
+    frame stays for three seconds. Of a long run 120 records are shown, evenly chosen.
 
     Args:
         folder: what the monitor has written, `explanations`.
-        seconds: how long a frame is shown.
+        seconds: how long a frame is shown, above 0.
         explanations: the most maps in a frame, the first ones.
         cell: the longer side of a picture, in pixels.
 
@@ -45,12 +48,15 @@ def write_film(
 
     Raises:
         FileNotFoundError: there is no history in the folder.
-        ValueError: it has no record yet, or is damaged.
+        ValueError: it has no record yet, or is damaged, or `seconds` is not above 0.
     """
+    require_positive("write_film", seconds=seconds)
     folder = Path(folder)
     history = History.load(folder)
     if not history.records:
         raise ValueError(f"{folder} has no record yet: a film needs at least one explanation")
+    chosen = np.linspace(0, len(history.records) - 1, min(len(history.records), _FRAMES)).round()
+    history = replace(history, records=[history.records[int(n)] for n in chosen])
     frames = [
         Image.fromarray(frame.permute(1, 2, 0).numpy())
         for frame in film_frames(history, explanations, cell)
@@ -83,20 +89,22 @@ def _write_gif(path: Path, frames: list[Image.Image], seconds: float) -> Path:
 def _write_mp4(path: Path, frames: list[Image.Image], seconds: float, ffmpeg: str) -> Path:
     """Encode the frames as H.264 with whatever encoder for it this ffmpeg has."""
     width, height = frames[0].size
-    stay = math.ceil(_LAST / seconds) - 1  # the last one again, for there is one rate for all
-    pixels = b"".join(frame.tobytes() for frame in [*frames, *[frames[-1]] * stay])
     # H.264 in the colours that every player knows has even sides.
     even = f"pad={width + width % 2}:{height + height % 2}:color=0x{bytes(PAPER).hex()}"
+    stay = f"tpad=stop_mode=clone:stop_duration={max(_LAST - seconds, 0)}"
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / path.name
+        made, raw = Path(folder) / path.name, Path(folder) / "frames.rgb"
+        with raw.open("wb") as file:
+            for frame in frames:
+                file.write(frame.tobytes())
         subprocess.run(
             [
                 *(ffmpeg, "-loglevel", "error", "-y", "-nostdin"),
                 *("-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", f"{width}x{height}"),
-                *("-framerate", f"{1 / seconds:.6f}", "-i", "pipe:0", "-vf", even),
+                *("-framerate", f"{1 / seconds:.6f}", "-i", str(raw), "-vf", f"{even},{stay}"),
                 *("-c:v", "h264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(made)),
             ],
-            input=pixels,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             check=True,
             timeout=60 + len(frames),

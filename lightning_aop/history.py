@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -211,8 +212,7 @@ class HistoryWriter:
     def earlier_maps(self) -> list[tuple[str, dict[tuple[int, int], UInt8[np.ndarray, "h w"]]]]:
         """Return the title of the first record and of the last, each with its maps by picture and class.
 
-        Those that show nothing are left out. There is one entry where both are the same record, and
-        none where there is no record.
+        There is one entry where both are the same record, and none where there is no record.
         """
         if self._first is None or self._last is None:
             return []
@@ -225,7 +225,6 @@ class HistoryWriter:
                 {
                     pair: np.array(maps[record.first + place])
                     for place, pair in enumerate(record.pairs)
-                    if not record.blank[place]
                 },
             )
             for record in records
@@ -233,9 +232,14 @@ class HistoryWriter:
 
 
 def _line(record: Record) -> str:
-    # JSON has no NaN; a record's floats that are not finite are None in the file.
-    values = {n: v if math.isfinite(v) else None for n, v in record.values.items()}
-    return json.dumps(asdict(record) | {"values": values}, allow_nan=False) + "\n"
+    # JSON has no NaN; a record's figures that are not finite are None in the file.
+    known = {"values": _finite(record.values)}
+    known["controls"] = {name: _finite(figures) for name, figures in record.controls.items()}
+    return json.dumps(asdict(record) | known, allow_nan=False) + "\n"
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, Any]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def stored(maps: Float[Tensor, "p h w"]) -> UInt8[Tensor, "p i j"]:

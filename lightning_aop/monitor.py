@@ -66,7 +66,7 @@ class _Worked:
 
     maps: Maps
     curves: Float[Tensor, "mine 2 points"]
-    metrics: dict[str, Metric | MetricCollection]  # of the method, "", and of the controls
+    metric: Metric | MetricCollection | None
 
 
 class ExplanationMonitor(Callback):
@@ -122,8 +122,8 @@ class ExplanationMonitor(Callback):
         metrics: what judges the maps, a metric with `update(model, images, maps, targets)` whose
             `compute()` gives a value or a dictionary of values; by default `Faithfulness(steps=28)`,
             56 model evaluations an explanation. False for none.
-        controls: judge a random map and a centre gaussian too, where the metric gives an over-all AUC:
-            112 evaluations an explanation when they are measured.
+        controls: judge a random map and a centre gaussian too, where the metric is `Faithfulness` or
+            `OverallAUC`: 112 evaluations an explanation when they are measured.
         panels: what stands beside each picture: "overlay"; "map", the heat alone; "curves", its
             deletion and insertion.
         class_names: names by class index; by default the dataset's `classes`, or the index.
@@ -183,6 +183,7 @@ class ExplanationMonitor(Callback):
         self._files = RunFiles(self._warn)
         self._explained = 0  # times
         self._controls: dict[str, dict[str, float]] = {}
+        self._control_seconds = 0.0  # what they took when last measured
         self._last_step = 0
         self._chunk: int | None = None  # images in a pass, once there was too little memory
         self._budget = Budget(max_overhead)
@@ -312,7 +313,7 @@ class ExplanationMonitor(Callback):
         try:
             with isolated_rng(device), torch.inference_mode(False), torch.no_grad():
                 # Each process has a clock of its own, and one must not wait for the others.
-                if not team.from_first(self._budget.allows_another):
+                if not team.from_first(self._affordable):
                     self._budget.skipped += 1
                     return
                 found = self._explain(trainer, pl_module, team)
@@ -331,7 +332,8 @@ class ExplanationMonitor(Callback):
                 values["seconds"] = time.perf_counter() - started
                 if self.max_overhead is not None:
                     values["skipped"] = float(self._budget.skipped)
-                    self._budget.pay(values["seconds"])
+                    extra = self._control_seconds if found.controls else 0.0
+                    self._budget.pay(values["seconds"], extra)
                     values["overhead"] = self._budget.overhead
                 fresh = bool(found.controls)
                 if fresh:
@@ -340,8 +342,8 @@ class ExplanationMonitor(Callback):
                     self._explained += 1
                 self._log_values(trainer, pl_module, values | self._lines(), moment, team)
                 if trainer.is_global_zero:
-                    self._log_pictures(trainer, found, drift, before, moment)
                     self._store(trainer, found, values, drift, fresh)
+                    self._log_pictures(trainer, found, drift, before, moment)
         except Exception as error:
             self._budget.pay(time.perf_counter() - started)
             self._warn(
@@ -377,56 +379,94 @@ class ExplanationMonitor(Callback):
                     pl_module, images[rows[mine]], targets[mine]
                 )
                 judged = plan.judged.to(device)[mine]
-                worked = _Worked(maps, maps.new_full((len(maps), 2, 2), torch.nan), {})
+                worked = _Worked(maps, maps.new_full((len(maps), 2, 2), torch.nan), None)
                 metric = self._metric(score, chunk, workers)
                 if metric is None or not judged.any():
                     return worked
-                pictures, classes = images[rows[mine[judged]]], targets[mine[judged]]
-                worked.metrics[""] = _updated(metric, pl_module, pictures, maps[judged], classes)
+                batch = images[rows[mine[judged]]], maps[judged], targets[mine[judged]]
+                worked.metric = _updated(metric, pl_module, *batch)
                 curves = getattr(metric, "last_curves", {})
                 if len(curves) == 2:
                     both = torch.stack([curves["deletion"], curves["insertion"]], dim=1)
                     worked.curves = both.new_full((len(maps), *both.shape[1:]), torch.nan)
                     worked.curves[judged] = both
-                if self._controls_due(trainer, metric):
-                    for name, control in _CONTROLS.items():
-                        known = control.explain(pl_module, pictures, classes)
-                        worked.metrics[name] = _updated(
-                            metric.clone(), pl_module, pictures, known, classes
-                        )
                 return worked
 
-            figures: dict[str, dict[str, float]] = {}
+            def judge_controls(chunk: int) -> dict[str, Metric | MetricCollection]:
+                metric = self._metric(score, chunk, workers)
+                assert metric is not None
+                judged = mine[plan.judged.to(device)[mine]]
+                pictures, classes = images[rows[judged]], targets[judged]
+                return {
+                    name: _updated(
+                        metric.clone(),
+                        pl_module,
+                        pictures,
+                        control.explain(pl_module, pictures, classes),
+                        classes,
+                    )
+                    for name, control in _CONTROLS.items()
+                }
+
+            values: dict[str, float] = {}
+            controls: dict[str, dict[str, float]] = {}
             maps = images.new_zeros(0, *images.shape[2:], dtype=torch.float32)
             curves = images.new_zeros(0, 2, 2, dtype=torch.float32)
             if len(rows):
                 worked = team.together(lambda: self._within_memory(work, score))
                 maps = workers.gather(worked.maps.float(), len(rows))
                 curves = workers.gather(worked.curves.float(), len(rows))
-                figures = {name: _computed(metric) for name, metric in worked.metrics.items()}
-        values = figures.pop("", {})
+                if worked.metric is not None:
+                    values |= _computed(worked.metric)
+                    if self._controls_due(trainer, worked.metric):
+                        controls = self._judged(
+                            team, lambda: self._within_memory(judge_controls, score)
+                        )
         maps, curves = (_with_nan(found, plan.finite) for found in (maps, curves))
         masks, known = probe.masks_of(plan.all_rows, plan.all_targets)
         known &= plan.finite
         num_classes = plan.logits.shape[1]
         values |= _located(maps[known], masks[known], plan.all_targets[known], num_classes)
         pairs = plan.all_rows, plan.all_targets
-        found = Found(*pairs, maps, masks, curves, plan.logits, score, values, figures)
+        found = Found(*pairs, maps, masks, curves, plan.logits, score, values, controls)
         values["blank_maps"] = float(found.blank.sum())
         return found
+
+    def _judged(
+        self, team: Team, work: Callable[[], dict[str, Metric | MetricCollection]]
+    ) -> dict[str, dict[str, float]]:
+        """Return the figures of the controls; a failure costs them only."""
+        started = time.perf_counter()
+        try:
+            return {name: _computed(metric) for name, metric in team.together(work).items()}
+        except Exception as error:
+            self._warn(
+                f"ExplanationMonitor: no figures of the controls. {type(error).__name__}: {error}"
+            )
+            return {}
+        finally:
+            self._control_seconds = time.perf_counter() - started
+
+    def _affordable(self) -> bool:
+        return self._budget.allows_another(self._control_seconds if self._controls_next else 0.0)
 
     def _controls_due(self, trainer: Trainer, metric: Metric | MetricCollection) -> bool:
         # What a map that knows nothing gets depends on the model, which learns ever more slowly: after
         # 1, 2, 4, 8, … explanations it is measured again.
-        number = self._explained + 1
         wanted = self.controls and isinstance(metric, (Faithfulness, OverallAUC))
-        return wanted and (trainer.state.fn != "fit" or number & (number - 1) == 0)
+        return wanted and (trainer.state.fn != "fit" or self._controls_next)
+
+    @property
+    def _controls_next(self) -> bool:
+        number = self._explained + 1
+        return number & (number - 1) == 0
 
     def _lines(self) -> dict[str, float]:
         """Return the over-all AUC of the controls, as last measured."""
         return {
             f"overall_auc_{name.replace(' ', '_')}": figures["overall_auc"]
             for name, figures in self._controls.items()
+            if self.controls and "overall_auc" in figures
         }
 
     def _plan(self, pl_module: LightningModule, probe: Probe, images: Tensor) -> Plan:

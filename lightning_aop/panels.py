@@ -54,7 +54,7 @@ def draw_probe(
         if "curves" in panels:
             layout["curves"] = part.curves.cpu()
         captions = (_multilabel_captions if probe.multilabel else _captions)(probe, part, names)
-        images = probe.images.to(part.maps.device)[part.rows]
+        images = probe.images[part.rows].to(part.maps.device)
         yield heatmap_grid(images, part.maps, captions, **layout)
 
 
@@ -119,7 +119,7 @@ def draw_change(
             captions.append(caption)
             maps.append(_enlarged(each, height, width))
     return heatmap_grid(
-        probe.images.to(found.maps.device)[rows],
+        probe.images[rows].to(found.maps.device),
         torch.stack(maps),
         captions,
         title=f"{title} · change of the maps",

@@ -585,11 +585,14 @@ def _curve_panel(
     left, right, top, bottom = x + pad, x + width - pad, y + pad + 2 * line, y + height - pad
     # A probability has the whole range from 0 to 1, so that charts are comparable.
     low, high = min(0.0, float(curves.min())), max(1.0, float(curves.max()))
-    draw.line((left, top, left, bottom, right, bottom), _AXIS, 1)
+    roomy = bottom - top > 2 * line  # in a flat picture there is room for the numbers only
+    if roomy:
+        draw.line((left, top, left, bottom, right, bottom), _AXIS, 1)
     share = np.linspace(left, right, curves.shape[1])
     for row, (curve, (name, colour)) in enumerate(zip(curves, _GAMES.items(), strict=True)):
-        heights = bottom - (curve.double().numpy() - low) / (high - low) * (bottom - top)
-        draw.line(list(zip(share, heights, strict=True)), colour, max(width // 96, 1), "curve")
+        if roomy:
+            heights = bottom - (curve.double().numpy() - low) / (high - low) * (bottom - top)
+            draw.line(list(zip(share, heights, strict=True)), colour, max(width // 96, 1), "curve")
         area = float(torch.trapezoid(curve.double())) / (len(curve) - 1)
         text = f"{name} {area:.2f}"
         if font.getlength(text) > width - 2 * pad:

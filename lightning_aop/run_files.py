@@ -97,7 +97,7 @@ class RunFiles:
 
         Returns:
             1 − the rank correlation of each map with the one before, None without one; and of the
-            first record and of the last the title with the maps that show anything, as stored.
+            first record and of the last the title with the maps, as stored.
         """
         drift: list[float | None] = [None] * len(pairs)
         if self._writer is None:
@@ -107,7 +107,11 @@ class RunFiles:
             for title, found in self._writer.earlier_maps()
         ]
         last = before[-1][1] if before else {}
-        now = [n for n, pair in enumerate(pairs) if pair in last and shows[n]]
+        now = [
+            n
+            for n, pair in enumerate(pairs)
+            if shows[n] and pair in last and last[pair].amax() > last[pair].amin()
+        ]
         if now:
             both = stored(maps[now]).cpu(), torch.stack([last[pairs[n]] for n in now])
             alike = rank_correlation(*(each.double() for each in both))

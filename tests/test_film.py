@@ -131,6 +131,19 @@ def test_what_was_not_explained_at_some_time_is_labelled(tmp_path: Path) -> None
     assert not torch.equal(first, last)
 
 
+def test_a_long_run_is_thinned_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    history = run(tmp_path, 250)
+    with Image.open(write_film(tmp_path, cell=32)[0]) as film:
+        assert film.n_frames == 120
+        film.seek(119)
+        seen = np.asarray(film.convert("RGB")).astype(float)
+    last = list(film_frames(replace(history, records=history.records[-1:]), cell=32))
+    assert np.abs(seen - last[0].permute(1, 2, 0).numpy()).mean() < 12
+    with pytest.raises(ValueError, match="seconds must be above 0"):
+        write_film(tmp_path, seconds=0)
+
+
 def test_a_run_without_records_is_an_error(tmp_path: Path) -> None:
     run(tmp_path, 0)
     with pytest.raises(ValueError, match="no record yet"):

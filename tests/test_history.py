@@ -157,7 +157,7 @@ def test_the_first_and_the_last_maps_by_picture_and_class(tmp_path: Path) -> Non
         writer.add(made, maps(step, 2))
         found = writer.earlier_maps()
         assert [title for title, _ in found] == ["epoch 0", f"epoch {step}"][step == 0 :]
-        assert list(found[0][1]) == [(0, 3)]
+        assert list(found[0][1]) == [(0, 3), (1, 2)]
         assert np.array_equal(found[0][1][0, 3], maps(0, 2)[0].numpy())
         assert np.array_equal(found[-1][1][0, 3], maps(step, 2)[0].numpy())
     writer = begin(tmp_path)

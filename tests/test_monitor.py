@@ -21,6 +21,7 @@ from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
 from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM, panels
+from lightning_aop.controls import RandomMap
 from lightning_aop.history import History
 from lightning_aop.metrics import DeletionAUC, Faithfulness, OverallAUC
 from lightning_aop.rendering import heatmap_grid
@@ -187,6 +188,44 @@ def test_controls_are_measured_ever_more_seldom(tmp_path: Path) -> None:
     shown = [float(r["explain/overall_auc_random_map"]) for r in rows]
     expected = [measured[n] for n in (0, 1, 1, 2, 2, 2)]
     assert shown == pytest.approx(expected, abs=1e-6)
+
+
+class OwnAUC(OverallAUC):
+    """A metric whose only figure has a name of its own."""
+
+
+def test_a_metric_of_the_user_s_own_is_logged(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), probe=2, metrics=OwnAUC(steps=4))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "ExplanationMonitor")
+        (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
+    assert "explain/own_auc" in result
+
+
+def test_a_failing_control_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*batch: Any) -> Tensor:
+        raise RuntimeError("no noise today")
+
+    monkeypatch.setattr(RandomMap, "explain", broken)
+    monitor = Watch(GradCAM("net.features"), probe=2)
+    with pytest.warns(UserWarning, match="no figures of the controls. RuntimeError: no noise"):
+        (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
+    assert "explain/overall_auc" in result
+    assert "explain/overall_auc_centre_gaussian" not in result
+
+
+def test_controls_can_be_left_out_of_a_resumed_run(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    first = trainer(tmp_path, Watch(GradCAM("net.features"), probe=2), checkpoint, max_epochs=1)
+    first.fit(Classifier(), *loaders())
+    assert "explain/overall_auc_random_map" in first.callback_metrics
+    quiet = Watch(GradCAM("net.features"), probe=2, controls=False)
+    again = trainer(tmp_path, quiet, ModelCheckpoint(tmp_path, save_last=True), max_epochs=2)
+    again.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "last.ckpt")
+    assert "explain/overall_auc" in again.callback_metrics
+    assert "explain/overall_auc_random_map" not in again.callback_metrics
 
 
 def test_each_map_has_its_own_auc(tmp_path: Path) -> None:

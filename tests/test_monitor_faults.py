@@ -261,6 +261,12 @@ def test_the_budget_pays_off_what_was_spent(monkeypatch: pytest.MonkeyPatch) -> 
     assert budget.allows_another()
     assert budget.overhead == pytest.approx(0.05)
     assert Budget(None).allows_another()
+    # What not every explanation has is asked for only when it comes.
+    budget = Budget(0.1, started=100.0)
+    budget.pay(11.0, extra=6.0)
+    now[0] = 100.0 + 11.0 + 165.0
+    assert budget.allows_another()  # 11 + 5 of 165
+    assert not budget.allows_another(6.0)
 
 
 class Clock:
