@@ -87,7 +87,7 @@ def _write_gif(path: Path, frames: list[Image.Image], seconds: float) -> Path:
 
 
 def _write_mp4(path: Path, frames: list[Image.Image], seconds: float, ffmpeg: str) -> Path:
-    """Encode the frames as H.264 with whatever encoder for it this ffmpeg has."""
+    """Encode the frames as H.264, or as MPEG-4 where this ffmpeg can't."""
     width, height = frames[0].size
     # H.264 in the colours that every player knows has even sides.
     even = f"pad={width + width % 2}:{height + height % 2}:color=0x{bytes(PAPER).hex()}"
@@ -97,18 +97,22 @@ def _write_mp4(path: Path, frames: list[Image.Image], seconds: float, ffmpeg: st
         with raw.open("wb") as file:
             for frame in frames:
                 file.write(frame.tobytes())
-        subprocess.run(
-            [
-                *(ffmpeg, "-loglevel", "error", "-y", "-nostdin"),
-                *("-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", f"{width}x{height}"),
-                *("-framerate", f"{1 / seconds:.6f}", "-i", str(raw), "-vf", f"{even},{stay}"),
-                *("-c:v", "h264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(made)),
-            ],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=True,
-            timeout=60 + len(frames),
-        )
+        for codec in (("h264",), ("mpeg4", "-q:v", "2")):
+            done = subprocess.run(
+                [
+                    *(ffmpeg, "-loglevel", "error", "-y", "-nostdin"),
+                    *("-f", "rawvideo", "-pixel_format", "rgb24"),
+                    *("-video_size", f"{width}x{height}", "-framerate", f"{1 / seconds:.6f}"),
+                    *("-i", str(raw), "-vf", f"{even},{stay}", "-c:v", *codec),
+                    *("-pix_fmt", "yuv420p", "-movflags", "+faststart", str(made)),
+                ],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=60 + len(frames),
+            )
+            if done.returncode == 0:
+                break
+        done.check_returncode()
         write_whole(path, made.read_bytes())
     return path
 

@@ -106,6 +106,33 @@ def test_the_mp4_holds_the_same_frames(tmp_path: Path) -> None:
         assert (got[rows:] < 60).all()
 
 
+def test_without_h264_the_mp4_is_mpeg4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, probe = shutil.which("ffmpeg"), shutil.which("ffprobe")
+    if real is None or probe is None:
+        pytest.skip("ffmpeg is not installed")
+    lacking = tmp_path / "bin" / "ffmpeg"
+    lacking.parent.mkdir()
+    lacking.write_text(f'#!/bin/sh\ncase " $* " in *" h264 "*) exit 1;; esac\nexec {real} "$@"\n')
+    lacking.chmod(0o755)
+    monkeypatch.setenv("PATH", str(lacking.parent), prepend=":")
+    history = run(tmp_path / "run", 2)
+    _, path = write_film(tmp_path / "run", seconds=1, cell=48)
+    show = [probe, "-v", "error", "-show_entries", "stream=codec_name", "-of", "csv=p=0", str(path)]
+    assert subprocess.run(show, capture_output=True, check=True).stdout.strip() == b"mpeg4"
+    command = [real, "-v", "error", "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    pixels = subprocess.run(command, capture_output=True, check=True).stdout
+    frames = [frame.permute(1, 2, 0).numpy() for frame in film_frames(history, cell=48)]
+    rows, columns = frames[0].shape[:2]
+    seen = (
+        np.frombuffer(pixels, np.uint8)
+        .reshape(-1, rows + rows % 2, columns + columns % 2, 3)
+        .astype(float)
+    )
+    assert len(seen) == 2 + 2  # the last one stays for three seconds
+    for got, frame in zip(seen, [*frames, *[frames[-1]] * 2], strict=True):
+        assert np.abs(got[:rows, :columns] - frame).mean() < 12  # of 255, in noise of all colours
+
+
 @pytest.mark.parametrize("script", ["echo no encoder >&2; exit 1", "exit 0"])
 def test_a_broken_encoder_costs_only_its_own_film(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
