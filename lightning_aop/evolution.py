@@ -35,14 +35,13 @@ def evolution_rows(history: History, records: int = 50) -> list[list[object]]:
         maps = torch.from_numpy(np.array(history.maps[record.first : record.end])) / 255
         shown = (overlay(small[record.images], maps) * 255).round().to(torch.uint8)
         for n, picture in enumerate(shown.permute(0, 2, 3, 1).numpy()):
-            target = record.targets[n]
             deletion, insertion = record.deletion_auc[n], record.insertion_auc[n]
             rows.append(
                 [
                     record.epoch,
                     record.step,
                     record.images[n],
-                    history.class_names.get(target, f"class {target}"),
+                    history.class_name(record.targets[n]),
                     record.scores[n],
                     deletion,
                     insertion,

@@ -135,7 +135,7 @@ def film_frames(
         captions = []
         for n, pair in enumerate(pairs):
             place = places.get(pair)
-            name = history.class_names.get(pair[1], f"class {pair[1]}")
+            name = history.class_name(pair[1])
             if place is None:
                 captions.append(f"{name}\nnot explained")
                 continue

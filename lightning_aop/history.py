@@ -97,6 +97,10 @@ class History:
     maps: UInt8[np.ndarray, "m h w"]
     records: list[Record] = field(default_factory=list)
 
+    def class_name(self, target: int) -> str:
+        """Return the name of a class, or its index in words."""
+        return self.class_names.get(target, f"class {target}")
+
     @classmethod
     def load(cls, folder: str | Path) -> "History":
         """Read a folder; maps stay on the disk until they are looked at.

@@ -30,10 +30,10 @@ PANELS: tuple[Panel, ...] = get_args(Panel)
 
 # The overlay keeps this much of the photo's colour and brightness. The untouched photo stands beside
 # it, and a greyer, darker one cannot be mistaken for heat (an orange cat is not a hot region).
-_SATURATION, _BRIGHTNESS = 0.2, 0.75
+SATURATION, BRIGHTNESS = 0.2, 0.75
 # At value 1 a share of the photo stays, so edges remain visible under the peak. The exponent below 1
 # is for middling heat, whose colours are dark and would drown in the photo otherwise.
-_OPACITY, _EXPONENT = 0.85, 0.75
+_OPACITY, EXPONENT = 0.85, 0.75
 _LUMA = (0.299, 0.587, 0.114)
 
 _LARGEST = 224  # longer side of a panel in pixels, unless `cell` asks for another
@@ -151,8 +151,8 @@ def overlay(images: RGB, maps: Maps) -> RGB:
     heat = _heat(maps)
     image = images.detach().to(heat)
     grey = (image * image.new_tensor(_LUMA).view(-1, 1, 1)).sum(1, keepdim=True)
-    base = _BRIGHTNESS * torch.lerp(grey.expand_as(image), image, _SATURATION)
-    return torch.lerp(base, _coloured(heat), _OPACITY * heat[:, None] ** _EXPONENT)
+    base = BRIGHTNESS * torch.lerp(grey.expand_as(image), image, SATURATION)
+    return torch.lerp(base, _coloured(heat), _OPACITY * heat[:, None] ** EXPONENT)
 
 
 def _coloured(heat: Maps) -> RGB:

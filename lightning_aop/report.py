@@ -13,16 +13,14 @@ from PIL import Image
 
 from lightning_aop.files import write_whole
 from lightning_aop.history import History, Record
+from lightning_aop.rendering import BRIGHTNESS, EXPONENT, SATURATION
 
 Bytes = npt.NDArray[np.uint8]
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 # The first is shown until another is chosen: it is that of all other pictures.
 _PALETTES = ("inferno", "turbo")
-# As in the pictures that loggers get: how much of the photo's colour and brightness stays below the
-# heat, and an exponent below 1 for middling heat, which would else drown in the photo.
-_SATURATION, _BRIGHTNESS, _EXPONENT = 0.2, 0.75, 0.75
-_OUTLINE = (77, 242, 255)  # likewise
+_OUTLINE = (77, 242, 255)  # as in the pictures that loggers get
 _PICTURE_QUALITY = 85
 # Above this many bytes of one record's maps a page is slow to open and to send, and slight loss the
 # lesser evil.
@@ -94,9 +92,9 @@ def page(history: History, title: str = "Explanations") -> str:
         "outline": _OUTLINE,
         "palettes": _palettes(),
         "palette": _PALETTES[0],
-        "saturation": _SATURATION,
-        "brightness": _BRIGHTNESS,
-        "exponent": _EXPONENT,
+        "saturation": SATURATION,
+        "brightness": BRIGHTNESS,
+        "exponent": EXPONENT,
     }
     return "".join(
         [
