@@ -6,13 +6,10 @@ don't depend on the number of processes, or on how often the run was stopped; bu
 the evaluation that finds the target layer.
 """
 
-import dataclasses
-import functools
 import hashlib
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,10 +19,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_aop.coco import CocoMultilabel
-from lightning_aop.coco.features import update_with_weights
+from lightning_aop.digests import described, slug, update_with_weights
+from lightning_aop.groups import NOTHING, Group, group_loader, in_groups, unfinished
 from lightning_aop.metrics import energy_in_mask, pointing_hits
 from lightning_aop.probing import count_evaluations, predict
 from lightning_aop.types import SaliencyMethod
@@ -127,50 +124,30 @@ def play(
         The figures of all groups, those of earlier runs included.
     """
     digest = _digest(model, data, method, rules, str(trainer.precision))
-    folder = output / f"{_slug(name)}-{digest}"
+    folder = output / f"{slug(name)}-{digest}"
     count = min(len(data), rules.limit or len(data))
-    groups = [range(i, min(i + rules.group_size, count)) for i in range(0, count, rules.group_size)]
     # Every process sees the same: none writes before all have come to predict().
-    done = _read(folder)
-    missing = [(number, rows) for number, rows in enumerate(groups) if number not in done]
-    if missing:
+    groups = unfinished(in_groups(count, rules.group_size), _read(folder), trainer.world_size)
+    if groups:
         folder.mkdir(parents=True, exist_ok=True)
-        # No process may be left without any: Lightning would not run it.
-        missing += [(_NOTHING, range(0))] * (trainer.world_size - len(missing))
         player = _Player(model, data, method, rules, folder)
-        loader = DataLoader(
-            _Groups(data, missing),
-            batch_size=1,
-            collate_fn=_only,
-            num_workers=num_workers,
-        )
+        loader = group_loader(groups, _Reader(data), num_workers)
         trainer.predict(player, loader, return_predictions=False)
     return _result(name, folder, data.classes, rules)
 
 
-_NOTHING = -1
-"""The number of a group without images."""
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the images and labels of a group."""
 
+    data: CocoMultilabel
 
-class _Groups(Dataset[tuple[int, list[int], Tensor, Tensor]]):
-    """The images and labels of one group after the other."""
-
-    def __init__(self, data: CocoMultilabel, groups: Sequence[tuple[int, range]]) -> None:
-        self.data, self.groups = data, groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> tuple[int, list[int], Tensor, Tensor]:
-        number, rows = self.groups[index]
+    def __call__(self, group: Group) -> tuple[int, list[int], Tensor, Tensor]:
+        number, rows = group
         if not rows:
             return number, [], torch.empty(0), torch.empty(0)
         images, labels = zip(*(self.data[row] for row in rows), strict=True)
         return number, list(rows), torch.stack(images), torch.stack(labels)
-
-
-def _only(batch: list[Any]) -> Any:
-    return batch[0]
 
 
 class _Player(pl.LightningModule):
@@ -191,7 +168,7 @@ class _Player(pl.LightningModule):
     def predict_step(self, batch: tuple[int, list[int], Tensor, Tensor], batch_idx: int) -> int:
         """Explain a group, and return how many pairs were tested."""
         number, rows, images, labels = batch
-        if number == _NOTHING:
+        if number == NOTHING:
             return 0
         started = time.perf_counter()
         with count_evaluations(self.model) as evaluations:
@@ -333,7 +310,7 @@ def _digest(
     model: nn.Module, data: CocoMultilabel, method: SaliencyMethod, rules: Rules, precision: str
 ) -> str:
     """Return a name for all that the lines of a run depend on."""
-    settings = _described([method, rules, data.transform, data.crowds, data.on_error, precision])
+    settings = described([method, rules, data.transform, data.crowds, data.on_error, precision])
     digest = hashlib.sha256(settings.encode())
     update_with_weights(digest, model)
     digest.update(data.file.read_bytes())
@@ -341,36 +318,11 @@ def _digest(
     return digest.hexdigest()[:12]
 
 
-def _described(value: object) -> str:
-    """Return what tells settings apart, the same in every process: repr() may show addresses."""
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_described, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{k!r}: {_described(v)}' for k, v in value.items())}}}"
-    if isinstance(value, functools.partial):
-        return f"partial({_described([value.func, value.args, value.keywords])})"
-    if isinstance(value, Tensor):
-        return hashlib.sha256(value.detach().cpu().numpy().tobytes()).hexdigest()
-    name = getattr(value, "__qualname__", None)
-    if name is not None:
-        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-        bound = [*cells, *(getattr(value, "__defaults__", None) or ())]
-        return f"{getattr(value, '__module__', '')}.{name}{_described(bound) if bound else ''}"
-    if dataclasses.is_dataclass(value) or type(value).__repr__ is object.__repr__:
-        kind = type(value)
-        return f"{kind.__module__}.{kind.__qualname__}({_described(vars(value))})"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
 def name_of(method: SaliencyMethod) -> str:
     """Return a name for tables: the class, and for a method of two stages those of both."""
     stages = [getattr(method, stage, None) for stage in ("activation", "perturbation")]
     inner = ", ".join(type(stage).__name__ for stage in stages if stage is not None)
     return type(method).__name__ + (f"({inner})" if inner else "")
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w+]+", "-", name).strip("-") or "method"
 
 
 def _key(tolerance: float) -> str:

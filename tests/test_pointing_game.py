@@ -17,9 +17,10 @@ import pytest
 import torch
 from conftest import finish
 
-from lightning_aop import GradCAM, pointing_game
+from lightning_aop import GradCAM
 from lightning_aop.cli import coco_method, main
 from lightning_aop.coco import CocoMultilabel, MultilabelClassifier, Preprocess
+from lightning_aop.digests import described, slug
 from lightning_aop.methods import METHODS
 from lightning_aop.pointing_game import Rules
 from lightning_aop.shapes import CLASSES, write_shapes
@@ -210,8 +211,8 @@ def test_bad_rules() -> None:
 
 
 def test_slugs() -> None:
-    assert pointing_game._slug("gradcam++") == "gradcam++"
-    assert re.fullmatch(r"[\w+-]+", pointing_game._slug("a/../b c"))
+    assert slug("gradcam++") == "gradcam++"
+    assert re.fullmatch(r"[\w+-]+", slug("a/../b c"))
 
 
 def process(root: Path, checkpoint: Path, output: Path, *more: str) -> list[str]:
@@ -285,12 +286,12 @@ def test_settings_are_told_apart_without_addresses() -> None:
         def __init__(self, value: int) -> None:
             self.value, self.score = value, torch.sigmoid
 
-    first, again, other = (pointing_game._described(Own(v)) for v in (1, 1, 2))
+    first, again, other = (described(Own(v)) for v in (1, 1, 2))
     assert first == again != other
-    fast, slow = (pointing_game._described(coco_method(name)) for name in ("fast_sigcam", "sigcam"))
+    fast, slow = (described(coco_method(name)) for name in ("fast_sigcam", "sigcam"))
     assert fast != slow
-    partials = [pointing_game._described(functools.partial(max, k)) for k in (1, 1, 2)]
+    partials = [described(functools.partial(max, k)) for k in (1, 1, 2)]
     assert partials[0] == partials[1] != partials[2]
-    closures = [pointing_game._described(closure(k)) for k in (1, 1, 2)]
+    closures = [described(closure(k)) for k in (1, 1, 2)]
     assert closures[0] == closures[1] != closures[2]
     assert "0x" not in first + fast + slow

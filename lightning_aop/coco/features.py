@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from lightning_aop.coco.dataset import CocoMultilabel
+from lightning_aop.digests import update_with_weights
 
 Precision: TypeAlias = Literal["float32", "float16"]
 
@@ -178,13 +179,6 @@ def _key(backbone: nn.Module, dataset: CocoMultilabel, precision: Precision) -> 
     update_with_weights(digest, backbone)
     digest.update(dataset.fingerprint().encode())
     return digest.hexdigest()[:20]
-
-
-def update_with_weights(digest: "hashlib._Hash", model: nn.Module) -> None:
-    """Take the names and values of a model's parameters and buffers into a hash."""
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _create(

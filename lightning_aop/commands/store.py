@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_aop
-from lightning_aop.coco.features import update_with_weights
+from lightning_aop.digests import update_with_weights
 from lightning_aop.errors import CommandError
 from lightning_aop.files import write_whole
 
