@@ -1,6 +1,5 @@
 """The `lightning-aop` command: train, explain, and play the pointing game."""
 
-import importlib.resources
 import json
 import sys
 import traceback
@@ -20,7 +19,9 @@ from lightning_aop import __version__
 from lightning_aop.aop import AOP
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
 from lightning_aop.coco.predictions import PredictionWriter
+from lightning_aop.commands.benchmark import benchmark, benchmark_parser
 from lightning_aop.commands.compare import compare, compare_parser
+from lightning_aop.commands.configs import shipped_configs, with_shipped_configs
 from lightning_aop.commands.explain import explain, explain_parser
 from lightning_aop.commands.report import report, report_parser
 from lightning_aop.commands.sanity_check import sanity_check, sanity_check_parser
@@ -67,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for message in _MEANT:
             warnings.filterwarnings("ignore", message)
         try:
-            CommandLine(_with_shipped_configs(words))
+            if words[:1] == ["benchmark"]:
+                return benchmark(words[1:])
+            CommandLine(with_shipped_configs(words))
         finally:
             # Gloo's threads may still hold tensors when the interpreter ends, which then aborts.
             if dist.is_available() and dist.is_initialized():
@@ -205,6 +208,11 @@ class CommandLine(LightningCLI):
             help="Randomise the network's layers, and see whether the maps change.",
         )
         commands.add_subcommand(
+            "benchmark",
+            benchmark_parser(),
+            help="Judge methods on networks over many pictures: the paper's tables.",
+        )
+        commands.add_subcommand(
             "demo", _demo_parser(), help="Watch a small network learn, offline."
         )
 
@@ -281,45 +289,6 @@ def _demo(options: Namespace) -> int:
 
     run(options.root)
     return 0
-
-
-# --------------------------------------------------------------------------------------------------
-# configurations that come with the package
-
-
-def _config_folder() -> Path:
-    """Return the folder of the configurations, in a wheel or in a checkout."""
-    package = Path(str(importlib.resources.files("lightning_aop")))
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def shipped_configs() -> list[str]:
-    """Return the names that --config knows."""
-    return sorted(path.stem for path in _config_folder().glob("*.yaml"))
-
-
-def _with_shipped_configs(words: Sequence[str]) -> list[str]:
-    """Replace the names of shipped configurations by their files; a file of the user's goes first."""
-
-    def resolved(value: str) -> str:
-        name = Path(value).name.removesuffix(".yaml")
-        # `configs/coco_resnet50.yaml`, as in a checkout, is found from anywhere too.
-        shipped = value in (name, f"configs/{name}.yaml") and name in shipped_configs()
-        return (
-            str(_config_folder() / f"{name}.yaml")
-            if shipped and not Path(value).is_file()
-            else value
-        )
-
-    result: list[str] = []
-    for word in words:
-        if result and result[-1] in ("--config", "-c"):
-            word = resolved(word)
-        elif word.startswith("--config="):
-            word = "--config=" + resolved(word.removeprefix("--config="))
-        result.append(word)
-    return result
 
 
 # --------------------------------------------------------------------------------------------------

@@ -133,7 +133,9 @@ def test_wrong_names_and_weights_are_told(resnet: str, tmp_path: Path) -> None:
         load_backbone("resnet18", "V9")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such file"):
         load_backbone("resnet18", "nowhere.pth")
-    with pytest.raises(ValueError, match=r"resnet18.pth are none of mobilenet_v2: .* as backbone"):
+    with pytest.raises(
+        ValueError, match=r"resnet18.pth are none of mobilenet_v2: .* that they belong to"
+    ):
         load_backbone("mobilenet_v2", resnet)
     text = tmp_path / "text.pth"
     text.write_text("no weights")

@@ -1,6 +1,7 @@
 """Published networks without their last layer: torchvision's and timm's, by name."""
 
 import importlib
+import re
 import urllib.error
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,16 @@ from torch import Tensor, nn
 def load_backbone(name: str, weights: str | None = "DEFAULT") -> tuple[nn.Module, int]:
     """Return a network that gives features [B, D] instead of logits, and D.
 
+    Arguments and errors are those of `load_network`, but that the head of the weights may be of another
+    size.
+    """
+    network = _load(name, weights, any_head=True)
+    return network, _behead(network)
+
+
+def load_network(name: str, weights: str | None = "DEFAULT") -> nn.Module:
+    """Return a classifier that gives logits [B, K].
+
     Args:
         name: a torchvision classifier, such as `resnet50`; or `timm/NAME` for one of timm's.
         weights: a local file with the state_dict of the whole published network; or the name of
@@ -23,6 +34,10 @@ def load_backbone(name: str, weights: str | None = "DEFAULT") -> tuple[nn.Module
         ImportError: timm is not installed.
         OSError: the weights can't be downloaded or read.
     """
+    return _load(name, weights, any_head=False)
+
+
+def _load(name: str, weights: str | None, any_head: bool) -> nn.Module:
     source, _, timm_name = name.rpartition("/")
     file = _file(weights)
     published = None if file else weights
@@ -36,8 +51,8 @@ def load_backbone(name: str, weights: str | None = "DEFAULT") -> tuple[nn.Module
             "torchvision.models.list_models()); timm's are named timm/NAME"
         )
     if file:
-        _fill(network, name, file)
-    return network, _behead(network)
+        fill(network, name, file, any_head=any_head)
+    return network
 
 
 def _file(weights: str | None) -> Path | None:
@@ -101,7 +116,18 @@ def _timm(name: str, weights: str | None) -> nn.Module:
         ) from error
 
 
-def _fill(network: nn.Module, name: str, file: Path) -> None:
+def fill(network: nn.Module, name: str, file: Path, any_head: bool = False) -> None:
+    """Load a state_dict into the network called `name`, in place.
+
+    Args:
+        network: whose weights are replaced.
+        name: for messages.
+        file: holds the state_dict, or a checkpoint with one.
+        any_head: leave the last layer as it is if the file's is of another size.
+
+    Raises:
+        ValueError: the file can't be read, or its weights don't fit.
+    """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -111,19 +137,24 @@ def _fill(network: nn.Module, name: str, file: Path) -> None:
         raise ValueError(f"weights {file}: holds no state_dict of tensors")
     extra = ("AuxLogits.", "aux1.", "aux2.")
     own = network.state_dict()
+    # The published files of DenseNet are from the time when names of layers could hold dots.
+    state = {_DENSENET.sub(r"\1\2", k) if k not in own else k: v for k, v in state.items()}
     state = {k: v for k, v in state.items() if k in own or not k.startswith(extra)}
     missing, alien = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     head = [k for k in wrong if k.startswith(_head(network)[0] + ".")]
-    if missing or alien or wrong != head:
+    if missing or alien or wrong != (head if any_head else []):
         first = next(iter([*missing, *alien, *wrong]))
         raise ValueError(
             f"weights {file} are none of {name}: {len(missing)} tensors are missing, {len(alien)} "
             f"are unknown and {len(wrong)} have another shape (such as {first}); name the network "
-            "that they belong to as backbone"
+            "that they belong to"
         )
     # The head is replaced, so its size may differ from the published one.
     network.load_state_dict({k: v for k, v in state.items() if k not in head}, strict=not head)
+
+
+_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
 def _head(network: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:

@@ -1,0 +1,44 @@
+"""The configurations that come with the package."""
+
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def config_folder() -> Path:
+    """Return the folder of the configurations, in a wheel or in a checkout."""
+    package = Path(str(importlib.resources.files("lightning_aop")))
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped_configs(below: str = "") -> list[str]:
+    """Return the names that --config knows; those of a folder below carry its name."""
+    folder = config_folder()
+    found = (path.relative_to(folder) for path in (folder / below).glob("*.yaml"))
+    return sorted(path.with_suffix("").as_posix() for path in found)
+
+
+def resolved(value: str, below: str = "") -> str:
+    """Return the file of a shipped configuration that is meant by name; a file of the user's goes first.
+
+    `configs/coco_resnet50.yaml`, as in a checkout, is found from anywhere too.
+    """
+    name = value.removesuffix(".yaml").removeprefix("configs/")
+    for known in (name, f"{below}/{name}" if below else name):
+        file = config_folder() / f"{known}.yaml"
+        if known in shipped_configs(str(Path(known).parent)) and not Path(value).is_file():
+            return str(file)
+    return value
+
+
+def with_shipped_configs(words: Sequence[str]) -> list[str]:
+    """Replace the names of shipped configurations by their files."""
+    result: list[str] = []
+    for word in words:
+        if result and result[-1] in ("--config", "-c"):
+            word = resolved(word)
+        elif word.startswith("--config="):
+            word = "--config=" + resolved(word.removeprefix("--config="))
+        result.append(word)
+    return result
