@@ -25,6 +25,8 @@ from lightning_aop.commands.configs import shipped_configs, with_shipped_configs
 from lightning_aop.commands.explain import explain, explain_parser
 from lightning_aop.commands.report import report, report_parser
 from lightning_aop.commands.sanity_check import sanity_check, sanity_check_parser
+from lightning_aop.commands.table import table as benchmark_table
+from lightning_aop.commands.table import table_parser
 from lightning_aop.errors import CommandError
 from lightning_aop.methods import METHODS, MethodName
 from lightning_aop.pointing_game import Rules, details, name_of, play, table
@@ -63,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return sanity_check(sanity_check_parser().parse_args(words[1:]))
         if words[:1] == ["report"]:
             return report(report_parser().parse_args(words[1:]))
+        if words[:1] == ["table"]:
+            return benchmark_table(table_parser().parse_args(words[1:]))
         if words[:1] == ["demo"]:
             return _demo(_demo_parser().parse_args(words[1:]))
         for message in _MEANT:
@@ -212,6 +216,7 @@ class CommandLine(LightningCLI):
             benchmark_parser(),
             help="Judge methods on networks over many pictures: the paper's tables.",
         )
+        commands.add_subcommand("table", table_parser(), help="Print what a benchmark has found.")
         commands.add_subcommand(
             "demo", _demo_parser(), help="Watch a small network learn, offline."
         )

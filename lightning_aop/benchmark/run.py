@@ -253,7 +253,7 @@ class _Judge(pl.LightningModule):
         if not 0 <= target < classes:
             return f"labelled {label}, but the network has classes 0 to {classes - 1}"
         if self.rules.images == "correct" and predicted != label:
-            return f"predicted {predicted}, labelled {label}"
+            return "not classified as it is labelled"
         return None
 
     def _judged(

@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_aop.benchmark import Network, Pictures, Rules, run
+from lightning_aop.benchmark.tables import summary, written
 from lightning_aop.commands.configs import resolved, shipped_configs
 from lightning_aop.commands.store import make_folder
 from lightning_aop.errors import CommandError
@@ -77,6 +78,9 @@ def benchmark(words: Sequence[str]) -> int:
         options.paper,
         tell=lambda text: print(text, flush=True) if zero else None,
     )
+    if zero:
+        print("\n" + written(summary(options.output)))
+        print(f"\nlightning-aop table {options.output} prints it again")
     return 0
 
 
