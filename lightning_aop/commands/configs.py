@@ -24,11 +24,13 @@ def resolved(value: str, below: str = "") -> str:
 
     `configs/coco_resnet50.yaml`, as in a checkout, is found from anywhere too.
     """
+    if Path(value).is_file():
+        return value
     name = value.removesuffix(".yaml").removeprefix("configs/")
-    for known in (name, f"{below}/{name}" if below else name):
-        file = config_folder() / f"{known}.yaml"
-        if known in shipped_configs(str(Path(known).parent)) and not Path(value).is_file():
-            return str(file)
+    known = [*shipped_configs(), *shipped_configs("benchmark")]
+    for candidate in (name, f"{below}/{name}"):
+        if candidate in known:
+            return str(config_folder() / f"{candidate}.yaml")
     return value
 
 
