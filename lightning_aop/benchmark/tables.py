@@ -251,7 +251,7 @@ def summary(
                     seconds=_mean([column.figures["seconds"] for column in own]),
                 )
             )
-    return Table(rows, reference, list(_notes(manifest, columns, images, resamples)))
+    return Table(rows, reference, list(_notes(manifest, columns, images, reference, resamples)))
 
 
 def _only_correct(column: Column) -> Column:
@@ -264,12 +264,12 @@ def _only_correct(column: Column) -> Column:
 
 
 def _notes(
-    manifest: Manifest, columns: Sequence[Column], images: str, resamples: int
+    manifest: Manifest, columns: Sequence[Column], images: str, reference: str, resamples: int
 ) -> Iterator[str]:
     which = "correctly classified images" if "correct" in (images, manifest.average) else "images"
     yield (
-        f"means over {which}, in %, with 95 % intervals of {resamples:,} bootstrap resamples; Δ is the "
-        "over-all of the reference minus the method's, paired by image"
+        f"means over {which}, in %, with 95 % intervals of {resamples:,} bootstrap resamples; "
+        f"'{reference} minus it' is the difference of the over-all AUCs, paired by image"
     )
     for column in columns:
         if (seen := int(column.seen.sum())) < manifest.images:
@@ -288,7 +288,14 @@ def written(table: Table, form: Format = "text") -> str:
     if form == "csv":
         return _csv(table)
     with_paper = any(figure is not None for row in table.rows for figure in row.paper)
-    header = ["network", "method", "deletion", "insertion", "over-all", f"Δ to {table.reference}"]
+    header = [
+        "network",
+        "method",
+        "deletion",
+        "insertion",
+        "over-all",
+        f"{table.reference} minus it",
+    ]
     header += ["paper: del.", "ins.", "over-all"] if with_paper else []
     header += ["images", "correct", "failed", "evaluations", "seconds"]
     lines = []
@@ -374,7 +381,6 @@ _LATEX: Mapping[str, str] = {
     "_": r"\_",
     "%": r"\%",
     "&": r"\&",
-    "Δ": r"$\Delta$",
 }
 
 
