@@ -22,6 +22,7 @@ from lightning_aop.coco.predictions import PredictionWriter
 from lightning_aop.commands.benchmark import benchmark, benchmark_parser
 from lightning_aop.commands.compare import compare, compare_parser
 from lightning_aop.commands.configs import shipped_configs, with_shipped_configs
+from lightning_aop.commands.curves import curves, curves_parser
 from lightning_aop.commands.explain import explain, explain_parser
 from lightning_aop.commands.report import report, report_parser
 from lightning_aop.commands.sanity_check import sanity_check, sanity_check_parser
@@ -60,13 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == ["explain"]:
             return explain(explain_parser().parse_args(words[1:]))
         if words[:1] == ["compare"]:
-            return compare(compare_parser().parse_args(words[1:]))
+            return compare(compare_parser().parse_args(with_shipped_configs(words[1:])))
         if words[:1] == ["sanity-check"]:
             return sanity_check(sanity_check_parser().parse_args(words[1:]))
         if words[:1] == ["report"]:
             return report(report_parser().parse_args(words[1:]))
         if words[:1] == ["table"]:
             return benchmark_table(table_parser().parse_args(words[1:]))
+        if words[:1] == ["curves"]:
+            return curves(curves_parser().parse_args(words[1:]))
         if words[:1] == ["demo"]:
             return _demo(_demo_parser().parse_args(words[1:]))
         for message in _MEANT:
@@ -217,6 +220,9 @@ class CommandLine(LightningCLI):
             help="Judge methods on networks over many pictures: the paper's tables.",
         )
         commands.add_subcommand("table", table_parser(), help="Print what a benchmark has found.")
+        commands.add_subcommand(
+            "curves", curves_parser(), help="Draw the mean curves of a benchmark."
+        )
         commands.add_subcommand(
             "demo", _demo_parser(), help="Watch a small network learn, offline."
         )

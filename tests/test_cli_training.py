@@ -50,7 +50,8 @@ def test_one_help_explains_all(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for command in ("fit", "validate", "test", "predict", "pointing-game", "explain", "demo"):
+    commands = ("fit", "validate", "test", "predict", "pointing-game", "explain", "demo")
+    for command in (*commands, "benchmark", "table", "curves"):
         assert f" {command} " in text
     for name in shipped_configs():
         assert name in text

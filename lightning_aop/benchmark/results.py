@@ -28,13 +28,14 @@ MANIFEST = "run.json"
 
 
 def arrow() -> Any:
-    """Return pyarrow with its module `parquet`.
+    """Return pyarrow with its modules `compute` and `parquet`.
 
     Raises:
         ImportError: it is not installed.
     """
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(

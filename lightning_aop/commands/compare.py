@@ -33,6 +33,7 @@ def compare_parser() -> ArgumentParser:
         "over-all AUC. Writes the picture, a CSV file and the maps; run it again after it was "
         "stopped, or with more photos or methods, and it goes on.",
     )
+    parser.add_argument("--config", action="config", help="options in a file, or figure3, figure5")
     photo_options(parser)
     add = parser.add_argument
     add(

@@ -39,8 +39,8 @@ def with_shipped_configs(words: Sequence[str]) -> list[str]:
     result: list[str] = []
     for word in words:
         if result and result[-1] in ("--config", "-c"):
-            word = resolved(word)
+            word = resolved(word, "benchmark")
         elif word.startswith("--config="):
-            word = "--config=" + resolved(word.removeprefix("--config="))
+            word = "--config=" + resolved(word.removeprefix("--config="), "benchmark")
         result.append(word)
     return result
