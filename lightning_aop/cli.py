@@ -22,6 +22,7 @@ from lightning_aop.coco.predictions import PredictionWriter
 from lightning_aop.commands.benchmark import benchmark, benchmark_parser
 from lightning_aop.commands.compare import compare, compare_parser
 from lightning_aop.commands.configs import shipped_configs, with_shipped_configs
+from lightning_aop.commands.cross_deletion import cross_deletion, cross_deletion_parser
 from lightning_aop.commands.curves import curves, curves_parser
 from lightning_aop.commands.explain import explain, explain_parser
 from lightning_aop.commands.report import report, report_parser
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return explain(explain_parser().parse_args(words[1:]))
         if words[:1] == ["compare"]:
             return compare(compare_parser().parse_args(with_shipped_configs(words[1:])))
+        if words[:1] == ["cross-deletion"]:
+            options = cross_deletion_parser().parse_args(with_shipped_configs(words[1:]))
+            return cross_deletion(options)
         if words[:1] == ["sanity-check"]:
             return sanity_check(sanity_check_parser().parse_args(words[1:]))
         if words[:1] == ["report"]:
@@ -208,6 +212,11 @@ class CommandLine(LightningCLI):
         )
         commands.add_subcommand(
             "compare", compare_parser(), help="Explain photos with many methods, side by side."
+        )
+        commands.add_subcommand(
+            "cross-deletion",
+            cross_deletion_parser(),
+            help="Blur one class of a photo away, and watch another's score.",
         )
         commands.add_subcommand(
             "sanity-check",
