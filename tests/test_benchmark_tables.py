@@ -66,6 +66,7 @@ def synthetic(
                             "insertion_curve": curve,
                             "evaluations": None if failed else 2.0,
                             "seconds": None if failed else 0.25,
+                            "curve_seconds": None if failed else 0.5,
                             "reason": "no map" if failed else None,
                         }
                     )
@@ -115,7 +116,7 @@ def test_means_differences_and_the_paper_s_figures(tmp_path: Path) -> None:
         overall = values[:, 1] - values[:, 0]
         assert row.overall.mean == pytest.approx(np.nanmean(overall))
         assert row.overall.low < row.overall.mean < row.overall.high
-        assert (row.evaluations, row.seconds) == (2, 0.25)
+        assert (row.evaluations, row.seconds, row.curve_seconds) == (2, 0.25, 0.5)
         assert row.paper == reported("table2", network, method)
         other = truth[network, "SIGCAM"]
         if method == "SIGCAM":
@@ -130,6 +131,10 @@ def test_means_differences_and_the_paper_s_figures(tmp_path: Path) -> None:
     assert mean.overall.mean == pytest.approx(np.mean(both))
     assert mean.paper == (None, None, 40.43)
     assert any("no map" in note for note in table.notes)
+    told = summary(tmp_path, project=50_000).notes[-1]
+    # Two methods of 0.75 s each: 1.5 s x 50,000 / 3600.
+    assert told.startswith("vgg19: 1.50 s an image")
+    assert "50,000 images are 20.8 hours of one device" in told
     only = {(row.network, row.method): row for row in summary(tmp_path, images="correct").rows}
     values = truth["vgg19", "GradCAM"][1::3]
     assert only["vgg19", "GradCAM"].overall.mean == pytest.approx(
@@ -191,9 +196,9 @@ def test_the_paper_s_figures_agree_with_themselves() -> None:
 def test_all_formats_hold_the_same_figures() -> None:
     told = Interval(0.1234, 0.1, -0.5)
     rows = [
-        Row("net_1", "A", told, told, told, told, (1.5, None, None), 1200, 7, 1, 2.5, 0.125),
-        Row("net_1", "B", told, told, told, None, (None,) * 3, 1200, 7, 0, np.nan, np.nan),
-        Row("net_2", "A", told, told, told, told, (None,) * 3, 9, 7, 0, 1.0, 1.0),
+        Row("net_1", "A", told, told, told, told, (1.5, None, None), 1200, 7, 1, 2.5, 0.125, 0.5),
+        Row("net_1", "B", told, told, told, None, (None,) * 3, 1200, 7, 0, *[np.nan] * 3),
+        Row("net_2", "A", told, told, told, told, (None,) * 3, 9, 7, 0, 1.0, 1.0, 1.0),
     ]
     table = Table(rows, "B", ["100 % of it"])
     text, markdown, latex = (written(table, form) for form in ("text", "markdown", "latex"))
@@ -201,7 +206,7 @@ def test_all_formats_hold_the_same_figures() -> None:
         assert "12.34 [10.00, -50.00]" in line
         assert "+12.34 [+10.00, -50.00]" in line
         assert "1,200" in line
-    assert {len(line.split("|")) for line in markdown.splitlines()[:5]} == {16}
+    assert {len(line.split("|")) for line in markdown.splitlines()[:5]} == {17}
     assert text.splitlines()[3] == ""  # between the networks
     assert "- 100 % of it" in markdown
     assert latex.count(r"\midrule") == 2
@@ -209,7 +214,7 @@ def test_all_formats_hold_the_same_figures() -> None:
     body = [line for line in latex.splitlines() if line.endswith(r"\\")]
     columns = re.search(r"begin\{tabular\}\{(\w+)\}", latex)
     assert columns is not None
-    assert {line.count(" & ") + 1 for line in body} == {len(columns[1])} == {14}
+    assert {line.count(" & ") + 1 for line in body} == {len(columns[1])} == {15}
     read = list(csv.DictReader(io.StringIO(written(table, "csv"))))
     assert read[0]["overall"] == "12.34"
     assert read[0]["difference_high"] == "-50.0"
@@ -288,6 +293,7 @@ def fast_synthetic(
                 "insertion_curve": lists,
                 "evaluations": np.full(n, 2.0),
                 "seconds": np.full(n, 0.5),
+                "curve_seconds": np.full(n, 0.5),
                 "reason": pa.nulls(n, pa.string()),
             }
             arrays = [

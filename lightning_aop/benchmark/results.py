@@ -49,7 +49,7 @@ def schema() -> "pa.Schema":
 
     `image` is the place in the list of pictures; `target` the class that was explained, `score` its
     probability for the whole image; the AUCs and curves are in units of that; `evaluations` and
-    `seconds` are what the map of one image took, the curves not included; `reason` says why the
+    `seconds` are what the map of one image took, `curve_seconds` its curves; `reason` says why the
     figures are missing, and is null where they are not.
     """
     pa = arrow()
@@ -72,6 +72,7 @@ def schema() -> "pa.Schema":
             ("insertion_curve", pa.list_(pa.float32())),
             ("evaluations", pa.float64()),
             ("seconds", pa.float64()),
+            ("curve_seconds", pa.float64()),
             ("reason", pa.string()),
         ]
     )

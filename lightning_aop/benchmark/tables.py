@@ -18,7 +18,7 @@ Format: TypeAlias = Literal["text", "markdown", "latex", "csv"]
 Values: TypeAlias = Float[np.ndarray, " n"]
 
 MEASURES = ("deletion", "insertion", "overall")
-_FIGURES = (*MEASURES, "evaluations", "seconds")
+_FIGURES = (*MEASURES, "evaluations", "seconds", "curve_seconds")
 _AT_ONCE = 2**22
 """Weights of the bootstrap that are held at one time, which bounds the memory: 32 MB."""
 
@@ -62,6 +62,7 @@ class Row:
         failed: how many images have no figures, though they were tried.
         evaluations: model evaluations for the map of one image.
         seconds: for the map of one image.
+        curve_seconds: for its curves.
     """
 
     network: str
@@ -76,6 +77,7 @@ class Row:
     failed: int
     evaluations: float
     seconds: float
+    curve_seconds: float
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ def summary(
     reference: str | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    project: int | None = None,
 ) -> Table:
     """Return the table of a run, finished or not.
 
@@ -192,6 +195,7 @@ def summary(
         reference: the method that the others are compared with; the last by default.
         resamples: of the bootstrap.
         seed: of the bootstrap.
+        project: say how long this many images would take on one device like those of the run.
 
     Raises:
         ValueError: there is no run, or no such method.
@@ -249,9 +253,25 @@ def summary(
                     failed=sum(sum(column.reasons.values()) for column in own),
                     evaluations=_mean([column.figures["evaluations"] for column in own]),
                     seconds=_mean([column.figures["seconds"] for column in own]),
+                    curve_seconds=_mean([column.figures["curve_seconds"] for column in own]),
                 )
             )
-    return Table(rows, reference, list(_notes(manifest, columns, images, reference, resamples)))
+    notes = list(_notes(manifest, columns, images, reference, resamples))
+    if project is not None:
+        notes += _projection(rows, networks, project)
+    return Table(rows, reference, notes)
+
+
+def _projection(rows: Sequence[Row], networks: Sequence[str], images: int) -> Iterator[str]:
+    """Say what the mean image costs, times the number of images."""
+    for network in networks:
+        own = [row for row in rows if row.network == network]
+        maps, curves = (sum(getattr(r, name) for r in own) for name in ("seconds", "curve_seconds"))
+        hours = images * (maps + curves) / 3600
+        yield (
+            f"{network}: {maps + curves:,.2f} s an image for the maps ({maps:,.2f}) and curves "
+            f"({curves:,.2f}) of all methods; {images:,} images are {hours:,.1f} hours of one device"
+        )
 
 
 def _only_correct(column: Column) -> Column:
@@ -297,7 +317,7 @@ def written(table: Table, form: Format = "text") -> str:
         f"{table.reference} minus it",
     ]
     header += ["paper: del.", "ins.", "over-all"] if with_paper else []
-    header += ["images", "correct", "failed", "evaluations", "seconds"]
+    header += ["images", "correct", "failed", "evaluations", "seconds", "curves, s"]
     lines = []
     for row in table.rows:
         line = [row.network, row.method]
@@ -306,7 +326,8 @@ def written(table: Table, form: Format = "text") -> str:
         line += ["" if f is None else f"{f:.2f}" for f in row.paper] if with_paper else []
         line += [f"{row.images:,}", f"{row.correct:,}", f"{row.failed:,}"]
         line += ["-" if np.isnan(row.evaluations) else f"{row.evaluations:,.1f}"]
-        line += ["-" if np.isnan(row.seconds) else f"{row.seconds:,.3f}"]
+        for seconds in (row.seconds, row.curve_seconds):
+            line += ["-" if np.isnan(seconds) else f"{seconds:,.3f}"]
         lines.append(line)
     if form == "latex":
         return _latex(header, lines, table.notes)
@@ -348,7 +369,7 @@ def _flat(row: Row) -> Iterator[tuple[str, object]]:
         yield f"paper_{name}", "" if value is None else value
     for name in ("images", "correct", "failed"):
         yield name, getattr(row, name)
-    for name in ("evaluations", "seconds"):
+    for name in ("evaluations", "seconds", "curve_seconds"):
         yield name, "" if np.isnan(getattr(row, name)) else round(getattr(row, name), 4)
 
 

@@ -29,6 +29,7 @@ def table_parser() -> ArgumentParser:
     add("--reference", type=str | None, help="compare with this method; default: the last")
     add("--resamples", type=int, default=1000, help="of the bootstrap")
     add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--project", type=int | None, help="say how long this many images would take on one device")
     return parser
 
 
