@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,60 @@ def csv_rows(output: Path, capsys: pytest.CaptureFixture[str], *more: str) -> li
     capsys.readouterr()
     assert main(["table", str(output), "--format=csv", *more]) == 0
     return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+
+
+@dataclass(frozen=True)
+class Hungry:
+    """Has memory for a few images at a time."""
+
+    most: int = 5
+    eval_batch_size: int = 32
+
+    def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
+        if self.eval_batch_size > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return images.mean(dim=1)
+
+
+def test_running_out_of_memory_is_no_result(config: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load(config.read_text())
+    del settings["networks"]["untrained"]
+    hungry = {"class_path": "test_benchmark.Hungry"}
+    settings["methods"] = {"hungry": hungry, "edges": "edges"}
+    own = tmp_path / "config.yaml"
+    own.write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert run(own, tmp_path / "out") == 0
+    assert {row["reason"] for row in entries(tmp_path / "out")} == {None}
+    settings["methods"]["hungry"] = {**hungry, "init_args": {"most": 0}}
+    own.write_text(yaml.safe_dump(settings, sort_keys=False))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(own, tmp_path / "none")
+    assert not list((tmp_path / "none").rglob("part-*"))
+
+
+def test_a_package_that_is_missing_is_no_result(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
+    assert run(config, tmp_path, "--methods=[xrai]") == 1
+    assert "XRAI needs scikit-image: install it" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("part-*"))
+
+
+def test_a_data_set_may_be_a_folder_of_links(config: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "ape").mkdir(parents=True)
+    for i in range(2):
+        (tmp_path / "data" / "ape" / f"{i}.png").symlink_to(photos / f"{i}.png")
+    arguments = [f"--data.root={tmp_path / 'data'}", "--methods=[edges]"]
+    assert run(config, tmp_path / "out", *arguments) == 0
+    found = entries(tmp_path / "out")
+    assert [(row["file"], row["reason"]) for row in found[:2]] == [
+        ("ape/0.png", None),
+        ("ape/1.png", None),
+    ]
 
 
 class Broken(SmallNet):

@@ -19,7 +19,9 @@ from lightning_aop.types import SaliencyMethod
 
 def benchmark_parser() -> LightningArgumentParser:
     """Return the options of `lightning-aop benchmark`."""
-    known = ", ".join(Path(name).name for name in shipped_configs("benchmark"))
+    shipped = (Path(resolved(name)) for name in shipped_configs("benchmark"))
+    # The others are for other commands.
+    known = ", ".join(path.stem for path in shipped if "\nnetworks:" in path.read_text())
     parser = LightningArgumentParser(
         prog="lightning-aop benchmark",
         usage="lightning-aop benchmark CONFIG --data.root FOLDER [options]",
