@@ -14,6 +14,8 @@ from torch import nn
 
 from lightning_aop.benchmark import Network, Picture, Pictures
 from lightning_aop.benchmark.pictures import OFFICIAL, fingerprint
+from lightning_aop.commands.compare import compare_parser
+from lightning_aop.commands.photos import load
 from lightning_aop.probing import named_layer
 
 WNIDS = [f"n{i:08d}" for i in range(7, 3007, 3)]  # 1,000 in order
@@ -173,6 +175,9 @@ def test_the_paper_s_networks_from_a_file(name: str, layer: str, grid: int, tmp_
     with torch.no_grad():
         expected = network(unit if name == "inception_v3" else images)
         torch.testing.assert_close(built(images), expected, atol=1e-4, rtol=1e-4)
+        words = ["a.jpg", f"--model={name}", f"--weights={tmp_path / 'file.pth'}", "--device=cpu"]
+        other = load(compare_parser().parse_args(words)).model  # as for single photos
+        torch.testing.assert_close(other(images), expected, atol=1e-4, rtol=1e-4)
         shapes = []
         _, module = named_layer(built, layer)
         module.register_forward_hook(lambda *call: shapes.append(call[-1].shape[-2:]))

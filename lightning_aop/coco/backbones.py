@@ -137,8 +137,7 @@ def fill(network: nn.Module, name: str, file: Path, any_head: bool = False) -> N
         raise ValueError(f"weights {file}: holds no state_dict of tensors")
     extra = ("AuxLogits.", "aux1.", "aux2.")
     own = network.state_dict()
-    # The published files of DenseNet are from the time when names of layers could hold dots.
-    state = {_DENSENET.sub(r"\1\2", k) if k not in own else k: v for k, v in state.items()}
+    state = undotted(state)
     state = {k: v for k, v in state.items() if k in own or not k.startswith(extra)}
     missing, alien = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
@@ -152,6 +151,11 @@ def fill(network: nn.Module, name: str, file: Path, any_head: bool = False) -> N
         )
     # The head is replaced, so its size may differ from the published one.
     network.load_state_dict({k: v for k, v in state.items() if k not in head}, strict=not head)
+
+
+def undotted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return DenseNet's published weights under today's names, whose parts hold no dots."""
+    return {_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
 
 
 _DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")

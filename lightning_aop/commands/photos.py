@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from lightning_aop.coco.backbones import undotted
 from lightning_aop.errors import CommandError
 from lightning_aop.probing import Evaluations, count_evaluations, predict
 from lightning_aop.types import Images, Targets
@@ -192,10 +193,14 @@ def _from_file(name: str, file: Path, imagenet: list[str]) -> tuple[nn.Module, l
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CommandError(f"--weights {file}: holds no state_dict of tensors")
+    state = undotted(state)
     classes = len(list(state.values())[-1])
     extra: dict[str, Any] = (
-        # Their own initialisation takes minutes and is overwritten.
-        {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+        # Their own initialisation takes minutes and is overwritten. Published weights want the input
+        # transformed, also where they come from a file.
+        {"init_weights": False, "transform_input": True}
+        if name in ("inception_v3", "googlenet")
+        else {}
     )
     try:
         model = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)

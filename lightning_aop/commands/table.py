@@ -37,6 +37,13 @@ def table(options: Namespace) -> int:
     """Print the table."""
     if options.resamples < 1:
         raise CommandError(f"--resamples {options.resamples}: must be 1 or more")
-    found = summary(options.run, options.images, options.reference, options.resamples, options.seed)
+    found = summary(
+        options.run,
+        options.images,
+        options.reference,
+        options.resamples,
+        options.seed,
+        options.project,
+    )
     print(written(found, options.format))
     return 0
