@@ -14,7 +14,9 @@ enlarged, stretched map of captum) is done with torch, in the time measured.
 """
 
 import argparse
+import ctypes
 import datetime
+import gc
 import json
 import os
 import platform
@@ -76,6 +78,7 @@ class Run:
     difference: float | None = None
     forwards: int = 0
     backwards: int = 0
+    peak_mib: float | None = None
     seconds: list[float] = field(default_factory=list)
     trouble: str | None = None
 
@@ -232,6 +235,8 @@ def prepare(work: dict[str, Callable[[], Tensor]], batch: Batch) -> list[Run]:
             run.trouble = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         run.forwards, run.backwards = count.forward, count.backward
+        with quietly():
+            run.peak_mib = peak_mib(call)  # the first call has paid for imports
         if expected is None:
             expected = result
             continue
@@ -253,6 +258,26 @@ def race(runs: list[Run], repeats: int) -> None:
                 started = time.perf_counter()
                 run.work()
                 run.seconds.append(time.perf_counter() - started)
+
+
+def peak_mib(work: Callable[[], Tensor]) -> float | None:
+    """Return how far resident memory rises above where it was, in MiB; None but on Linux with glibc."""
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else what was freed stays resident, and hides a rise
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        before = _status_kib("VmRSS")
+        work()
+        return max(0, _status_kib("VmHWM") - before) / 1024
+    except (OSError, AttributeError):  # no such file, or no glibc
+        return None
+
+
+def _status_kib(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {name}")
 
 
 def each(run: Run) -> float:
@@ -287,6 +312,12 @@ def main() -> None:
     machine = {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        "system": platform.platform(),
+        "mkl": torch.backends.mkl.is_available(),
+        "onednn": torch.backends.mkldnn.is_available(),
+        "torch_build": torch.__config__.show(),
         "threads": options.threads,
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -295,13 +326,14 @@ def main() -> None:
     lines = [
         f"{options.network}, {options.images} pictures of {options.side} x {options.side}, float32, "
         f"{options.threads} thread{'s' * (options.threads > 1)}, median [quartiles] of "
-        f"{options.repeats} rounds. {machine['processor']}; "
+        f"{options.repeats} rounds. {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']:.0f} GiB, {machine['system']}; "
         + ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
         + f". Bare: {1000 * forward:.1f} ms a forward, {1000 * backward:.1f} ms a backward.",
         "",
         "| work | tool | seconds | evaluations | times floor | an evaluation, times ours | "
-        "largest difference |",
-        "|---|---|---|---|---|---|---|",
+        "largest difference | peak memory, MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     results: list[dict[str, Any]] = []
@@ -315,13 +347,14 @@ def main() -> None:
             floor = run.forwards * forward + run.backwards * backward
             line = f"| {name} | {run.tool} | "
             if run.trouble is not None or own is None:
-                line += f"{run.trouble} | | | | |"
+                line += f"{run.trouble} | | | | | |"
             else:
                 low, middle, high = statistics.quantiles(run.seconds, n=4)
                 difference = "" if run.difference is None else f"{run.difference:.1g}"
+                peak = "" if run.peak_mib is None else f"{run.peak_mib:.0f}"
                 line += (
                     f"{middle:.3f} [{low:.3f}, {high:.3f}] | {run.forwards} + {run.backwards} | "
-                    f"{middle / floor:.2f} | {each(run) / own:.2f} | {difference} |"
+                    f"{middle / floor:.2f} | {each(run) / own:.2f} | {difference} | {peak} |"
                 )
             lines.append(line)
             print(line, flush=True)
