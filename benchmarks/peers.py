@@ -43,10 +43,8 @@ NETWORKS: dict[str, tuple[str, tuple[Any, Any]]] = {
     "resnet50": ("layer4", IMAGENET),
     "resnet18": ("layer4", IMAGENET),
     "squeezenet1_1": ("features.12", IMAGENET),
-    "mobilenet_v2": (
-        "features",
-        ((0.5,) * 3, (0.5,) * 3),
-    ),  # of the weights at hand; timing is blind
+    # As Google Coral's weights want it.
+    "mobilenet_v2": ("features", ((0.5,) * 3, (0.5,) * 3)),
     "efficientnet_lite0": ("_bn1", ((127 / 255,) * 3, (128 / 255,) * 3)),
 }
 
@@ -92,15 +90,15 @@ def photos(count: int, side: int, mean: Any = IMAGENET[0], std: Any = IMAGENET[1
         short, shift = min(height, width), n // 4 * 16
         square = photo[None, :, height - short : height - shift, shift:short]
         crops.append(F.interpolate(square, (side, side), mode="bilinear", antialias=True))
-    means, deviations = torch.tensor([mean, std])[:, :, None, None]
-    return (torch.cat(crops) - means) / deviations
+    normal = torch.tensor([mean, std])[:, :, None, None]
+    return (torch.cat(crops) - normal[0]) / normal[1]
 
 
 def bare_seconds(batch: Batch, repeats: int) -> tuple[float, float, dict[int, tuple[float, float]]]:
     """Return the seconds of a forward and of a backward at the best batch size, and at each size."""
     times: dict[int, tuple[float, float]] = {}
     device = batch.images.device
-    sizes = [1, 2, 4, 8, 16, 32] + [64, 128, 256] * (device.type == "cuda")
+    sizes = [1, 2, 4, 8, 16, 32] + [64, 128] * (device.type == "cuda")
     for size in sizes:
         images = batch.images.repeat(-(-size // len(batch.images)), 1, 1, 1)[:size]
         forward, backward = [], []
@@ -217,7 +215,7 @@ def parsed() -> argparse.Namespace:
     add("--threads", type=int, default=1)
     add("--device", default="cpu", help="cpu or cuda")
     add("--autocast", choices=["bfloat16", "float16"], help="for all tools and the bare network")
-    add("--only", nargs="*", help="the races to run")
+    add("--only", nargs="*", help="the races to run, or the work to tune")
     add("--tuning", action="store_true", help="measure settings of ours, and no race")
     add("--profile", type=Path, help="write fast_sigcam()'s operations here, and run no race")
     add("--json", type=Path)

@@ -47,9 +47,10 @@ def rise(
     maps = []
     for image, target in zip(images, targets, strict=True):
         stack = made * image
-        scores = torch.cat([model(part).float().softmax(dim=1) for part in stack.split(batch)])
+        scores = torch.cat([_probabilities(model(part)) for part in stack.split(batch)])
         weights = scores[:, target]
-        maps.append((weights @ made.flatten(1)).view(height, width) / masks / probability)
+        with torch.autocast(images.device.type, enabled=False):
+            maps.append((weights @ made.flatten(1)).view(height, width) / masks / probability)
     return torch.stack(maps)
 
 
@@ -95,7 +96,7 @@ def _igos(
         return F.interpolate(mask, (height, width), mode="bilinear", align_corners=True)
 
     def score(pixels: Tensor) -> Tensor:
-        return model(pixels).softmax(dim=1)[:, target]
+        return _probabilities(model(pixels))[:, target]
 
     def masked(keep: Tensor) -> Tensor:
         return image * keep + blurred * (1 - keep)
@@ -135,3 +136,7 @@ def _igos(
             step *= 0.2
         mask = trial
     return 1 - enlarged(mask)[:, 0]
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)

@@ -145,7 +145,7 @@ def timed(
 
 
 def _copied(batch: Batch, memory_format: torch.memory_format) -> Batch:
-    model = copy.deepcopy(batch.model).to(memory_format=memory_format)  # type: ignore[call-overload]
+    model = copy.deepcopy(batch.model).to(memory_format=memory_format)
     images = batch.images.to(memory_format=memory_format)
     return Batch(model, batch.layer, images, batch.targets)
 
