@@ -2,8 +2,9 @@
 
 import os
 import random
+import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,46 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 torch.set_num_threads(1)
 
 
-def finish(command: Sequence[object], **options: Any) -> str:
-    """Run a command to its end and return its output; one that fails or hangs shows its errors."""
+def finish(
+    command: Sequence[object],
+    *,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 180,
+    cwd: Path | None = None,
+) -> str:
+    """Run a command to its end and return its output; one that fails or hangs shows its errors.
+
+    One that hangs shows where each of its processes is, too. If it hung because its second process
+    never came as far as meeting the first, before anything of ours had begun, it gets another try.
+    """
     words = [str(word) for word in command]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, **options)
-    except subprocess.TimeoutExpired as error:
-        told = [(part or b"").decode() for part in (error.stdout, error.stderr)]
-        pytest.fail(f"{words} did not end\n" + "\n".join(told))
-    if done.returncode != 0:
-        pytest.fail(f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+    for another in (True, False):
+        process = subprocess.Popen(
+            words,
+            env={**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"},
+            cwd=cwd,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            output, errors = process.communicate(timeout=timeout)
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)  # the handler prints the stacks
+            try:
+                output, errors = process.communicate(timeout=10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                output, errors = process.communicate()
+            alone = "MEMBER: 1/2" in errors and "MEMBER: 2/2" not in errors
+            if not (another and alone):
+                pytest.fail(f"{words} did not end\n{output}\n{errors}")
+            print(f"{words} did not end\n{output}\n{errors}")
+    if process.returncode != 0:
+        pytest.fail(f"{words} ended with {process.returncode}\n{output}\n{errors}")
+    return output
 
 
 class SmallNet(nn.Module):

@@ -486,7 +486,7 @@ def test_two_processes_train_as_they_did(tmp_path: Path, record_property: Any) -
         finish(
             [sys.executable, Path(__file__).parent / "scripts" / "harmless.py", out, how],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-            timeout=240,
+            timeout=150,
             cwd=out,
         )
         states[how] = [torch.load(out / f"{r}.pt", weights_only=False) for r in range(2)]

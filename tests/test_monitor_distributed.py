@@ -18,7 +18,7 @@ def run(out: Path, processes: int, probe: int, failing: int = -1) -> dict[str, l
     out.mkdir()
     command = [sys.executable, SCRIPT, out, processes, probe, failing]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    finish(command, env=environment, timeout=240, cwd=out)
+    finish(command, env=environment, timeout=150, cwd=out)
     return {
         what: [torch.load(out / f"{what}-{rank}.pt") for rank in range(processes)]
         for what in ("validate", "fit")
