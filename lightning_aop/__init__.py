@@ -14,7 +14,7 @@ from lightning_aop.cam import (
 from lightning_aop.controls import CentreGaussian, EdgeDetector, RandomMap
 from lightning_aop.excitation import ExcitationBackprop
 from lightning_aop.monitor import ExplanationMonitor
-from lightning_aop.perturbation import EMP, IGOS, BilateralMask
+from lightning_aop.perturbation import EMP, IGOS, RankedMask
 from lightning_aop.regions import RISE, XRAI
 from lightning_aop.types import Perturbation, SaliencyMethod
 
@@ -27,7 +27,6 @@ __all__ = [
     "IGOS",
     "RISE",
     "XRAI",
-    "BilateralMask",
     "Blank",
     "CaptumAttribution",
     "CentreGaussian",
@@ -40,6 +39,7 @@ __all__ = [
     "LayerCAM",
     "Perturbation",
     "RandomMap",
+    "RankedMask",
     "SaliencyMethod",
     "WGradCAM",
     "XGradCAM",

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_aop.cam import WGradCAM
 from lightning_aop.checks import check_batch
 from lightning_aop.ops import min_max
-from lightning_aop.perturbation import IGOS, BilateralMask
+from lightning_aop.perturbation import IGOS, RankedMask
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import (
     ActivationMethod,
@@ -118,15 +118,15 @@ def sigcam(
 def fast_sigcam(
     target_layer: str | nn.Module | None = None,
     *,
-    iterations: int = 10,
+    iterations: int = 9,
     score: Score = softmax,
     eval_batch_size: int = 32,
 ) -> AOP:
-    """Return the method for use while training: WGradCAM at half depth, refined by `BilateralMask`.
+    """Return the method for use while training: WGradCAM, refined by `RankedMask`.
 
-    Its maps are not stretched: a value is the depth of the mask, and a class which the model all but
-    excludes shows little or nothing. Costs 4·`iterations` + 3 model evaluations an image: 43 by
-    default, against SIGCAM's 720.
+    Its maps are not stretched: one whose games gain less than half of the score is fainter, and a
+    class which the model all but excludes shows little or nothing. Costs 4·`iterations` + 3 model
+    evaluations an image: 39 by default, and 19 for 4 iterations, against SIGCAM's 720.
 
     Args:
         target_layer: a name, a module, or None for the last feature map before the classifier.
@@ -136,8 +136,8 @@ def fast_sigcam(
     """
     return AOP(
         WGradCAM(target_layer, eval_batch_size),
-        BilateralMask(iterations=iterations, score=score, eval_batch_size=eval_batch_size),
+        RankedMask(iterations=iterations, score=score, eval_batch_size=eval_batch_size),
         threshold=0.0,
-        scale=0.5,
+        scale=1.0,
         stretch=False,
     )

@@ -106,7 +106,7 @@ class ExplanationMonitor(Callback):
     frozen backbone makes of the probe is computed once, and kept while its weights stay the same.
 
     Args:
-        method: how to explain; `fast_sigcam()` by default, 43 model evaluations an explanation.
+        method: how to explain; `fast_sigcam()` by default, 39 model evaluations an explanation.
         probe: which pictures: a number of validation samples (training samples where there are no
             validation ones); or a batch as a DataLoader gives it; or a dataset; or a function
             without arguments that returns a batch. Chosen once, and kept when a run is resumed.

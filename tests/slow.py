@@ -1,6 +1,7 @@
 """The published algorithms as plain loops over one image at a time, to compare the package with."""
 
 from collections.abc import Callable
+from math import exp
 from typing import Any
 
 import torch
@@ -96,41 +97,57 @@ def igos(
     return mask, losses, trials
 
 
-def bilateral_mask(
+def ranked_mask(
     model: nn.Module,
     image: Tensor,
     baseline: Tensor,
     target: int,
     start: Tensor,
-    points: list[tuple[float, float]],
+    shares: list[tuple[float, float]],
     lr: float,
-    l1: float,
-    tv: float,
-) -> Tensor:
-    """The two-sided mask on one image, with Adam written out."""
+    momentum: float,
+    temperature: float,
+    spreads: list[float],
+) -> tuple[Tensor, float]:
+    """Ranking the pixels of one image: the last ranking, and the mean gain of its games."""
     height, width = image.shape[1:]
-    with torch.no_grad():
-        whole = max(float(torch.softmax(model(image[None]), dim=1)[0, target]), 0.05)
-    saliency = start.clone()
-    mean, variance = torch.zeros_like(start), torch.zeros_like(start)
-    for number, (a, b) in enumerate(points, start=1):
-        leaf = saliency.clone().requires_grad_()
-        up = F.interpolate(leaf[None, None], (height, width), mode="bilinear", align_corners=True)
-        without = image * (a * (1 - up[0])) + baseline * (1 - a * (1 - up[0]))
-        alone = image * (b * up[0]) + baseline * (1 - b * up[0])
-        loss = (
-            torch.softmax(model(without[None]), dim=1)[0, target] / whole
-            - torch.softmax(model(alone[None]), dim=1)[0, target] / whole
-            + l1 * leaf.mean()
-            + tv * ((leaf[1:] - leaf[:-1]).pow(2).mean())
-            + tv * ((leaf[:, 1:] - leaf[:, :-1]).pow(2).mean())
-        )
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        mean = 0.9 * mean + 0.1 * gradient
-        variance = 0.999 * variance + 0.001 * gradient.pow(2)
-        corrected = (variance / (1 - 0.999**number)).sqrt() + 1e-8
-        saliency = (saliency - lr * mean / (1 - 0.9**number) / corrected).clamp(0, 1)
-    return saliency
+    n = len(start)
+
+    def score(top: Tensor) -> Tensor:
+        up = F.interpolate(top[None, None], (height, width), mode="bilinear", align_corners=True)
+        return torch.softmax(model((image * up[0] + baseline * (1 - up[0]))[None]), dim=1)[
+            0, target
+        ]
+
+    def exceeded_by(share: float, ranking: Tensor) -> Tensor:
+        cells = ranking.detach().flatten().sort().values
+        place = (1 - share) * (n * n - 1)
+        below = cells[int(place)]
+        return below + (place - int(place)) * (cells[min(int(place) + 1, n * n - 1)] - below)
+
+    def smoothed(slope: Tensor, spread: float) -> Tensor:
+        weight = [[exp(-(((i - j) / spread) ** 2) / 2) for j in range(n)] for i in range(n)]
+        out = torch.zeros_like(slope)
+        for i in range(n):
+            for j in range(n):
+                for k in range(n):
+                    for m in range(n):
+                        near = weight[i][k] * weight[j][m] / sum(weight[i]) / sum(weight[j])
+                        out[i, j] += near * slope[k, m]
+        return out
+
+    ranking, velocity, gains = start.clone(), torch.zeros_like(start), []
+    for (a, b), spread in zip(shares, spreads, strict=True):
+        leaf = ranking.clone().requires_grad_()
+        removed = torch.sigmoid((leaf - exceeded_by(a, leaf)) / temperature)
+        alone = torch.sigmoid((leaf - exceeded_by(b, leaf)) / temperature)
+        gain = score(alone) - score(1 - removed)
+        gains.append(gain.item())
+        (slope,) = torch.autograd.grad(gain, leaf)
+        slope = smoothed(slope - slope.mean(), spread)
+        velocity = momentum * velocity + slope / slope.abs().max()
+        ranking = ranking + lr * velocity
+    return ranking, sum(gains) / len(gains)
 
 
 def emp(

@@ -132,7 +132,7 @@ def test_from_fitting_to_predicting(
 
 def test_methods_nest_in_the_monitor(root: Path, weights: Path, tmp_path: Path) -> None:
     method = "{class_path: lightning_aop.AOP, init_args: {activation: lightning_aop.GradCAM, "
-    method += "perturbation: {class_path: lightning_aop.BilateralMask, init_args: "
+    method += "perturbation: {class_path: lightning_aop.RankedMask, init_args: "
     method += "{iterations: 2, score: lightning_aop.scores.sigmoid, baseline: {kernel: 11}}}}}"
     monitor = f"{{class_path: lightning_aop.ExplanationMonitor, init_args: {{method: {method}}}}}"
     words = options(root, weights, f"--trainer.callbacks=[{monitor}]", "--trainer.logger=false")

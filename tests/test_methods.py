@@ -22,7 +22,7 @@ from lightning_aop.types import SaliencyMethod
 IGOS_FORWARDS = range(15 * (20 + 1) + 1, 15 * (20 + 12) + 2)
 COSTS: dict[str, tuple[Any, int, int]] = {
     "sigcam": (range(IGOS_FORWARDS[0] + 2, IGOS_FORWARDS[-1] + 3), 1 + 300, 0),
-    "fast_sigcam": (1 + 1 + 20, 1 + 20, 0),
+    "fast_sigcam": (1 + 1 + 18, 1 + 18, 0),
     "gradcam+igos": (range(IGOS_FORWARDS[0] + 1, IGOS_FORWARDS[-1] + 2), 1 + 300, 0),
     "gradcam+emp": (1 + 500, 1 + 500, 0),
     "igos": (IGOS_FORWARDS, 300, 0),
@@ -107,7 +107,7 @@ NESTED: dict[str, Any] = {
 }
 ACTIVATIONS = ["CAM", "GradCAM", "WGradCAM", "GradCAMPlusPlus", "XGradCAM", "HiResCAM", "LayerCAM"]
 ACTIVATIONS += ["ExcitationBackprop", "Blank", "RandomMap"]
-PERTURBATIONS = ["EMP", "IGOS", "BilateralMask"]
+PERTURBATIONS = ["EMP", "IGOS", "RankedMask"]
 
 
 def from_yaml(text: str) -> SaliencyMethod:

@@ -6,7 +6,7 @@ import slow
 import torch
 from torch import Tensor, nn
 
-from lightning_aop import AOP, EMP, IGOS, BilateralMask, Blank, WGradCAM, fast_sigcam, sigcam
+from lightning_aop import AOP, EMP, IGOS, Blank, RankedMask, WGradCAM, fast_sigcam, sigcam
 from lightning_aop.ops import GaussianBlur, resize
 from lightning_aop.perturbation import ArmijoSearch
 from lightning_aop.probing import count_evaluations
@@ -79,33 +79,44 @@ def test_igos_relaxes_the_area_where_the_score_does_not_move(
     assert method._relaxed(l1, 8, moved).tolist() == [1, 1, 1]
 
 
-def test_bilateral_mask_is_the_slow_float64_loop(
+def test_ranked_mask_is_the_slow_float64_loop(
     double: nn.Module, pictures: tuple[Tensor, Tensor]
 ) -> None:
     images, targets = pictures
     start = starts(4, 9)
-    method = BilateralMask(iterations=7, mask_size=9, eval_batch_size=3, seed=4)
+    method = RankedMask(iterations=5, mask_size=9, eval_batch_size=3, seed=4)
     with count_evaluations(double) as count:
         maps = method.refine(double, images, targets, start)
-    assert count.total == 4 * (4 * 7 + 1)
+    assert count.total == 4 * (4 * 5 + 1)
     generator = torch.Generator().manual_seed(4)
-    points = [
-        tuple(torch.rand(2, generator=generator, dtype=torch.float64).tolist()) for _ in range(7)
+    first, second = (torch.randperm(5, generator=generator).tolist() for _ in range(2))
+    shares = [
+        (((a + 0.5) / 5) ** method.focus, ((b + 0.5) / 5) ** method.focus)
+        for a, b in zip(first, second, strict=True)
     ]
+    spreads = [method.coarse ** (1 - i / 4) * method.fine ** (i / 4) for i in range(5)]
     baseline = GaussianBlur()(images)
+    strengths = []
     for i in range(4):
-        mask = slow.bilateral_mask(
+        ranking, gain = slow.ranked_mask(
             double,
             images[i],
             baseline[i],
             int(targets[i]),
             start[i],
-            points,
-            lr=0.1,
-            l1=2.0,
-            tv=10.0,
+            shares,
+            method.lr,
+            method.momentum,
+            method.temperature,
+            spreads,
         )
-        torch.testing.assert_close(maps[i], slow.enlarge(mask, 40, 32), atol=1e-6, rtol=0)
+        with torch.no_grad():
+            whole = float(double(images[i : i + 1]).softmax(dim=1)[0, targets[i]])
+        strengths.append(min(max(2 * gain / max(whole, 0.05), 0), 1))
+        stretched = (ranking - ranking.min()) / (ranking.max() - ranking.min())
+        expected = strengths[i] * slow.enlarge(stretched, 40, 32) ** 2
+        torch.testing.assert_close(maps[i], expected, atol=1e-9, rtol=0)
+    assert any(0 < strength < 1 for strength in strengths), strengths
 
 
 def test_armijo_search_takes_the_known_step_on_a_parabola() -> None:
@@ -223,8 +234,8 @@ def test_settings_are_refused_by_name() -> None:
         IGOS(samples=0)
     with pytest.raises(ValueError, match="EMP: lr must be above 0, got 0"):
         EMP(lr=0)
-    with pytest.raises(ValueError, match="BilateralMask: iterations must be above 0, got -1"):
-        BilateralMask(iterations=-1)
+    with pytest.raises(ValueError, match="RankedMask: iterations must be above 0, got -1"):
+        RankedMask(iterations=-1)
     with pytest.raises(ValueError, match=r"AOP: threshold must lie in \[0, 1\], got 70"):
         AOP(Blank(), IGOS(), threshold=70)
     with pytest.raises(ValueError, match="ArmijoSearch: decay must lie between 0 and 1, got 2"):
