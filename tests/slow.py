@@ -1,6 +1,7 @@
 """The published algorithms as plain loops over one image at a time, to compare the package with."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from math import exp
 from typing import Any
 
@@ -197,6 +198,43 @@ def moving_curve(
             picture[:, i, j] = new[:, i, j]
         curve.append(score(picture))
     return curve
+
+
+def coarse_to_fine(curves: list[list[float]], evaluations: int) -> list[tuple[list[int], float]]:
+    """Choose points of an image's full curves, two that share their ends or one: points and error."""
+    n, count = len(curves[0]) - 1, len(curves)
+    budget = evaluations if count == 2 else evaluations - 1
+    coarse = max(2, budget // (4 * count))
+    known = [sorted({i * n // coarse for i in range(coarse + 1)}) for _ in curves]
+
+    def gaps() -> list[tuple[float, int, int, int]]:
+        found = []
+        for game, (curve, points) in enumerate(zip(curves, known, strict=True)):
+            ends = list(pairwise(points))
+            rough = [(curve[b] - curve[a]) ** 2 / (b - a) for a, b in ends]
+            for i, (a, b) in enumerate(ends):
+                near = [rough[j] for j in (i - 1, i + 1) if 0 <= j < len(ends)]
+                mean = (rough[i] + sum(near) / 2) / (1 + len(near) / 2)
+                found.append((mean * (b - a) * ((b - a) ** 2 - 1) / 12, game, a, b))
+        return found
+
+    left = budget - coarse * count
+    while left:
+        now = min(-(-budget // 8), left)
+        wide = sorted((g for g in gaps() if g[3] - g[2] > 1), reverse=True, key=lambda g: g[0])[
+            :now
+        ]
+        for _, game, a, b in wide:
+            known[game].append((a + b) // 2)
+        spare = [(g, i) for g in range(count) for i in range(n + 1) if i not in known[g]]
+        for game, i in spare[: now - len(wide)]:
+            known[game].append(i)
+        known = [sorted(points) for points in known]
+        left -= now
+    return [
+        (known[i], 4 / 3 * sum(v for v, game, _, _ in gaps() if game == i) ** 0.5 / n)
+        for i in range(count)
+    ]
 
 
 def rise_auc(scores: list[float]) -> float:

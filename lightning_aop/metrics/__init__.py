@@ -9,9 +9,11 @@ from lightning_aop.metrics.faithfulness import (
 from lightning_aop.metrics.functional import (
     BLUR,
     RISE_BLUR,
+    CurveEstimate,
     auc,
     deletion_curve,
     deletion_insertion_curves,
+    estimate_curves,
     insertion_curve,
 )
 from lightning_aop.metrics.pointing import (
@@ -24,6 +26,7 @@ from lightning_aop.metrics.pointing import (
 __all__ = [
     "BLUR",
     "RISE_BLUR",
+    "CurveEstimate",
     "DeletionAUC",
     "EnergyPointingGame",
     "Faithfulness",
@@ -34,6 +37,7 @@ __all__ = [
     "deletion_curve",
     "deletion_insertion_curves",
     "energy_in_mask",
+    "estimate_curves",
     "insertion_curve",
     "pointing_hits",
 ]

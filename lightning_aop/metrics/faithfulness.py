@@ -4,15 +4,17 @@ from abc import ABC
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_aop.metrics.functional import (
     BLUR,
+    GameName,
     auc,
     deletion_curve,
     deletion_insertion_curves,
+    estimate_curves,
     insertion_curve,
 )
 from lightning_aop.ops import Fill
@@ -36,15 +38,21 @@ class _FaithfulnessAUC(Metric, ABC):
         steps: the number of steps of each game, if `pixels_per_step` is None.
         pixels_per_step: N of the protocol, 448 in the default at 224 × 224.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory.
+        evaluations: of an image, at all its games together, for an estimate by `estimate_curves`, whose
+            standard errors are `auc_errors`; None for the full curves.
         kwargs: torchmetrics' own arguments, such as `sync_on_compute`.
     """
 
     is_differentiable = False
     full_state_update = False
-    games: ClassVar[tuple[str, ...]]
+    games: ClassVar[tuple[GameName, ...]]
     total: Tensor
     last_curves: dict[str, Tensor]
     """Of the batch of the last update [B, points], by game."""
+    last_evaluated: dict[str, Bool[Tensor, "b points"]]
+    """The points of `last_curves` that were evaluated, where `evaluations` is given."""
+    last_errors: dict[str, Float[Tensor, " b"]]
+    """The standard error of each image's AUC, where `evaluations` is given."""
 
     def __init__(
         self,
@@ -53,10 +61,12 @@ class _FaithfulnessAUC(Metric, ABC):
         steps: int = 112,
         pixels_per_step: int | None = None,
         eval_batch_size: int = 32,
+        evaluations: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.last_curves = {}
+        self.last_curves, self.last_evaluated, self.last_errors = {}, {}, {}
+        self.evaluations = evaluations
         self.settings: dict[str, Any] = {
             "score": score,
             "fill": fill,
@@ -67,6 +77,9 @@ class _FaithfulnessAUC(Metric, ABC):
         for game in self.games:
             self.add_state(f"{game}_auc", torch.tensor(0.0), dist_reduce_fx="sum")
             self.add_state(f"{game}_curve", torch.zeros(_GRID), dist_reduce_fx="sum")
+            if evaluations is not None:
+                self.add_state(f"{game}_variance", torch.tensor(0.0), dist_reduce_fx="sum")
+                self.add_state(f"{game}_evaluated", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, model: nn.Module, images: Images, maps: Maps, targets: Targets) -> None:
@@ -83,17 +96,29 @@ class _FaithfulnessAUC(Metric, ABC):
             area, mean = getattr(self, f"{game}_auc"), getattr(self, f"{game}_curve")
             area += auc(curve).sum().to(area)
             mean += _on_grid(curve).sum(dim=0).to(mean)
+        for game, error in self.last_errors.items():
+            variance, evaluated = (
+                getattr(self, f"{game}_variance"),
+                getattr(self, f"{game}_evaluated"),
+            )
+            variance += error.square().sum().to(variance)
+            evaluated += self.last_evaluated[game].sum().to(evaluated)
         self.total += len(images)
 
     def reset(self) -> None:
         """Forget all images."""
         super().reset()
-        self.last_curves = {}
+        self.last_curves, self.last_evaluated, self.last_errors = {}, {}, {}
 
     def _curves(
         self, model: nn.Module, images: Images, maps: Maps, targets: Targets
     ) -> dict[str, Float[Tensor, "b points"]]:
         batch = (model, images, maps, targets)
+        if self.evaluations is not None:
+            found = estimate_curves(*batch, self.evaluations, games=self.games, **self.settings)
+            self.last_evaluated = {game: each.evaluated for game, each in found.items()}
+            self.last_errors = {game: each.error for game, each in found.items()}
+            return {game: each.curve for game, each in found.items()}
         if len(self.games) == 2:
             both = deletion_insertion_curves(*batch, **self.settings)
             return dict(zip(("deletion", "insertion"), both, strict=True))
@@ -103,6 +128,19 @@ class _FaithfulnessAUC(Metric, ABC):
     def _mean_auc(self, game: str) -> Float[Tensor, ""]:
         mean: Tensor = getattr(self, f"{game}_auc") / self.total
         return mean
+
+    def auc_errors(self) -> dict[str, Float[Tensor, ""]]:
+        """Return the standard error of each game's mean AUC over all images so far, and of the over-all.
+
+        Errors of images and games are taken for independent. Nothing comes back where `evaluations` is
+        None. Over processes it is synchronised inside `sync_context()`, as `compute()` is by itself.
+        """
+        if self.evaluations is None:
+            return {}
+        variances: dict[str, Tensor] = {g: getattr(self, f"{g}_variance") for g in self.games}
+        if len(variances) == 2:
+            variances["overall"] = variances["deletion"] + variances["insertion"]
+        return {f"{game}_auc_error": v.sqrt() / self.total for game, v in variances.items()}
 
     def plot(self, val: object = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the mean curve of each game with its AUC; `val` is torchmetrics' and has no use."""
@@ -170,9 +208,15 @@ class OverallAUC(_FaithfulnessAUC):
 
 
 class Faithfulness(_FaithfulnessAUC):
-    """All three in one pass: `compute()` gives deletion_auc, insertion_auc and overall_auc."""
+    """All three in one pass: `compute()` gives deletion_auc, insertion_auc and overall_auc.
+
+    With `evaluations`, their standard errors too, as deletion_auc_error and so on, and `evaluations`,
+    how many an image has taken.
+    """
 
     games = ("deletion", "insertion")
+    deletion_evaluated: Tensor
+    insertion_evaluated: Tensor
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
         """Return the means over all images so far."""
@@ -181,7 +225,15 @@ class Faithfulness(_FaithfulnessAUC):
             "deletion_auc": deletion,
             "insertion_auc": insertion,
             "overall_auc": insertion - deletion,
+            **self.auc_errors(),
+            **self._evaluations(),
         }
+
+    def _evaluations(self) -> dict[str, Float[Tensor, ""]]:
+        if self.evaluations is None:
+            return {}
+        points: Tensor = self.deletion_evaluated + self.insertion_evaluated
+        return {"evaluations": points / self.total - 2}  # each game starts where the other ends
 
 
 def _on_grid(curve: Float[Tensor, "b points"]) -> Float[Tensor, "b grid"]:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_aop.checks import require_finite, require_positive
@@ -26,6 +27,17 @@ BLUR = GaussianBlur()
 
 RISE_BLUR = GaussianBlur(11, 5.0, "zeros")
 """The start of RISE's insertion; its deletion fills with `Constant(0)`."""
+
+GameName: TypeAlias = Literal["deletion", "insertion"]
+
+_BOTH: tuple[GameName, ...] = ("deletion", "insertion")
+
+_COARSE, _ROUND = 4, 8
+"""A fourth of the evaluations goes to equal steps, and an eighth to each round that halves some."""
+
+_CHOSEN = 4 / 3
+"""A gap that is not halved is one that looked smooth, often by chance: errors are larger by this factor,
+which was set on the half of the photos that the figures of `estimate_curves` are not from."""
 
 
 def deletion_curve(
@@ -100,9 +112,86 @@ def deletion_insertion_curves(
     Arguments and errors are those of `deletion_curve`.
     """
     with _game(model, images, maps, targets, score, fill, steps, pixels_per_step) as game:
-        deletion = game.play(insert=False, steps=range(game.steps + 1), chunk=eval_batch_size)
-        between = game.play(insert=True, steps=range(1, game.steps), chunk=eval_batch_size)
-        return deletion, torch.cat([deletion[:, -1:], between, deletion[:, :1]], dim=1)
+        return game.play_both(eval_batch_size)
+
+
+class CurveEstimate(NamedTuple):
+    """Curves of which some points were evaluated; those between lie on straight lines.
+
+    Attributes:
+        curve: the score at all points of the full curve, for `auc`.
+        evaluated: the points at which it is the model's.
+        error: how far `auc(curve)` is expected to be from that of the full curve, as a standard
+            deviation, in units of the score; 0 where all points were evaluated.
+    """
+
+    curve: Float[Tensor, "b points"]
+    evaluated: Bool[Tensor, "b points"]
+    error: Float[Tensor, " b"]
+
+
+def estimate_curves(  # noqa: D417
+    model: nn.Module,
+    images: Images,
+    maps: Maps,
+    targets: Targets,
+    evaluations: int,
+    *,
+    games: tuple[GameName, ...] = _BOTH,
+    score: Score = softmax,
+    fill: Fill = BLUR,
+    steps: int = 112,
+    pixels_per_step: int | None = None,
+    eval_batch_size: int = 32,
+) -> dict[GameName, CurveEstimate]:
+    """Return the curves from fewer evaluations: large steps first, halved where the score moves.
+
+    A fourth of the evaluations goes to equal steps. Then, in rounds of an eighth, the steps are halved
+    that are expected to add most to the error, of both games of an image together. Between its ends the
+    score is taken for a random walk with their difference: with the roughness σ² = Δ²/w, averaged with
+    those of the steps beside it ½ : 1 : ½, the sum of the scores inside has the variance
+    σ² w (w² − 1) / 12, for w steps of the full curve. `error` is 4/3 of the root of their sum, over n.
+
+    On 63 photos and 3 networks, with 56 evaluations for the 224 of both curves, the AUCs of single
+    images were off by 0.0016 (deletion), 0.0029 (insertion) and 0.0033 (over-all), root mean square,
+    on the half that nothing was chosen on; with 28 equal steps each by 0.0033, 0.0035 and 0.0044. The
+    true error lay within `error` for 80, 63 and 68 images of 100, and within twice of it for 99, 95 and
+    97. A peak between two points of about equal score is missed, and `error` can't know of it: fewer
+    than 56 evaluations are a risk, up to 0.05 for a single image with 40.
+
+    The images of a batch don't influence each other. Arguments not named here, and errors, are
+    those of `deletion_curve`.
+
+    Args:
+        evaluations: of an image, at all its games together, 8 or more a game; the full curves take
+            n + 1, and 2n for both games. With that many, or more, these are the full curves.
+        games: ("deletion", "insertion"), or one of them alone.
+
+    Returns:
+        One estimate for each game.
+    """
+    if games not in (_BOTH, _BOTH[:1], _BOTH[1:]):
+        raise ValueError(f"games must be {_BOTH}, or one of them in a tuple, got {games}")
+    if evaluations < 8 * len(games):
+        raise ValueError(
+            f"evaluations must be 8 or more for each game, {8 * len(games)} for {' and '.join(games)}, "
+            f"got {evaluations}: give more"
+        )
+    with _game(model, images, maps, targets, score, fill, steps, pixels_per_step) as game:
+        if evaluations >= (2 * game.steps if len(games) == 2 else game.steps + 1):
+            whole = (
+                game.play_both(eval_batch_size)
+                if len(games) == 2
+                else (game.play("insertion" in games, range(game.steps + 1), eval_batch_size),)
+            )
+            return {
+                name: CurveEstimate(
+                    curve, torch.ones_like(curve, dtype=torch.bool), torch.zeros_like(curve[:, 0])
+                )
+                for name, curve in zip(games, whole, strict=True)
+            }
+        found = game.refine([name == "insertion" for name in games], evaluations, eval_batch_size)
+        return dict(zip(games, found, strict=True))
 
 
 def auc(curve: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
@@ -128,19 +217,112 @@ class _Game:
 
     def play(self, insert: bool, steps: range, chunk: int) -> Float[Tensor, "b points"]:
         """Return the scores after the given numbers of steps, evaluated in chunks."""
+        taken = torch.arange(steps.start, steps.stop, device=self.images.device)
+        inserted = torch.full_like(taken, insert, dtype=torch.bool)
+        images = len(self.images)
+        return self._scores(taken.expand(images, -1), inserted.expand(images, -1), chunk)
+
+    def play_both(self, chunk: int) -> tuple[Float[Tensor, "b points"], Float[Tensor, "b points"]]:
+        """Return the full curves of deletion and of insertion."""
+        deletion = self.play(insert=False, steps=range(self.steps + 1), chunk=chunk)
+        between = self.play(insert=True, steps=range(1, self.steps), chunk=chunk)
+        return deletion, torch.cat([deletion[:, -1:], between, deletion[:, :1]], dim=1)
+
+    def refine(self, inserts: list[bool], evaluations: int, chunk: int) -> list[CurveEstimate]:
+        """Return the estimate for each game from fewer evaluations than the full curves take.
+
+        The curves of an image's games lie end to end, and a place counts along all of them.
+        """
+        device, points, count = self.images.device, self.steps + 1, len(inserts)
+        both = count == 2
+        halvings = evaluations - (not both)  # as many evaluations as there are steps in the end
+        coarse = max(2, halvings // (_COARSE * count))
+        first = torch.arange(coarse + 1, device=device) * self.steps // coarse
+        offsets = torch.arange(count, device=device) * points
+        places = (offsets[:, None] + first).flatten().expand(len(self.images), -1)
+        insert = torch.tensor(inserts, device=device).repeat_interleave(points)
+
+        def score(at: Int[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+            return self._scores(at % points, insert[at], chunk)
+
+        fresh = places
+        if both:  # insertion starts where deletion ends, and the other way round
+            fresh = torch.cat([places[:, : coarse + 1], places[:, coarse + 2 : -1]], dim=1)
+        found = score(fresh)
+        values = found.new_zeros(len(self.images), count * points).scatter(1, fresh, found)
+        if both:
+            values[:, points], values[:, -1] = values[:, points - 1], values[:, 0]
+        remaining = halvings - coarse * count
+        while remaining:
+            now = min(ceil(halvings / _ROUND), remaining)
+            gains = _variances(places, values, points)
+            middles = (places[:, :-1] + places[:, 1:]) // 2
+            # With few steps left to halve, the points inside them are next: all images get as many.
+            urgency = torch.full_like(values, -1.0).scatter(1, middles, gains)
+            urgency = urgency.scatter(1, places, -torch.inf)
+            chosen = urgency.argsort(dim=1, descending=True, stable=True)[:, :now]
+            values = values.scatter(1, chosen, score(chosen))
+            places = torch.cat([places, chosen], dim=1).sort(dim=1).values
+            remaining -= now
+        variances = _variances(places, values, points)
+        evaluated = torch.zeros_like(values, dtype=torch.bool).scatter(1, places, True)
+        curves = _between(places, values)
+        return [
+            CurveEstimate(
+                curves[:, part],
+                evaluated[:, part],
+                _CHOSEN * (variances * inside).sum(dim=1).sqrt() / self.steps,
+            )
+            for part, inside in (
+                (slice(i * points, (i + 1) * points), places[:, :-1] // points == i)
+                for i in range(count)
+            )
+        ]
+
+    def _scores(
+        self, steps: Int[Tensor, "b m"], insert: Bool[Tensor, "b m"], chunk: int
+    ) -> Float[Tensor, "b m"]:
+        """Return the scores after numbers of steps of a game that may differ from image to image."""
         require_positive("deletion and insertion", eval_batch_size=chunk)
-        old, new = (self.filled, self.images) if insert else (self.images, self.filled)
-        pairs = torch.arange(len(self.images) * len(steps), device=self.images.device)
+        each = torch.arange(len(steps), device=steps.device)[:, None].expand_as(steps)
+        flat = (of.reshape(-1).split(chunk) for of in (each, steps * self.pixels_per_step, insert))
         scores = []
-        for part in pairs.split(chunk):
-            rows = part // len(steps)
-            moved = (steps.start + part % len(steps)) * self.pixels_per_step
-            mask = self.ranks[rows] < moved[:, None, None]
-            perturbed = torch.where(mask[:, None], new[rows], old[rows])
+        for rows, moved, inserted in zip(*flat, strict=True):
+            filled = (self.ranks[rows] < moved[:, None, None]) != inserted[:, None, None]
+            perturbed = torch.where(filled[:, None], self.filled[rows], self.images[rows])
             scores.append(self.classifier.scores(perturbed, self.targets[rows], self.score))
-        curve = torch.cat(scores).view(len(self.images), len(steps))
-        require_finite(curve, self.targets, "the class score of a perturbed image")
-        return curve
+        found = torch.cat(scores).view(steps.shape)
+        require_finite(found, self.targets, "the class score of a perturbed image")
+        return found
+
+
+def _variances(
+    places: Int[Tensor, "b known"], values: Float[Tensor, "b all"], points: int
+) -> Float[Tensor, "b gaps"]:
+    """Return the variance of the sum of the scores inside each gap, as `estimate_curves` explains."""
+    width = places.diff(dim=1)
+    roughness = values.gather(1, places).diff(dim=1).square() / width
+    # A flat gap is not known to be flat inside: of several, the widest is halved.
+    roughness = roughness.clamp(min=1e-30)
+    same = (places[:, :-1] // points == places[:, 1:] // points).to(values)  # not from game to game
+    total, weights = (
+        of + (nn.functional.pad(of, (1, 0))[:, :-1] + nn.functional.pad(of, (0, 1))[:, 1:]) / 2
+        for of in (roughness * same, same)
+    )
+    return total / weights * width * (width**2 - 1) / 12
+
+
+def _between(
+    places: Int[Tensor, "b known"], values: Float[Tensor, "b all"]
+) -> Float[Tensor, "b all"]:
+    """Return the values with those that are not known on straight lines between those that are."""
+    everywhere = torch.arange(values.shape[1], device=places.device).expand_as(values)
+    left = torch.searchsorted(places, everywhere.contiguous(), right=True) - 1
+    right = (left + 1).clamp(max=places.shape[1] - 1)
+    start, end = places.gather(1, left), places.gather(1, right)
+    share = (everywhere - start) / (end - start).clamp(min=1)
+    before, after = values.gather(1, start), values.gather(1, end)
+    return before + share.to(values) * (after - before)
 
 
 @contextmanager
