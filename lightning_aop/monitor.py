@@ -121,7 +121,8 @@ class ExplanationMonitor(Callback):
         every_n_train_steps: explain after every n-th optimizer step instead.
         metrics: what judges the maps, a metric with `update(model, images, maps, targets)` whose
             `compute()` gives a value or a dictionary of values; by default `Faithfulness(steps=28)`,
-            56 model evaluations an explanation. False for none.
+            56 model evaluations an explanation, as `Faithfulness(evaluations=56)` takes for a closer
+            estimate. False for none.
         controls: judge a random map and a centre gaussian too, where the metric is `Faithfulness` or
             `OverallAUC`: 112 evaluations an explanation when they are measured.
         panels: what stands beside each picture: "overlay"; "map", the heat alone; "curves", its

@@ -202,6 +202,17 @@ def test_a_metric_of_the_user_s_own_is_logged(tmp_path: Path) -> None:
     assert "explain/own_auc" in result
 
 
+def test_estimated_curves_are_logged_with_their_errors(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), probe=2, metrics=Faithfulness(evaluations=24))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "ExplanationMonitor")
+        (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
+    assert result["explain/evaluations"] == 24
+    parts = [result[f"explain/{game}_auc_error"] for game in ("deletion", "insertion")]
+    assert result["explain/overall_auc_error"] == pytest.approx(sum(e**2 for e in parts) ** 0.5)
+    assert "explain/overall_auc_centre_gaussian" in result
+
+
 def test_a_failing_control_costs_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
