@@ -97,6 +97,12 @@ def test_it_goes_on_where_it_was(
         assert compare(weights, tmp_path, photos, "--methods", *SOME) == 0
     assert rows_of(tmp_path)[:2] == first
     assert len(rows_of(tmp_path)) == 8
+    # A method that has come to mean something else is asked again.
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "gradient", METHODS["integrated_gradients"])
+        assert compare(weights, tmp_path, photos, "--methods", *SOME) == 0
+    cost = {r["method"]: float(r["evaluations"]) for r in rows_of(tmp_path)}
+    assert cost["gradient"] == 100
     # Other weights are another network.
     other = tmp_path / "other.pth"
     state = torch.load(weights)

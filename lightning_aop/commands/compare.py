@@ -75,7 +75,6 @@ def compare(options: Namespace) -> int:
         return 1
     images, targets, labels, photos = pairs.images, pairs.targets, pairs.labels, pairs.photos
     store = MapStore(options.output / "maps", recipe.model, (options.target_layer, options.steps))
-    keys = [store.key(image, target) for image, target in zip(images, targets, strict=True)]
     rows: dict[tuple[int, str], Row] = {}
     maps: dict[tuple[int, str], Tensor] = {}
 
@@ -87,21 +86,18 @@ def compare(options: Namespace) -> int:
     failed: list[str] = []
     with progress(recipe.model, len(names) * len(photos)) as bar:
         for name in names:
-            missing = []
-            for i, key in enumerate(keys):
-                entry = store.read(key, name)
-                if entry is None:
-                    missing.append(i)
-                else:
-                    keep(i, name, entry)
-                    bar.update()
             bar.set_description(name)
+            missing = list(range(len(photos)))
             try:
+                method = METHODS[name](options.target_layer, softmax)
+                keys = [store.key(*pair, method) for pair in zip(images, targets, strict=True)]
+                for i, key in enumerate(keys):
+                    if (entry := store.read(key, name)) is not None:
+                        missing.remove(i)
+                        keep(i, name, entry)
+                        bar.update()
                 while missing:
-                    method, group = (
-                        METHODS[name](options.target_layer, softmax),
-                        missing[:_TOGETHER],
-                    )
+                    group = missing[:_TOGETHER]
                     found = _judged(recipe, method, images[group], targets[group], options.steps)
                     for i, entry in zip(group, found, strict=True):
                         store.write(keys[i], name, entry)

@@ -60,13 +60,13 @@ def sanity_check(options: Namespace) -> int:
     # The weights of a layer depend on the seed and its name, and on those before it if cascading.
     settings = (options.method, options.target_layer, options.mode, options.seed, layers)
     store = MapStore(options.output / "maps", recipe.model, settings)
-    keys = [store.key(image, target) for image, target in zip(images, targets, strict=True)]
+    method = METHODS[options.method](options.target_layer, softmax)
+    keys = [store.key(*pair, method) for pair in zip(images, targets, strict=True)]
     entries: dict[str, list[dict[str, Any]]] = {}
     for layer in layers:
         kept = [store.read(key, layer) for key in keys]
         if None not in kept:
             entries[layer] = [entry for entry in kept if entry is not None]
-    method = METHODS[options.method](options.target_layer, softmax)
     steps = parameter_randomization(
         recipe.model,
         images,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_aop
-from lightning_aop.digests import update_with_weights
+from lightning_aop.digests import described, update_with_weights
 from lightning_aop.errors import CommandError
 from lightning_aop.files import write_whole
+from lightning_aop.types import SaliencyMethod
 
 
 class MapStore:
@@ -25,9 +26,10 @@ class MapStore:
         self._digest = hashlib.sha256(f"{lightning_aop.__version__} {settings!r}".encode())
         update_with_weights(self._digest, model)
 
-    def key(self, image: Tensor, target: Tensor) -> str:
-        """Return what names an image [C, H, W] with a class."""
+    def key(self, image: Tensor, target: Tensor, method: SaliencyMethod) -> str:
+        """Return what names an image [C, H, W] with a class, and how it is explained."""
         digest = self._digest.copy()
+        digest.update(described(method).encode())
         digest.update(image.cpu().contiguous().numpy().tobytes())
         digest.update(str(int(target)).encode())
         return digest.hexdigest()[:16]
