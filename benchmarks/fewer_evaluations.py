@@ -1,0 +1,172 @@
+"""Over-all AUC against model evaluations, with every method of a benchmark's run on it.
+
+    python benchmarks/fewer_evaluations.py RUN_DIR [--photos odd] [--reference SIGCAM] [--plot PNG]
+
+Prints a table in Markdown: the mean over-all AUC of each method, and its paired difference to a
+reference, with 95 % intervals of a bootstrap over the photos. What was chosen on one half of the
+photos is to be judged on the other: `--photos even` takes the 1st, 3rd, 5th … of them (those numbered
+0, 2, 4 …), `odd` the others. Methods that are not finished are left out.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_aop.benchmark.tables import Column, Interval, bootstrap, load
+
+OURS = "#d32f2f"
+OTHERS = "#3b5b8c"
+CONTROLS = "#8a8a8a"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method on a network, in percent; None for the difference of the reference to itself."""
+
+    network: str
+    method: str
+    evaluations: float
+    overall: Interval
+    difference: Interval | None
+    images: int
+
+
+def points(columns: list[Column], reference: str, part: slice) -> list[Point]:
+    """Return what there is of each network, and of the mean over all networks."""
+    networks = list(dict.fromkeys(column.network for column in columns))
+    methods = list(dict.fromkeys(column.method for column in columns))
+    by_name = {(c.network, c.method): c for c in columns if c.seen[part].all()}
+    values = {key: column.figures["overall"][part] for key, column in by_name.items()}
+    keys = [key for key in values if (key[0], reference) in values]
+    stacked = np.stack(
+        [values[key] for key in keys] + [values[key] - values[key[0], reference] for key in keys],
+        axis=1,
+    )
+    means, drawn = bootstrap(100 * stacked, 2000)
+    at = {key: i for i, key in enumerate(keys)}
+
+    def interval(own: list[int]) -> Interval:
+        low, high = np.quantile(drawn[:, own].mean(axis=1), (0.025, 0.975))
+        return Interval(float(means[own].mean()), float(low), float(high))
+
+    found = []
+    for network in [*networks, "mean"]:
+        for method in methods:
+            own = [
+                (n, method)
+                for n in ([network] if network != "mean" else networks)
+                if (n, method) in at
+            ]
+            if len(own) < (len(networks) if network == "mean" else 1):
+                continue
+            places = [at[key] for key in own]
+            cost = np.mean([np.nanmean(by_name[key].figures["evaluations"][part]) for key in own])
+            difference = interval([len(keys) + place for place in places])
+            found.append(
+                Point(
+                    network,
+                    method,
+                    float(cost),
+                    interval(places),
+                    None if method == reference else difference,
+                    sum(int(np.isfinite(values[key]).sum()) for key in own),
+                )
+            )
+    return found
+
+
+def _told(value: Interval | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value.mean:{sign}.1f} [{value.low:{sign}.1f}, {value.high:{sign}.1f}]"
+
+
+def markdown(found: list[Point], reference: str) -> str:
+    """Return a row for each method, and two columns for each network."""
+    networks = list(dict.fromkeys(point.network for point in found))
+    methods = list(dict.fromkeys(point.method for point in found))
+    by_name = {(point.network, point.method): point for point in found}
+    header = ["", "evaluations", *networks, f"mean, minus {reference}"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for method in sorted(methods, key=lambda m: _cost(found, m)):
+        own = [by_name.get((network, method)) for network in networks]
+        line = [method, f"{_cost(found, method):,.0f}"]
+        line += ["" if point is None else _told(point.overall) for point in own]
+        mean = by_name.get(("mean", method))
+        lines.append([*line, "" if mean is None else _told(mean.difference, "+")])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cost(found: list[Point], method: str) -> float:
+    return float(np.mean([point.evaluations for point in found if point.method == method]))
+
+
+def plot(found: list[Point], photos: str) -> Figure:
+    """Return a panel for each network and one for their mean; what costs nothing stands at 1."""
+    networks = list(dict.fromkeys(point.network for point in found))
+    figure = Figure(figsize=(11.0, 8.2), layout="constrained", dpi=130)
+    panels = figure.subplots(
+        2, -(-len(networks) // 2), sharex=True, sharey=True, squeeze=False
+    ).flat
+    for axis, network in zip(panels, networks, strict=False):
+        _panel(axis, [point for point in found if point.network == network])
+        axis.set_title("mean of the networks" if network == "mean" else network, fontsize=11)
+    figure.supxlabel("model evaluations an image (log scale)", fontsize=10)
+    figure.supylabel("over-all AUC in % (insertion - deletion), 95 % intervals", fontsize=10)
+    figure.suptitle(photos, fontsize=10, color="#555555")
+    return figure
+
+
+def _panel(axis: Axes, found: list[Point]) -> None:
+    line = []
+    names = []
+    for point in sorted(found, key=lambda p: p.evaluations):
+        ours = point.method.startswith("fast_sigcam")
+        controls = point.method in ("random", "centre gaussian")
+        colour = OURS if ours else CONTROLS if controls else OTHERS
+        place = max(point.evaluations, 1.0)
+        centre = point.overall.mean
+        reach = [[centre - point.overall.low], [point.overall.high - centre]]
+        axis.errorbar(place, centre, yerr=reach, color=colour, alpha=0.35, lw=1.2, zorder=1)
+        axis.plot(place, centre, "o", color=colour, ms=5.5, zorder=3)
+        if ours:
+            line.append((place, centre))
+        names.append((place, centre, point.method, colour))
+    if line:
+        axis.plot(*zip(*line, strict=True), color=OURS, lw=1.6, zorder=2)
+    axis.set_xscale("log")
+    axis.set_xlim(0.7, 4000)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.2, lw=0.6)
+    _named(axis, names)
+
+
+def _named(axis: Axes, names: list[tuple[float, float, str, str]]) -> None:
+    """Write each method's name beside its point, and move those apart that would overlap."""
+    gap = 2.6
+    for place in sorted({round(np.log10(name[0]) * 1.6) for name in names}):
+        near = [n for n in names if round(np.log10(n[0]) * 1.6) == place]
+        height = -np.inf
+        for x, y, name, colour in sorted(near, key=lambda n: n[1]):
+            height = max(y, height + gap)
+            axis.annotate(name, (x, y), (x * 1.12, height), color=colour, fontsize=7.5, va="center")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the output folder of a benchmark")
+    parser.add_argument("--photos", choices=["all", "even", "odd"], default="all")
+    parser.add_argument("--reference", default="SIGCAM")
+    parser.add_argument("--plot", type=Path, help="write the picture here")
+    arguments = parser.parse_args()
+    part = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+    _, columns = load(arguments.run)
+    found = points(columns, arguments.reference, part[arguments.photos])
+    print(markdown(found, arguments.reference))
+    if arguments.plot:
+        count = max(point.images for point in found if point.network != "mean")
+        plot(found, f"{count} photos").savefig(arguments.plot)
