@@ -111,7 +111,7 @@ def test_the_configurations_are_the_paper_s(
     two = ["gradcam", "gradcam++", "igos", "xrai", "sigcam"]
     assert list(options.methods.values()) == (one if name.endswith("table1") else two)
     assert (options.data.size, options.data.resize) == (224, "squash")
-    assert options.rules.pixels_per_step == 448
+    assert options.rules.pixels_per_step == (896 if "photos" in name else 448)
     layers = {"densenet201": "features.norm5", "inception_v3": "Mixed_7c", "vgg19": "features.36"}
     for network, settings in options.networks.items():
         assert settings.layer == layers.get(network, settings.layer) is not None
