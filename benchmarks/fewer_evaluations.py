@@ -131,7 +131,7 @@ def _panel(axis: Axes, found: list[Point]) -> None:
         place = max(point.evaluations, 1.0)
         centre = point.overall.mean
         reach = [[centre - point.overall.low], [point.overall.high - centre]]
-        axis.errorbar(place, centre, yerr=reach, color=colour, alpha=0.35, lw=1.2, zorder=1)
+        axis.errorbar(place, centre, yerr=reach, color=colour, alpha=0.28, lw=1.2, zorder=1)
         axis.plot(place, centre, "o", color=colour, ms=5.5, zorder=3)
         if ours:
             line.append((place, centre))
@@ -139,21 +139,39 @@ def _panel(axis: Axes, found: list[Point]) -> None:
     if line:
         axis.plot(*zip(*line, strict=True), color=OURS, lw=1.6, zorder=2)
     axis.set_xscale("log")
-    axis.set_xlim(0.7, 4000)
+    axis.set_xlim(0.8, 9000)
+    axis.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.2, lw=0.6)
     _named(axis, names)
 
 
 def _named(axis: Axes, names: list[tuple[float, float, str, str]]) -> None:
-    """Write each method's name beside its point, and move those apart that would overlap."""
-    gap = 2.6
-    for place in sorted({round(np.log10(name[0]) * 1.6) for name in names}):
-        near = [n for n in names if round(np.log10(n[0]) * 1.6) == place]
-        height = -np.inf
-        for x, y, name, colour in sorted(near, key=lambda n: n[1]):
-            height = max(y, height + gap)
-            axis.annotate(name, (x, y), (x * 1.12, height), color=colour, fontsize=7.5, va="center")
+    """Write each method's name beside its point; names that would overlap move apart."""
+    gap = 2.0
+    sides = {"left": (0.0, 300.0), "right": (300.0, 900.0), "beyond": (900.0, np.inf)}
+    for side, (low, high) in sides.items():
+        clusters: dict[int, list[tuple[float, float, str, str]]] = {}
+        for name in names:
+            if low <= name[0] < high:
+                place = 0 if side == "right" else round(4 * np.log10(name[0]))
+                clusters.setdefault(place, []).append(name)
+        for near in clusters.values():
+            near.sort(key=lambda name: name[1])
+            heights = [name[1] for name in near]
+            for i in range(1, len(near)):
+                heights[i] = max(heights[i], heights[i - 1] + gap)
+            down = np.mean(heights) - np.mean([name[1] for name in near])
+            for (x, y, name, colour), height in zip(near, heights, strict=True):
+                axis.annotate(
+                    name,
+                    (x, y),
+                    (x / 1.17 if side == "right" else x * 1.17, height - down),
+                    color=colour,
+                    fontsize=7.5,
+                    va="center",
+                    ha="right" if side == "right" else "left",
+                )
 
 
 if __name__ == "__main__":
