@@ -9,7 +9,6 @@ line search; `RankedMask` ranks the pixels and plays deletion and insertion at o
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -412,7 +411,7 @@ class RankedMask:
             sign[: len(x)] = -1
             ranking = 1 - _starting_mask(start, x, self.mask_size, self.align_corners)
             velocity, gained = torch.zeros_like(ranking), torch.zeros_like(whole)
-            for shares, spread in zip(self._shares(x), self._spreads(), strict=True):
+            for shares, smooth in zip(self._shares(x), self._filters(x), strict=True):
                 ranking.requires_grad_()
                 kept = self._kept(ranking, shares)
                 enlarged = _enlarged(kept, x, self.align_corners)
@@ -424,7 +423,6 @@ class RankedMask:
                     gained.index_add_(0, rows[part], scores.detach().to(gained))
                 (slope,) = torch.autograd.grad(enlarged, ranking, through_model)
                 slope = slope - slope.mean(dim=(1, 2), keepdim=True)
-                smooth = _smoothing(self.mask_size, spread).to(slope)
                 slope = smooth @ slope @ smooth.T
                 largest = slope.abs().amax(dim=(1, 2), keepdim=True)
                 velocity *= self.momentum
@@ -450,18 +448,14 @@ class RankedMask:
         shares: Tensor = ((torch.stack(orders, dim=1).double() + 0.5) / n) ** self.focus
         return shares.to(like)
 
-    def _spreads(self) -> list[float]:
-        """Return the gradient's smoothing in each iteration, a geometric sequence."""
-        n = self.iterations
-        return [self.coarse * (self.fine / self.coarse) ** (i / max(n - 1, 1)) for i in range(n)]
-
-
-@lru_cache(maxsize=64)
-def _smoothing(n: int, spread: float) -> Float[Tensor, "n n"]:
-    """Return the 1-D gaussian filter of n cells as a matrix whose rows sum to 1."""
-    place = torch.arange(n, dtype=torch.float64)
-    weights = torch.exp(-0.5 * ((place[:, None] - place) / spread).square())
-    return weights / weights.sum(dim=1, keepdim=True)
+    def _filters(self, like: Images) -> Float[Tensor, "n m m"]:
+        """Return the gradient's smoothing in each iteration: the 1-D gaussian filter as a matrix."""
+        steps = torch.arange(self.iterations, dtype=torch.float64) / max(self.iterations - 1, 1)
+        spreads = self.coarse * (self.fine / self.coarse) ** steps
+        place = torch.arange(self.mask_size, dtype=torch.float64)
+        apart = (place[:, None] - place) / spreads[:, None, None]
+        weights = torch.exp(-0.5 * apart.square())
+        return (weights / weights.sum(dim=2, keepdim=True)).to(like)
 
 
 def _enlarged(
