@@ -27,6 +27,9 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 torch.set_num_threads(1)
 
 
+DISTRIBUTED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
 def finish(
     command: Sequence[object],
     *,
@@ -36,37 +39,47 @@ def finish(
 ) -> str:
     """Run a command to its end and return its output; one that fails or hangs shows its errors.
 
-    One that hangs shows where each of its processes is, too. If it hung because its second process
-    never came as far as meeting the first, before anything of ours had begun, it gets another try.
+    One that hangs shows where each of its processes is, too.
     """
     words = [str(word) for word in command]
-    for another in (True, False):
-        process = subprocess.Popen(
-            words,
-            env={**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"},
-            cwd=cwd,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+    process = subprocess.Popen(
+        words,
+        env={**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"},
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # the handler prints the stacks
         try:
-            output, errors = process.communicate(timeout=timeout)
-            break
+            output, errors = process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGABRT)  # the handler prints the stacks
-            try:
-                output, errors = process.communicate(timeout=10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                output, errors = process.communicate()
-            alone = "MEMBER: 1/2" in errors and "MEMBER: 2/2" not in errors
-            if not (another and alone):
-                pytest.fail(f"{words} did not end\n{output}\n{errors}")
-            print(f"{words} did not end\n{output}\n{errors}")
+            os.killpg(process.pid, signal.SIGKILL)
+            output, errors = process.communicate()
+        pytest.fail(f"{words} did not end\n{output}\n{errors}")
     if process.returncode != 0:
         pytest.fail(f"{words} ended with {process.returncode}\n{output}\n{errors}")
     return output
+
+
+@pytest.fixture(autouse=True)
+def no_distributed_environment() -> Iterator[None]:
+    """Forget what Lightning's launcher tells later processes.
+
+    It leaves LOCAL_RANK and others in the environment of the process that it is called in; a command
+    that inherits them takes itself for one that was launched, and waits for the others for ever.
+    """
+    before = {name: os.environ.get(name) for name in DISTRIBUTED}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 class SmallNet(nn.Module):

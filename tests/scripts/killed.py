@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,9 @@ def run(out: Path, fatal: int) -> None:
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.rand(6, 3, 24, 24, generator=generator), torch.arange(6) % 5)
     moments = Moments(fatal)
-    monitor = ExplanationMonitor(fast_sigcam(iterations=2), probe=2)
+    # Stretched, for the maps of a network that knows next to nothing would be too faint to have a drift.
+    method = replace(fast_sigcam(iterations=2), stretch=True)
+    monitor = ExplanationMonitor(method, probe=2)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=EPOCHS,
