@@ -24,12 +24,12 @@ from lightning_aop.commands.compare import compare, compare_parser
 from lightning_aop.commands.configs import shipped_configs, with_shipped_configs
 from lightning_aop.commands.cross_deletion import cross_deletion, cross_deletion_parser
 from lightning_aop.commands.curves import curves, curves_parser
+from lightning_aop.commands.errors import CommandError
 from lightning_aop.commands.explain import explain, explain_parser
 from lightning_aop.commands.report import report, report_parser
 from lightning_aop.commands.sanity_check import sanity_check, sanity_check_parser
 from lightning_aop.commands.table import table as benchmark_table
 from lightning_aop.commands.table import table_parser
-from lightning_aop.errors import CommandError
 from lightning_aop.methods import METHODS, MethodName
 from lightning_aop.pointing_game import Rules, details, name_of, play, table
 from lightning_aop.scores import sigmoid

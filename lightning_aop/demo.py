@@ -23,8 +23,8 @@ from torchmetrics.classification import MultilabelAveragePrecision
 
 from lightning_aop import ExplanationMonitor
 from lightning_aop.coco import CocoMultilabel
+from lightning_aop.coco.shapes import CLASSES, write_shapes
 from lightning_aop.probing import isolated_rng
-from lightning_aop.shapes import CLASSES, write_shapes
 from lightning_aop.types import Images
 
 PROBE = 8

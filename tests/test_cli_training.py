@@ -13,7 +13,7 @@ import yaml
 from conftest import finish
 
 from lightning_aop.cli import main, shipped_configs
-from lightning_aop.shapes import CLASSES, write_shapes
+from lightning_aop.coco.shapes import CLASSES, write_shapes
 
 pytest.importorskip("pycocotools")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

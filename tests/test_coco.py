@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_aop.coco import CocoMultilabel, PictureError, Preprocess
 from lightning_aop.coco.dataset import _runs
-from lightning_aop.shapes import CLASSES, write_shapes
+from lightning_aop.coco.shapes import CLASSES, write_shapes
 
 api = pytest.importorskip("pycocotools.coco")
 codes = pytest.importorskip("pycocotools.mask")

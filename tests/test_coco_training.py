@@ -27,7 +27,7 @@ from lightning_aop.coco import CocoClassification, MultilabelClassifier
 from lightning_aop.coco.backbones import load_backbone
 from lightning_aop.coco.classifier import Report
 from lightning_aop.coco.features import cached_features
-from lightning_aop.shapes import CLASSES, write_shapes
+from lightning_aop.coco.shapes import CLASSES, write_shapes
 
 pytest.importorskip("pycocotools")
 

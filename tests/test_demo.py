@@ -40,7 +40,7 @@ def test_the_watching_example_learns_and_is_watched(tmp_path: Path) -> None:
     import torch
     import torchvision
 
-    from lightning_aop.shapes import write_shapes
+    from lightning_aop.coco.shapes import write_shapes
 
     root = write_shapes(tmp_path / "shapes", train=8, val=4, size=64)
     weights = tmp_path / "weights.pth"

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_aop import ExplanationMonitor
 from lightning_aop.cam import GradCAM
-from lightning_aop.evolution import COLUMNS, evolution_rows
 from lightning_aop.history import History, HistoryWriter, Record, stored
+from lightning_aop.monitor.evolution import COLUMNS, evolution_rows
 
 IMAGES = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
 MASKS = IMAGES[:, 0] > 100

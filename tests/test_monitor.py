@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
-from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM, panels
+from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM
 from lightning_aop.controls import RandomMap
 from lightning_aop.history import History
 from lightning_aop.metrics import DeletionAUC, Faithfulness, OverallAUC
+from lightning_aop.monitor import panels
+from lightning_aop.monitor.samples import Probe
 from lightning_aop.rendering import heatmap_grid
-from lightning_aop.samples import Probe
 from lightning_aop.scores import sigmoid
 
 pytestmark = [

@@ -14,8 +14,8 @@ from test_monitor import Classifier, Pictures, Watch, loaders, pictures_in, trai
 from torch import Tensor, nn
 
 from lightning_aop import AOP, IGOS, ExplanationMonitor, GradCAM, WGradCAM, fast_sigcam
-from lightning_aop.budget import Budget
 from lightning_aop.chunks import largest_chunk, with_chunk
+from lightning_aop.monitor.budget import Budget
 from lightning_aop.probing import in_float32
 
 pytestmark = [
@@ -274,7 +274,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for room in ("budget", "monitor"):
+        for room in ("monitor.budget", "monitor.callback"):
             monkeypatch.setattr(f"lightning_aop.{room}.time", self)
 
     def perf_counter(self) -> float:

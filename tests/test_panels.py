@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_aop import panels
-from lightning_aop.findings import Found
-from lightning_aop.panels import draw_change, draw_probe
+from lightning_aop.monitor import panels
+from lightning_aop.monitor.findings import Found
+from lightning_aop.monitor.panels import draw_change, draw_probe
+from lightning_aop.monitor.samples import Probe
 from lightning_aop.rendering import heatmap_grid
-from lightning_aop.samples import Probe
 from lightning_aop.scores import sigmoid, softmax
 
 NAMES = ["ant", "bee", "cat", "dog", "emu"]

@@ -20,10 +20,10 @@ from conftest import finish
 from lightning_aop import GradCAM
 from lightning_aop.cli import coco_method, main
 from lightning_aop.coco import CocoMultilabel, MultilabelClassifier, Preprocess
+from lightning_aop.coco.shapes import CLASSES, write_shapes
 from lightning_aop.digests import described, slug
 from lightning_aop.methods import METHODS
 from lightning_aop.pointing_game import Rules
-from lightning_aop.shapes import CLASSES, write_shapes
 
 pytest.importorskip("pycocotools")
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.logger=false", "--data.num_workers=0")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from lightning_aop import shapes
-from lightning_aop.shapes import CLASSES, write_shapes
+from lightning_aop.coco import shapes
+from lightning_aop.coco.shapes import CLASSES, write_shapes
 
 SPLITS = {"train2017": 36, "val2017": 8}
 

@@ -18,7 +18,7 @@ from lightning_aop.coco.features import (
     default_cache_dir,
 )
 from lightning_aop.coco.pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from lightning_aop.shapes import write_shapes
+from lightning_aop.coco.shapes import write_shapes
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pytorch_lightning.cli import LightningArgumentParser
 from lightning_aop.benchmark import Network, Pictures, Rules, run
 from lightning_aop.benchmark.tables import summary, written
 from lightning_aop.commands.configs import resolved, shipped_configs
+from lightning_aop.commands.errors import CommandError
 from lightning_aop.commands.store import make_folder
-from lightning_aop.errors import CommandError
 from lightning_aop.methods import MethodName
 from lightning_aop.types import SaliencyMethod
 

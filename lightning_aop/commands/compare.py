@@ -11,9 +11,9 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
+from lightning_aop.commands.errors import CommandError
 from lightning_aop.commands.photos import Pairs, Recipe, load, photo_options, progress, read_pairs
 from lightning_aop.commands.store import MapStore, make_folder, write_csv
-from lightning_aop.errors import CommandError
 from lightning_aop.methods import FIGURE_5, METHODS
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.probing import count_evaluations

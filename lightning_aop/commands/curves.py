@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from lightning_aop.benchmark.curves import draw, mean_curves
 from lightning_aop.benchmark.results import Manifest
-from lightning_aop.errors import CommandError
+from lightning_aop.commands.errors import CommandError
 
 
 def curves_parser() -> ArgumentParser:

@@ -7,8 +7,8 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
+from lightning_aop.commands.errors import CommandError
 from lightning_aop.commands.photos import load, photo_options, progress
-from lightning_aop.errors import CommandError
 from lightning_aop.methods import METHODS
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.rendering import heatmap_grid, write_png

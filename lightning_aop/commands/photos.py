@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from lightning_aop.coco.backbones import undotted
-from lightning_aop.errors import CommandError
+from lightning_aop.commands.errors import CommandError
 from lightning_aop.probing import Evaluations, count_evaluations, predict
 from lightning_aop.types import Images, Targets
 

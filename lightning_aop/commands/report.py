@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.errors import CommandError
+from lightning_aop.commands.errors import CommandError
 from lightning_aop.film import write_film
 from lightning_aop.history import History
 from lightning_aop.report import write_report

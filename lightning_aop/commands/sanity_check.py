@@ -6,9 +6,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from lightning_aop.commands.errors import CommandError
 from lightning_aop.commands.photos import load, photo_options, progress, read_pairs
 from lightning_aop.commands.store import MapStore, make_folder, write_csv
-from lightning_aop.errors import CommandError
 from lightning_aop.methods import METHODS
 from lightning_aop.rendering import map_table, write_png
 from lightning_aop.sanity import parameter_randomization, weighted_layers

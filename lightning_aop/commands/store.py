@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_aop
+from lightning_aop.commands.errors import CommandError
 from lightning_aop.digests import described, update_with_weights
-from lightning_aop.errors import CommandError
 from lightning_aop.files import write_whole
 from lightning_aop.types import SaliencyMethod
 

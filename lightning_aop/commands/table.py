@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_aop.benchmark.tables import summary, written
-from lightning_aop.errors import CommandError
+from lightning_aop.commands.errors import CommandError
 
 
 def table_parser() -> ArgumentParser:

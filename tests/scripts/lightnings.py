@@ -48,7 +48,7 @@ elif order != "package":
 from lightning_utilities.core import rank_zero  # noqa: E402
 
 from lightning_aop import ExplanationMonitor, WGradCAM  # noqa: E402
-from lightning_aop.samples import Probe  # noqa: E402
+from lightning_aop.monitor.samples import Probe  # noqa: E402
 
 L: Any = importlib.import_module(used)
 callbacks: Any = importlib.import_module(f"{used}.callbacks")

@@ -16,27 +16,25 @@ from torchmetrics import Metric, MetricCollection
 
 import lightning_aop
 from lightning_aop.aop import fast_sigcam
-from lightning_aop.budget import Budget
 from lightning_aop.chunks import largest_chunk, with_chunk
 from lightning_aop.controls import CentreGaussian, RandomMap
-from lightning_aop.evolution import COLUMNS, evolution_rows
-from lightning_aop.findings import Found, Plan
 from lightning_aop.frozen import FrozenPart
 from lightning_aop.history import History, HistoryWriter, Record
 from lightning_aop.image_log import has_tables, log_image, log_table
-from lightning_aop.lightnings import (
+from lightning_aop.metrics import EnergyPointingGame, Faithfulness, OverallAUC, PointingGame
+from lightning_aop.monitor.budget import Budget
+from lightning_aop.monitor.evolution import COLUMNS, evolution_rows
+from lightning_aop.monitor.findings import Found, Plan
+from lightning_aop.monitor.lightnings import (
     Callback,
     LightningModule,
     Trainer,
     misconfiguration,
     rank_zero_warn,
 )
-from lightning_aop.metrics import EnergyPointingGame, Faithfulness, OverallAUC, PointingGame
-from lightning_aop.panels import draw_change, draw_probe
-from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed, unwrap
-from lightning_aop.rendering import PANELS, Panel, displayable
-from lightning_aop.run_files import Earlier, RunFiles
-from lightning_aop.samples import (
+from lightning_aop.monitor.panels import draw_change, draw_probe
+from lightning_aop.monitor.run_files import Earlier, RunFiles
+from lightning_aop.monitor.samples import (
     Probe,
     ProbeSource,
     TargetChoice,
@@ -45,8 +43,10 @@ from lightning_aop.samples import (
     normalisation_of,
     source_of,
 )
+from lightning_aop.monitor.team import Team
+from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed, unwrap
+from lightning_aop.rendering import PANELS, Panel, displayable
 from lightning_aop.scores import Score, sigmoid, softmax
-from lightning_aop.team import Team
 from lightning_aop.types import Maps, SaliencyMethod, Targets
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_aop.film import write_film
 from lightning_aop.history import HistoryWriter, Record, stored
-from lightning_aop.lightnings import Trainer
+from lightning_aop.monitor.lightnings import Trainer
 from lightning_aop.report import add_to_report, write_report
 from lightning_aop.sanity import rank_correlation
 from lightning_aop.types import Maps
