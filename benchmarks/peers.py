@@ -7,7 +7,7 @@ Each race gives all tools the same network, pictures, targets, dtype and threads
 compared first; a tool that disagrees, or isn't installed, is named and not timed. Then they take
 turns, in another order each round; the table has medians and quartiles. Evaluations are counted by
 hooks on the network. The floor of a run is the time that as many evaluations take at the batch size at
-which this network is fastest, forwards and backwards apart.
+which this network is fastest, forwards and backwards apart, measured among the tools in each round.
 
 Peers are used as their documentation says, on a batch where they take one. What they leave out (an
 enlarged, stretched map of captum) is done with torch, in the time measured. The loops of RISE's and
@@ -94,24 +94,51 @@ def photos(count: int, side: int, mean: Any = IMAGENET[0], std: Any = IMAGENET[1
     return (torch.cat(crops) - normal[0]) / normal[1]
 
 
-def bare_seconds(batch: Batch, repeats: int) -> tuple[float, float, dict[int, tuple[float, float]]]:
-    """Return the seconds of a forward and of a backward at the best batch size, and at each size."""
-    times: dict[int, tuple[float, float]] = {}
+def once(batch: Batch, size: int) -> tuple[float, float]:
+    """Return the seconds an image of one bare forward and one bare backward of `size` images."""
     device = batch.images.device
-    sizes = [1, 2, 4, 8, 16, 32] + [64, 128] * (device.type == "cuda")
-    for size in sizes:
-        images = batch.images.repeat(-(-size // len(batch.images)), 1, 1, 1)[:size]
-        forward, backward = [], []
-        for _ in range(repeats):
-            with torch.no_grad():
-                forward.append(seconds(lambda x=images: batch.model(x), device) / size)  # type: ignore[misc]
-            x = images.clone().requires_grad_()
-            score = batch.model(x).sum()
-            backward.append(
-                seconds(lambda s=score, x=x: torch.autograd.grad(s, x), device) / size  # type: ignore[misc]
-            )
-        times[size] = statistics.median(forward), statistics.median(backward)
-    return min(f for f, _ in times.values()), min(b for _, b in times.values()), times
+    images = batch.images.repeat(-(-size // len(batch.images)), 1, 1, 1)[:size]
+    with torch.no_grad():
+        forward = seconds(lambda: batch.model(images), device)
+    x = images.clone().requires_grad_()
+    score = batch.model(x).sum()
+    return forward / size, seconds(lambda: torch.autograd.grad(score, x), device) / size
+
+
+@dataclass
+class Bare:
+    """The network alone, at the batch sizes at which a forward and a backward are fastest."""
+
+    batch: Batch
+    sizes: dict[int, tuple[float, float]]
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+
+    def best(self) -> tuple[int, int]:
+        """Return the fastest batch size of a forward, and that of a backward."""
+        forward, backward = (min(self.sizes, key=lambda n: self.sizes[n][i]) for i in (0, 1))
+        return forward, backward
+
+    def measure(self) -> None:
+        """Time both once more."""
+        forward, backward = self.best()
+        self.forward.append(once(self.batch, forward)[0])
+        self.backward.append(once(self.batch, backward)[1])
+
+    def floor(self, forwards: int, backwards: int) -> float:
+        """Return the seconds that so many evaluations take."""
+        times = statistics.median(self.forward), statistics.median(self.backward)
+        return forwards * times[0] + backwards * times[1]
+
+
+def bare_sizes(batch: Batch, repeats: int) -> dict[int, tuple[float, float]]:
+    """Return the median seconds an image of a forward and of a backward, by batch size."""
+    sizes = [1, 2, 4, 8, 16, 32] + [64, 128] * (batch.images.device.type == "cuda")
+    times = {size: [once(batch, size) for _ in range(repeats)] for size in sizes}
+    return {
+        size: (statistics.median(f for f, _ in found), statistics.median(b for _, b in found))
+        for size, found in times.items()
+    }
 
 
 def prepare(race: Race, batch: Batch, allowed: float) -> list[Run]:
@@ -142,12 +169,13 @@ def prepare(race: Race, batch: Batch, allowed: float) -> list[Run]:
     return runs
 
 
-def take_turns(runs: list[Run], repeats: int, device: torch.device) -> None:
-    """Time the tools that agree, in another order each round."""
+def take_turns(runs: list[Run], bare: Bare, repeats: int, device: torch.device) -> None:
+    """Time the tools that agree, in another order each round, and the bare network between them."""
     able = [run for run in runs if run.trouble is None]
     for number in range(repeats):
         start = number % len(able)
         for run in able[start:] + able[:start]:
+            bare.measure()
             with quietly():
                 run.seconds.append(seconds(run.work, device))
 
@@ -263,12 +291,14 @@ def described(options: argparse.Namespace, found: dict[str, Any]) -> str:
 def measure_races(batch: Batch, options: argparse.Namespace) -> None:
     """Run the races, and write as they go: a long run may be stopped."""
     device = batch.images.device
-    forward, backward, sizes = bare_seconds(batch, max(3, options.repeats // 2))
+    sizes = bare_sizes(batch, max(3, options.repeats // 2))
+    best = Bare(batch, sizes).best()
     found = machine(device)
     found["versions"][OURS] = __version__
     lines = [
-        f"{described(options, found)}. Bare: {1000 * forward:.3g} ms a forward, "
-        f"{1000 * backward:.3g} ms a backward.",
+        f"{described(options, found)}. Fastest in batches of {best[0]} (forward, "
+        f"{1000 * sizes[best[0]][0]:.3g} ms an image) and {best[1]} (backward, "
+        f"{1000 * sizes[best[1]][1]:.3g} ms).",
         "",
         "| " + " | ".join(HEAD) + " |",
         "|---" * len(HEAD) + "|",
@@ -280,11 +310,11 @@ def measure_races(batch: Batch, options: argparse.Namespace) -> None:
             continue
         # Half precision rounds where tools differ in the order of their sums.
         allowed = max(race.allowed, 0.05) if options.autocast else race.allowed
-        runs = prepare(race, batch, allowed)
+        runs, bare = prepare(race, batch, allowed), Bare(batch, sizes)
         if runs[0].trouble is None:
-            take_turns(runs, options.repeats, device)
+            take_turns(runs, bare, options.repeats, device)
         for run in runs:
-            floor = run.forwards * forward + run.backwards * backward
+            floor = bare.floor(run.forwards, run.backwards) if bare.forward else 0.0
             cells = [name, run.tool, *row(run, runs[0], race.pictures, floor)]
             lines.append("| " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
