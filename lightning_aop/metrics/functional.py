@@ -285,14 +285,25 @@ class _Game:
     ) -> Float[Tensor, "b m"]:
         """Return the scores after numbers of steps of a game that may differ from image to image."""
         require_positive("deletion and insertion", eval_batch_size=chunk)
-        each = torch.arange(len(steps), device=steps.device)[:, None].expand_as(steps)
-        flat = (of.reshape(-1).split(chunk) for of in (each, steps * self.pixels_per_step, insert))
-        scores = []
-        for rows, moved, inserted in zip(*flat, strict=True):
-            filled = (self.ranks[rows] < moved[:, None, None]) != inserted[:, None, None]
-            perturbed = torch.where(filled[:, None], self.filled[rows], self.images[rows])
-            scores.append(self.classifier.scores(perturbed, self.targets[rows], self.score))
-        found = torch.cat(scores).view(steps.shape)
+        moved = (steps * self.pixels_per_step).to(self.ranks)
+        # Blocks of images × steps: no image is copied only to be perturbed.
+        at_once = max(min(8, chunk), chunk // moved.shape[1])
+        parts = []
+        for some in torch.arange(len(moved), device=moved.device).split(at_once):
+            images, filled, ranks = self.images[some], self.filled[some], self.ranks[some]
+            scores = []
+            for below, inserted in zip(
+                *(each[some].T.split(chunk // len(some)) for each in (moved, insert)), strict=True
+            ):
+                hidden = (ranks < below[:, :, None, None]) != inserted[:, :, None, None]
+                # By 0 and 1 exactly the one or the other, in a fifth of the time of torch.where.
+                perturbed = torch.lerp(images, filled, hidden.to(images)[:, :, None]).flatten(0, 1)
+                targets = self.targets[some].repeat(len(below))
+                scores.append(
+                    self.classifier.scores(perturbed, targets, self.score).view(below.shape)
+                )
+            parts.append(torch.cat(scores).T)
+        found = torch.cat(parts)
         require_finite(found, self.targets, "the class score of a perturbed image")
         return found
 
@@ -346,7 +357,7 @@ def _game(
             )
         ranks = saliency_ranks(maps.detach().to(x.device))
         step = pixels_per_step or ceil(ranks[0].numel() / steps)
-        yield _Game(classifier, x, fill(x), t, ranks, score, step)
+        yield _Game(classifier, x, fill(x), t, ranks.int(), score, step)
 
 
 def saliency_ranks(maps: Maps) -> Int[Tensor, "b h w"]:
