@@ -38,8 +38,11 @@ from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
 
 @dataclass(frozen=True)
-class _ActivationMap(ABC):
+class ActivationMap(ABC):
     """What the activation maps share: everything but the formula.
+
+    A method that needs more than the layer's activations and gradients derives from this class and
+    gives `_evidence`; for others there is `GradientWeightedMap`.
 
     Attributes:
         target_layer: the layer whose feature map is looked at: a name as in `model.named_modules()`,
@@ -92,14 +95,20 @@ class _ActivationMap(ABC):
 
 
 @dataclass(frozen=True)
-class _GradientWeightedMap(_ActivationMap):
-    """The maps whose weights come from gradients."""
+class GradientWeightedMap(ActivationMap):
+    """The maps whose weights come from gradients: derive from it and give `weights`.
+
+    Layer, hooks, modes, chunks, normalisation and enlargement are seen to.
+    """
 
     @abstractmethod
     def weights(
         self, activations: Float[Tensor, "b k i j"], gradients: Float[Tensor, "b k i j"]
     ) -> Float[Tensor, "b k #i #j"]:
-        """Return w_k, one number for each channel or for each of its cells."""
+        """Return w_k, one number for each channel [B, K, 1, 1] or for each of its cells [B, K, h, w].
+
+        Both arguments are the layer's [B, K, h, w], in float32 or wider.
+        """
 
     @final
     def _evidence(
@@ -112,7 +121,7 @@ class _GradientWeightedMap(_ActivationMap):
 
 
 @dataclass(frozen=True)
-class CAM(_ActivationMap):
+class CAM(ActivationMap):
     """w_k = the classifier's weight of channel k (Zhou et al. 2016), without a backward.
 
     For networks of feature maps, global average pooling and one linear layer, such as ResNets; there
@@ -151,7 +160,7 @@ class CAM(_ActivationMap):
 
 
 @dataclass(frozen=True)
-class GradCAM(_GradientWeightedMap):
+class GradCAM(GradientWeightedMap):
     """w_k = mean(g_k) (Selvaraju et al. 2017; paper, Eq. 1)."""
 
     def weights(
@@ -162,7 +171,7 @@ class GradCAM(_GradientWeightedMap):
 
 
 @dataclass(frozen=True)
-class WGradCAM(_GradientWeightedMap):
+class WGradCAM(GradientWeightedMap):
     """w_k = mean(g_k · A_k): the feature map weighs its own gradient (paper, Eq. 2)."""
 
     def weights(
@@ -173,7 +182,7 @@ class WGradCAM(_GradientWeightedMap):
 
 
 @dataclass(frozen=True)
-class GradCAMPlusPlus(_GradientWeightedMap):
+class GradCAMPlusPlus(GradientWeightedMap):
     """w_k = Σ ReLU(g) · g² / (2g² + (ΣA) · g³) (Chattopadhyay et al. 2018).
 
     The closed form for a score that is the exponential of the logit, whose own positive factor
@@ -192,7 +201,7 @@ class GradCAMPlusPlus(_GradientWeightedMap):
 
 
 @dataclass(frozen=True)
-class XGradCAM(_GradientWeightedMap):
+class XGradCAM(GradientWeightedMap):
     """w_k = Σ(g_k · A_k) / ΣA_k: the gradient's mean, weighted by the activation (Fu et al. 2020).
 
     A channel whose activations sum to zero weighs nothing.
@@ -208,7 +217,7 @@ class XGradCAM(_GradientWeightedMap):
 
 
 @dataclass(frozen=True)
-class HiResCAM(_GradientWeightedMap):
+class HiResCAM(GradientWeightedMap):
     """w = g, cell by cell (Draelos and Carin 2020): the map's sum is what the linearised head adds."""
 
     def weights(
@@ -219,7 +228,7 @@ class HiResCAM(_GradientWeightedMap):
 
 
 @dataclass(frozen=True)
-class LayerCAM(_GradientWeightedMap):
+class LayerCAM(GradientWeightedMap):
     """w = ReLU(g), cell by cell (Jiang et al. 2021); also of use at earlier, finer layers."""
 
     def weights(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from lightning_aop.cam import _ActivationMap
+from lightning_aop.cam import ActivationMap
 from lightning_aop.checks import require_finite
 from lightning_aop.probing import Capture, Classifier
 from lightning_aop.scores import full_precision, logit
@@ -24,7 +24,7 @@ from lightning_aop.types import Images, Targets
 
 
 @dataclass(frozen=True)
-class ExcitationBackprop(_ActivationMap):
+class ExcitationBackprop(ActivationMap):
     """Excitation backprop (Zhang et al. 2018, Top-Down Neural Attention by Excitation Backprop).
 
     A signal of one starts at the class logit. Each layer hands it on to its inputs in proportion to
