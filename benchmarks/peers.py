@@ -7,7 +7,7 @@ Each race gives all tools the same network, pictures, targets, dtype and threads
 compared first; a tool that disagrees, or isn't installed, is named and not timed. Then they take
 turns, in another order each round; the table has medians and quartiles. Evaluations are counted by
 hooks on the network. The floor of a run is the time that as many evaluations take at the batch size at
-which this network is fastest, forwards and backwards apart, measured among the tools in each round.
+which this network is fastest, without and with a backward, measured among the tools in each round.
 
 Peers are used as their documentation says, on a batch where they take one. What they leave out (an
 enlarged, stretched map of captum) is done with torch, in the time measured. The loops of RISE's and
@@ -95,44 +95,45 @@ def photos(count: int, side: int, mean: Any = IMAGENET[0], std: Any = IMAGENET[1
 
 
 def once(batch: Batch, size: int) -> tuple[float, float]:
-    """Return the seconds an image of one bare forward and one bare backward of `size` images."""
+    """Return the seconds an image of a bare forward, and of one with its backward, of `size` images."""
     device = batch.images.device
     images = batch.images.repeat(-(-size // len(batch.images)), 1, 1, 1)[:size]
+
+    def there_and_back() -> None:
+        x = images.detach().requires_grad_()
+        torch.autograd.grad(batch.model(x).sum(), x)
+
     with torch.no_grad():
         forward = seconds(lambda: batch.model(images), device)
-    x = images.clone().requires_grad_()
-    score = batch.model(x).sum()
-    return forward / size, seconds(lambda: torch.autograd.grad(score, x), device) / size
+    return forward / size, seconds(there_and_back, device) / size
 
 
 @dataclass
 class Bare:
-    """The network alone, at the batch sizes at which a forward and a backward are fastest."""
+    """The network alone, at the batch sizes at which it is fastest without and with a backward."""
 
     batch: Batch
     sizes: dict[int, tuple[float, float]]
-    forward: list[float] = field(default_factory=list)
-    backward: list[float] = field(default_factory=list)
+    times: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
     def best(self) -> tuple[int, int]:
-        """Return the fastest batch size of a forward, and that of a backward."""
-        forward, backward = (min(self.sizes, key=lambda n: self.sizes[n][i]) for i in (0, 1))
-        return forward, backward
+        """Return the fastest batch size of a forward, and that of one with its backward."""
+        forward, both = (min(self.sizes, key=lambda n: self.sizes[n][i]) for i in (0, 1))
+        return forward, both
 
     def measure(self) -> None:
         """Time both once more."""
-        forward, backward = self.best()
-        self.forward.append(once(self.batch, forward)[0])
-        self.backward.append(once(self.batch, backward)[1])
+        for i, size in enumerate(self.best()):
+            self.times[i].append(once(self.batch, size)[i])
 
     def floor(self, forwards: int, backwards: int) -> float:
-        """Return the seconds that so many evaluations take."""
-        times = statistics.median(self.forward), statistics.median(self.backward)
-        return forwards * times[0] + backwards * times[1]
+        """Return the seconds that so many evaluations take; a backward needs a forward's record."""
+        forward, both = (statistics.median(times) for times in self.times)
+        return (forwards - backwards) * forward + backwards * both
 
 
 def bare_sizes(batch: Batch, repeats: int) -> dict[int, tuple[float, float]]:
-    """Return the median seconds an image of a forward and of a backward, by batch size."""
+    """Return the median seconds an image without and with a backward, by batch size."""
     sizes = [1, 2, 4, 8, 16, 32] + [64, 128] * (batch.images.device.type == "cuda")
     times = {size: [once(batch, size) for _ in range(repeats)] for size in sizes}
     return {
@@ -297,7 +298,7 @@ def measure_races(batch: Batch, options: argparse.Namespace) -> None:
     found["versions"][OURS] = __version__
     lines = [
         f"{described(options, found)}. Fastest in batches of {best[0]} (forward, "
-        f"{1000 * sizes[best[0]][0]:.3g} ms an image) and {best[1]} (backward, "
+        f"{1000 * sizes[best[0]][0]:.3g} ms an image) and {best[1]} (forward and backward, "
         f"{1000 * sizes[best[1]][1]:.3g} ms).",
         "",
         "| " + " | ".join(HEAD) + " |",
@@ -314,7 +315,7 @@ def measure_races(batch: Batch, options: argparse.Namespace) -> None:
         if runs[0].trouble is None:
             take_turns(runs, bare, options.repeats, device)
         for run in runs:
-            floor = bare.floor(run.forwards, run.backwards) if bare.forward else 0.0
+            floor = bare.floor(run.forwards, run.backwards) if bare.times[0] else 0.0
             cells = [name, run.tool, *row(run, runs[0], race.pictures, floor)]
             lines.append("| " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
