@@ -16,7 +16,7 @@ from lightning_aop.excitation import ExcitationBackprop
 from lightning_aop.monitor import ExplanationMonitor
 from lightning_aop.perturbation import EMP, IGOS, RankedMask
 from lightning_aop.regions import RISE, XRAI
-from lightning_aop.types import Perturbation, SaliencyMethod
+from lightning_aop.types import ActivationMethod, Perturbation, SaliencyMethod
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "IGOS",
     "RISE",
     "XRAI",
+    "ActivationMethod",
     "Blank",
     "CaptumAttribution",
     "CentreGaussian",

@@ -28,6 +28,18 @@ from lightning_aop.regions import superpixels
 from lightning_aop.scores import Score, logit, softmax
 from lightning_aop.types import Images, Maps, Targets
 
+__all__ = [
+    "CaptumAttribution",
+    "deeplift",
+    "gradient",
+    "guided_backprop",
+    "input_x_gradient",
+    "integrated_gradients",
+    "lime",
+    "smoothgrad",
+    "vargrad",
+]
+
 _MISSING = 'captum is not installed: install it with pip install "lightning-aop[methods]"'
 
 # Methods that replace the backward of modules; see `probing.separate_activations`.

@@ -36,6 +36,18 @@ from lightning_aop.probing import (
 from lightning_aop.scores import logit
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
+__all__ = [
+    "CAM",
+    "ActivationMap",
+    "GradCAM",
+    "GradCAMPlusPlus",
+    "GradientWeightedMap",
+    "HiResCAM",
+    "LayerCAM",
+    "WGradCAM",
+    "XGradCAM",
+]
+
 
 @dataclass(frozen=True)
 class ActivationMap(ABC):

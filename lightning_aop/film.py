@@ -22,6 +22,8 @@ from lightning_aop.files import write_whole
 from lightning_aop.history import History, Record
 from lightning_aop.rendering import PAPER, heatmap_grid, overlay
 
+__all__ = ["write_film"]
+
 _FIGURES = {"overall_auc": "over-all AUC", "pointing_game": "pointing game"}
 _LAST = 3.0  # seconds
 _BAR = 48  # of 256 colours

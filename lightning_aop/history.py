@@ -28,6 +28,8 @@ from torch.nn.functional import interpolate
 
 from lightning_aop.files import write_whole
 
+__all__ = ["History", "Record"]
+
 _SIDE = 112  # of a stored map, at most: of 800 maps 10 MB, and finer than any network's layer
 
 

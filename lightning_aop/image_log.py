@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lightning_aop.rendering import write_png
 
+__all__ = ["log_image"]
+
 Adapter: TypeAlias = Callable[[Any, str, Tensor, int, str | None], None]
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_aop.scores import full_precision
 from lightning_aop.types import CoarseMaps, Images, Maps
 
+__all__ = ["Constant", "Fill", "GaussianBlur", "blend", "min_max", "resize", "total_variation"]
+
 
 def resize(
     maps: CoarseMaps, size: tuple[int, int], align_corners: bool = False

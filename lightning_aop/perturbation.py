@@ -20,6 +20,8 @@ from lightning_aop.probing import Classifier, explaining
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
+__all__ = ["EMP", "IGOS", "ArmijoSearch", "RankedMask"]
+
 
 @dataclass(frozen=True)
 class _PerturbedScore:

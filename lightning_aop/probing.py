@@ -24,6 +24,19 @@ from lightning_aop.frozen import evaluated
 from lightning_aop.scores import Score, full_precision
 from lightning_aop.types import Images, Targets
 
+__all__ = [
+    "Capture",
+    "Classifier",
+    "Evaluations",
+    "TargetLayerError",
+    "capture",
+    "count_evaluations",
+    "explaining",
+    "find_target_layer",
+    "predict",
+    "undisturbed",
+]
+
 
 class TargetLayerError(ValueError):
     """The layer to look at is missing, ambiguous, or no feature map."""

@@ -23,6 +23,8 @@ from torch import Tensor
 from lightning_aop.files import write_whole
 from lightning_aop.types import Images, Maps
 
+__all__ = ["heatmap_grid", "overlay", "write_png"]
+
 RGB: TypeAlias = Float[Tensor, "b 3 h w"]
 Picture: TypeAlias = UInt8[Tensor, "3 H W"]
 Panel: TypeAlias = Literal["overlay", "map", "curves"]

@@ -15,6 +15,8 @@ from lightning_aop.files import write_whole
 from lightning_aop.history import History, Record
 from lightning_aop.rendering import BRIGHTNESS, EXPONENT, SATURATION
 
+__all__ = ["write_report"]
+
 Bytes = npt.NDArray[np.uint8]
 
 _TEMPLATE = Path(__file__).with_name("report.html")

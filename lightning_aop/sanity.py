@@ -21,6 +21,8 @@ from lightning_aop.probing import explaining, holding, undisturbed, unwrap
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 
+__all__ = ["RandomizedLayer", "parameter_randomization"]
+
 Mode: TypeAlias = Literal["cascading", "independent"]
 """Whether a layer joins those randomised before it, or is the only one."""
 

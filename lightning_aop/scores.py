@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lightning_aop.types import Targets
 
+__all__ = ["Score", "logit", "sigmoid", "softmax"]
+
 if TYPE_CHECKING:
     _Scores: TypeAlias = Float[Tensor, " b"]
 else:

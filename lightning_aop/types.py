@@ -5,6 +5,16 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+__all__ = [
+    "ActivationMethod",
+    "CoarseMaps",
+    "Images",
+    "Maps",
+    "Perturbation",
+    "SaliencyMethod",
+    "Targets",
+]
+
 Images: TypeAlias = Float[Tensor, "b c h w"]
 """A batch as the model takes it: normalised the way the model was trained."""
 
