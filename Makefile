@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow reliability lint types clean
+.PHONY: demo test test-slow reliability docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lightning-aop demo
@@ -16,6 +16,9 @@ test-slow: $(VENV)/.dev  ## minutes of CPU time; LIGHTNING_AOP_DATA names a fold
 
 reliability: $(VENV)/.dev  ## write the matrix of docs/reliability.md from its tests' results
 	$(BIN)/python -m pytest tests/test_harmless.py --reliability docs/reliability.md
+
+docs: $(VENV)/.dev  ## the site, to site/index.html; a broken link or docstring is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -38,4 +41,4 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) demo_run watch_run .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) site demo_run watch_run .mypy_cache .ruff_cache .pytest_cache
