@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow reliability docs lint types clean
+.PHONY: demo test test-slow test-lowest release-check reliability docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lightning-aop demo
@@ -13,6 +13,24 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev  ## minutes of CPU time; LIGHTNING_AOP_DATA names a folder of real photos
 	$(BIN)/python -m pytest -m slow -s
+
+test-lowest:  ## the tests with the lowest versions that pyproject.toml admits
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -c tests/constraints-lowest.txt
+	$(VENV)-lowest/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4
+
+release-check:  ## build, and try what was built in an empty environment, away from the repository
+	rm -rf dist $(VENV)-release
+	$(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	$(VENV)-release/bin/python -m build --outdir dist .
+	$(VENV)-release/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(VENV)-release
+	$(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[coco]"
+	rm -rf dist/tried && mkdir dist/tried
+	cd dist/tried && ../../$(VENV)-release/bin/lightning-aop --version
+	cd dist/tried && ../../$(VENV)-release/bin/lightning-aop demo
+	cd dist/tried && ../../$(VENV)-release/bin/python -m lightning_aop --help
 
 reliability: $(VENV)/.dev  ## write the matrix of docs/reliability.md from its tests' results
 	$(BIN)/python -m pytest tests/test_harmless.py --reliability docs/reliability.md
@@ -41,4 +59,4 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) site demo_run watch_run .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) site demo_run runs .mypy_cache .ruff_cache .pytest_cache

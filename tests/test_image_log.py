@@ -61,18 +61,6 @@ def run_python(script: str, folder: Path, **variables: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_no_vendor_is_imported_before_it_is_needed(tmp_path: Path) -> None:
-    run_python(
-        """
-        import sys
-        import lightning_aop, lightning_aop.image_log, lightning_aop.monitor
-        vendors = {"wandb", "mlflow", "comet_ml", "neptune"} & set(sys.modules)
-        assert not vendors, vendors
-        """,
-        tmp_path,
-    )
-
-
 # --------------------------------------------------------------------------------------------------
 # TensorBoard
 
