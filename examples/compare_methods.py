@@ -5,11 +5,11 @@
 The same from the shell, for any number of photos: lightning-aop compare PHOTO --methods all
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 import torchvision
+from jsonargparse import auto_cli
 from torchvision.transforms import v2
 
 from lightning_aop import AOP, EMP, GradCAM, RandomMap, SaliencyMethod, fast_sigcam
@@ -28,24 +28,25 @@ METHODS: dict[str, SaliencyMethod] = {
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def options() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("photo", type=Path)
-    add("--model", default="resnet50", help="a torchvision classifier by name")
-    add("--weights", type=Path, help="its state_dict; default: the published weights")
-    add("--target-class", type=int, help="an index; default: the likeliest class")
-    add("--output", type=Path, default=Path("methods.png"))
-    return parser.parse_args()
+def main(
+    photo: Path,
+    model: str = "resnet50",
+    weights: Path | None = None,
+    target_class: int | None = None,
+    output: Path = Path("methods.png"),
+) -> None:
+    """Explain, judge and draw.
 
-
-def main() -> None:
-    """Explain, judge and draw."""
-    o = options()
-    model = torchvision.models.get_model(o.model, weights=None if o.weights else "DEFAULT")
-    if o.weights:
-        model.load_state_dict(torch.load(o.weights, map_location="cpu"))
+    Args:
+        photo: a picture.
+        model: a torchvision classifier by name.
+        weights: its state_dict; by default the published weights.
+        target_class: an index; by default the likeliest class.
+        output: where the table of maps goes.
+    """
+    network = torchvision.models.get_model(model, weights=None if weights else "DEFAULT")
+    if weights:
+        network.load_state_dict(torch.load(weights, map_location="cpu"))
     transform = v2.Compose(
         [
             v2.Resize(256),
@@ -54,26 +55,26 @@ def main() -> None:
             v2.Normalize(MEAN, STD),
         ]
     )
-    image = transform(torchvision.io.decode_image(str(o.photo), mode="RGB"))[None]
+    image = transform(torchvision.io.decode_image(str(photo), mode="RGB"))[None]
     with torch.no_grad():
-        scores = model.eval()(image).softmax(dim=1)[0]
-    chosen = int(scores.argmax()) if o.target_class is None else o.target_class
+        scores = network.eval()(image).softmax(dim=1)[0]
+    chosen = int(scores.argmax()) if target_class is None else target_class
     target = torch.tensor([chosen])
 
     maps, captions, names = [], [], []
     for name, method in METHODS.items():
-        with count_evaluations(model) as count:
-            found = method.explain(model, image, target)
-        curves = deletion_insertion_curves(model, image, found, target, steps=28)
+        with count_evaluations(network) as count:
+            found = method.explain(network, image, target)
+        curves = deletion_insertion_curves(network, image, found, target, steps=28)
         deletion, insertion = (float(auc(curve)) for curve in curves)
         print(f"{name:<21} over-all AUC {insertion - deletion:6.3f}   {count.total} evaluations")
         maps.append(found[0])
         names.append(f"{name}\n{count.total} evaluations")
         captions.append(f"over-all {insertion - deletion:.2f}")
     heading = f"class {chosen}: {float(scores[chosen]):.2f}"
-    write_png(map_table(image, [maps], names, [captions], [heading], mean=MEAN, std=STD), o.output)
-    print(f"wrote {o.output}")
+    write_png(map_table(image, [maps], names, [captions], [heading], mean=MEAN, std=STD), output)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main)

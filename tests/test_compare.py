@@ -1,5 +1,4 @@
 import csv
-import os
 import re
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 import skimage
 import torch
 import torchvision
-from conftest import finish
 from PIL import Image
 
 from lightning_aop import GradCAM
@@ -168,14 +166,3 @@ def test_an_unknown_method_is_refused(
     )
     assert compare(weights, tmp_path, photos, "--cell=10") == 1
     assert "--cell 10: too small" in capsys.readouterr().err
-
-
-def test_the_example_compares(weights: Path, photos: list[Path], tmp_path: Path) -> None:
-    example = Path(__file__).parents[1] / "examples" / "compare_methods.py"
-    command = [sys.executable, example, photos[0], "--model", "squeezenet1_1", "--weights", weights]
-    command += ["--output", tmp_path / "methods.png"]
-    text = finish(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert "GradCAM + EMP" in text
-    assert "40 evaluations" in text
-    with Image.open(tmp_path / "methods.png") as picture:
-        assert picture.width > 6 * 160

@@ -1,0 +1,164 @@
+"""Every script in examples/ is run, small, and has to leave what it says it leaves."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import finish
+from nbclient import NotebookClient
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_aop.history import History
+
+FOLDER = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
+    # Comet and W&B, where they are installed.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def beside_the_scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.chdir(tmp_path)
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def history_in(folder: Path) -> History:
+    (page,) = folder.rglob("report.html")
+    history = History.load(page.parent)
+    assert len(history.maps) == sum(len(record.images) for record in history.records)
+    return history
+
+
+def assert_picture(path: Path) -> None:
+    with Image.open(path) as picture:
+        assert np.asarray(picture).std() > 10
+
+
+def quickstart(folder: Path) -> None:
+    script("quickstart").main(epochs=2, pictures=64, output=folder)
+    assert [record.epoch for record in history_in(folder).records] == [0, 0, 1]
+    (events,) = folder.rglob("events.*")
+    found = EventAccumulator(str(events))
+    found.Reload()
+    assert "explain/heatmaps" in found.Tags()["images"]
+    assert "explain/energy_in_mask" in found.Tags()["scalars"]
+
+
+def own_module(folder: Path) -> None:
+    script("own_module").main(epochs=1, pictures=352, output=folder)
+    history = history_in(folder)
+    assert [record.step for record in history.records] == [0, 9]
+    assert "layer3" in str(history.configuration)
+    assert history.images.shape[0] == 4
+
+
+def timm_model(folder: Path) -> None:
+    script("timm_model").main(epochs=1, pictures=32, output=folder / "timm.png")
+    assert_picture(folder / "timm.png")
+
+
+def vision_transformer(folder: Path) -> None:
+    script("vision_transformer").main(epochs=1, pictures=64, output=folder)
+    assert history_in(folder).maps.shape[0] == 2 * 4
+
+
+def multilabel_coco(folder: Path) -> None:
+    script("multilabel_coco").main(
+        backbone="mobilenet_v3_small", epochs=1, pictures=80, size=64, output=folder
+    )
+    history = history_in(folder)
+    assert history.masks is not None
+    assert len(history.records[0].images) > len(set(history.records[0].images))
+
+
+def wandb_logging(folder: Path) -> None:
+    script("wandb_logging").main(epochs=1, pictures=32, output=folder)
+    assert list(folder.rglob("run-*.wandb"))
+    assert list(folder.rglob("media/images/explain/heatmaps*.png"))
+    assert list(folder.rglob("media/table/explain/*.json"))
+
+
+def checkpoint_on_faithfulness(folder: Path) -> None:
+    script("checkpoint_on_faithfulness").main(epochs=2, pictures=64, output=folder)
+    assert len(list(folder.rglob("accurate-epoch=*.ckpt"))) == 1
+    (kept,) = folder.rglob("faithful-epoch=*.ckpt")
+    # The epoch after which the over-all AUC was highest.
+    areas = {r.epoch: r.values["overall_auc"] for r in history_in(folder).records[1:]}
+    assert f"epoch={max(areas, key=lambda epoch: areas[epoch])}" in kept.name
+
+
+def custom_method(folder: Path) -> None:
+    script("custom_method").main(epochs=1, pictures=32, output=folder)
+    assert "GradientTimesInput" in str(history_in(folder).configuration)
+
+
+def compare_methods(folder: Path) -> None:
+    photo, weights = folder / "photo.png", folder / "weights.pth"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 90, 3), np.uint8)).save(photo)
+    torch.save(torchvision.models.get_model("squeezenet1_1").state_dict(), weights)
+    command = [sys.executable, FOLDER / "compare_methods.py", photo, "--weights", weights]
+    command += ["--model", "squeezenet1_1", "--output", folder / "methods.png"]
+    text = finish(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "GradCAM + EMP" in text
+    assert "40 evaluations" in text
+    assert_picture(folder / "methods.png")
+
+
+def shortcut(folder: Path) -> None:
+    main = script("shortcut").main
+    settings: dict[str, Any] = {"joins": 3, "epochs": 6, "pictures": 600}
+    tagged = main(tags=0.95, output=folder / "tagged", **settings)
+    clean = main(tags=0.0, output=folder / "clean", **settings)
+    assert tagged[5] < 0.6 * tagged[2]
+    assert clean[5] > 0.8 * clean[2]
+
+
+RUNS: dict[str, Callable[[Path], None]] = {
+    run.__name__: run
+    for run in (
+        quickstart,
+        own_module,
+        timm_model,
+        vision_transformer,
+        multilabel_coco,
+        wandb_logging,
+        checkpoint_on_faithfulness,
+        custom_method,
+        compare_methods,
+        shortcut,
+    )
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script(name: str, tmp_path: Path) -> None:
+    RUNS[name](tmp_path)
+
+
+def test_notebook(tmp_path: Path) -> None:
+    book = nbformat.read(FOLDER / "explore_a_run.ipynb", as_version=4)
+    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
