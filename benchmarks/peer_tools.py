@@ -82,7 +82,7 @@ def races(batch: Batch, few: int) -> dict[str, Race]:
     found["deletion curve"] = Race(
         {
             OURS: lambda: deletion_curve(
-                model, images, ramp, targets, fill=Constant(0.0), steps=STEPS
+                model, images, ramp, targets, baseline=Constant(0.0), steps=STEPS
             )[:, 1:],
             "quantus": lambda: _quantus(batch, ramp),
         },

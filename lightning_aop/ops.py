@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_aop.scores import full_precision
 from lightning_aop.types import CoarseMaps, Images, Maps
 
-__all__ = ["Constant", "Fill", "GaussianBlur", "blend", "min_max", "resize", "total_variation"]
+__all__ = ["Baseline", "Constant", "GaussianBlur", "blend", "min_max", "resize", "total_variation"]
 
 
 def resize(
@@ -102,12 +102,12 @@ class Constant:
 
 
 if TYPE_CHECKING:
-    _Filled: TypeAlias = Images
+    _Replaced: TypeAlias = Images
 else:
-    _Filled = Any  # as in scores.Score
+    _Replaced = Any  # as in scores.Score
 # The classes are named beside the general type because a command line has to find a type that the
 # default, a dataclass, is an instance of.
-Fill: TypeAlias = GaussianBlur | Constant | Callable[[Images], _Filled]
+Baseline: TypeAlias = GaussianBlur | Constant | Callable[[Images], _Replaced]
 """What takes the place of removed pixels: a function of the images, such as `GaussianBlur()`."""
 
 

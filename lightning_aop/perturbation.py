@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_aop.checks import require_finite, require_positive
-from lightning_aop.ops import Fill, GaussianBlur, blend, min_max, resize, total_variation
+from lightning_aop.ops import Baseline, GaussianBlur, blend, min_max, resize, total_variation
 from lightning_aop.probing import Classifier, explaining
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
@@ -88,7 +88,7 @@ class EMP:
     tv: float = 0.2
     tv_exponent: int = 3
     score: Score = softmax
-    baseline: Fill = field(default_factory=GaussianBlur)
+    baseline: Baseline = field(default_factory=GaussianBlur)
     align_corners: bool = True
     eval_batch_size: int = 32
 
@@ -220,9 +220,9 @@ class IGOS:
     tv: float = 20.0
     noise: float = 0.2
     score: Score = softmax
-    baseline: Fill = field(default_factory=GaussianBlur)
+    baseline: Baseline = field(default_factory=GaussianBlur)
     warmup: int = 0
-    warmup_baseline: Fill = field(default_factory=lambda: GaussianBlur(31, 30.0))
+    warmup_baseline: Baseline = field(default_factory=lambda: GaussianBlur(31, 30.0))
     search: ArmijoSearch = field(default_factory=ArmijoSearch)
     align_corners: bool = True
     seed: int = 0
@@ -246,9 +246,9 @@ class IGOS:
             l1 = torch.full((len(x),), self.l1, device=x.device, dtype=x.dtype)
             for iteration in range(self.iterations):
                 if iteration in (0, self.warmup):
-                    fill = self.warmup_baseline if iteration < self.warmup else self.baseline
+                    baseline = self.warmup_baseline if iteration < self.warmup else self.baseline
                     perturbed = _PerturbedScore(
-                        classifier, x, fill(x), t, self.score, self.eval_batch_size
+                        classifier, x, baseline(x), t, self.score, self.eval_batch_size
                     )
                     score = perturbed.values(self._up(mask, x), everyone)
                 if iteration == 0:
@@ -379,7 +379,7 @@ class RankedMask:
     fine: float = 1.0
     score_floor: float = 0.05
     score: Score = softmax
-    baseline: Fill = field(default_factory=GaussianBlur)
+    baseline: Baseline = field(default_factory=GaussianBlur)
     align_corners: bool = True
     seed: int = 0
     eval_batch_size: int = 32

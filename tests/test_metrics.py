@@ -24,7 +24,7 @@ from lightning_aop.metrics import (
     insertion_curve,
 )
 from lightning_aop.metrics.functional import GameName
-from lightning_aop.ops import Constant, Fill, GaussianBlur
+from lightning_aop.ops import Baseline, Constant, GaussianBlur
 from lightning_aop.probing import count_evaluations
 from lightning_aop.scores import Score, logit, sigmoid, softmax
 
@@ -36,15 +36,15 @@ def maps() -> Tensor:
 
 
 @pytest.mark.parametrize("score", [softmax, sigmoid, logit])
-@pytest.mark.parametrize("fill", [GaussianBlur(), Constant(0.0), RISE_BLUR])
+@pytest.mark.parametrize("baseline", [GaussianBlur(), Constant(0.0), RISE_BLUR])
 @pytest.mark.parametrize("pixels_per_step", [100, 640])
 def test_curves_are_the_slow_loop(
-    net: nn.Module, batch: Any, maps: Tensor, score: Score, fill: Fill, pixels_per_step: int
+    net: nn.Module, batch: Any, maps: Tensor, score: Score, baseline: Baseline, pixels_per_step: int
 ) -> None:
     images, targets = batch
     settings: dict[str, Any] = {
         "score": score,
-        "fill": fill,
+        "baseline": baseline,
         "pixels_per_step": pixels_per_step,
         "eval_batch_size": 5,
     }
@@ -58,7 +58,7 @@ def test_curves_are_the_slow_loop(
             with torch.no_grad():
                 return float(score(net(picture[None]), targets[i : i + 1]))
 
-        filled = fill(images[i : i + 1])[0]
+        filled = baseline(images[i : i + 1])[0]
         d = slow.moving_curve(value, maps[i], images[i], filled, pixels_per_step)
         n = slow.moving_curve(value, maps[i], filled, images[i], pixels_per_step)
         torch.testing.assert_close(deleted[i], torch.tensor(d), atol=1e-5, rtol=0)
@@ -95,7 +95,7 @@ def test_the_protocols_step_and_the_cost() -> None:
     model, images = Brightness(), torch.ones(1, 3, 224, 224)
     maps, targets = torch.rand(1, 224, 224), torch.tensor([0])
     with count_evaluations(model) as count:
-        curve = deletion_curve(model, images, maps, targets, score=logit, fill=Constant(0.0))
+        curve = deletion_curve(model, images, maps, targets, score=logit, baseline=Constant(0.0))
     # 448 pixels a step, 112 steps; with this model the score is the share that is left.
     assert count.total == 113
     torch.testing.assert_close(curve, torch.linspace(1, 0, 113)[None], atol=1e-5, rtol=0)
@@ -194,7 +194,7 @@ class Power(nn.Module):
 def test_points_go_where_a_known_curve_moves() -> None:
     images, maps, targets = torch.ones(1, 3, 40, 28), torch.rand(1, 40, 28), torch.tensor([0])
     batch = (images, maps, targets, 29)
-    kwargs: dict[str, Any] = {"games": ("deletion",), "score": logit, "fill": Constant(0.0)}
+    kwargs: dict[str, Any] = {"games": ("deletion",), "score": logit, "baseline": Constant(0.0)}
     share = 1 - np.arange(113) / 112
     steep = estimate_curves(Power(20.0), *batch, **kwargs)["deletion"]
     area = float(np.trapezoid(share**20) / 112)

@@ -290,7 +290,7 @@ class _Judge(pl.LightningModule):
             images,
             maps,
             targets,
-            fill=lambda _: blurred,
+            baseline=lambda _: blurred,
             steps=self.rules.steps,
             pixels_per_step=self.rules.pixels_per_step,
             eval_batch_size=self.chunk,

@@ -17,7 +17,7 @@ from lightning_aop.metrics.functional import (
     estimate_curves,
     insertion_curve,
 )
-from lightning_aop.ops import Fill
+from lightning_aop.ops import Baseline
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import Images, Maps, Targets
 
@@ -34,7 +34,7 @@ class _FaithfulnessAUC(Metric, ABC):
 
     Args:
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
-        fill: what takes the place of a pixel, a function of the images; the paper's blur.
+        baseline: what takes the place of a pixel, a function of the images; the paper's blur.
         steps: the number of steps of each game, if `pixels_per_step` is None.
         pixels_per_step: N of the protocol, 448 in the default at 224 × 224.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory.
@@ -57,7 +57,7 @@ class _FaithfulnessAUC(Metric, ABC):
     def __init__(
         self,
         score: Score = softmax,
-        fill: Fill = BLUR,
+        baseline: Baseline = BLUR,
         steps: int = 112,
         pixels_per_step: int | None = None,
         eval_batch_size: int = 32,
@@ -69,7 +69,7 @@ class _FaithfulnessAUC(Metric, ABC):
         self.evaluations = evaluations
         self.settings: dict[str, Any] = {
             "score": score,
-            "fill": fill,
+            "baseline": baseline,
             "steps": steps,
             "pixels_per_step": pixels_per_step,
             "eval_batch_size": eval_batch_size,

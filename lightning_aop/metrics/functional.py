@@ -2,7 +2,7 @@
 
 Both games move pixels in the order of falling saliency, in n = ceil(H·W / N) steps of N pixels, and
 record the class score after each, the start included. Deletion replaces the top pixels of the image
-by a fill; insertion replaces the top pixels of a filled image by the true ones. With a faithful
+by a baseline; insertion replaces the top pixels of the baseline by the true ones. With a faithful
 map the first curve falls early and the second rises early.
 """
 
@@ -17,13 +17,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_aop.checks import require_finite, require_positive
-from lightning_aop.ops import Fill, GaussianBlur
+from lightning_aop.ops import Baseline, GaussianBlur
 from lightning_aop.probing import Classifier, explaining
 from lightning_aop.scores import Score, full_precision, softmax
 from lightning_aop.types import Images, Maps, Targets
 
 BLUR = GaussianBlur()
-"""The paper's fill: a gaussian blur of 51 pixels, sigma 50."""
+"""The paper's baseline: a gaussian blur of 51 pixels, sigma 50."""
 
 RISE_BLUR = GaussianBlur(11, 5.0, "zeros")
 """The start of RISE's insertion; its deletion fills with `Constant(0)`."""
@@ -47,12 +47,12 @@ def deletion_curve(
     targets: Targets,
     *,
     score: Score = softmax,
-    fill: Fill = BLUR,
+    baseline: Baseline = BLUR,
     steps: int = 112,
     pixels_per_step: int | None = None,
     eval_batch_size: int = 32,
 ) -> Float[Tensor, "b points"]:
-    """Return the score after 0, N, 2N, … of the most salient pixels were replaced by the fill.
+    """Return the score after 0, N, 2N, … of the most salient pixels were replaced by the baseline.
 
     Cost: n + 1 evaluations an image.
 
@@ -62,7 +62,7 @@ def deletion_curve(
         maps: saliency of each image; only its order counts. Ties go in row-major order.
         targets: the class whose score is watched.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
-        fill: what replaces the pixels, a function of the images.
+        baseline: what replaces the pixels, a function of the images.
         steps: the number of steps, if `pixels_per_step` is None; then N = ceil(H·W / steps), 448
             pixels at 224 × 224.
         pixels_per_step: N; all channels of a pixel move together.
@@ -71,7 +71,7 @@ def deletion_curve(
     Raises:
         ValueError: the shapes don't fit each other, a map holds NaN, or a score is not finite.
     """
-    with _game(model, images, maps, targets, score, fill, steps, pixels_per_step) as game:
+    with _game(model, images, maps, targets, score, baseline, steps, pixels_per_step) as game:
         return game.play(insert=False, steps=range(game.steps + 1), chunk=eval_batch_size)
 
 
@@ -82,16 +82,16 @@ def insertion_curve(
     targets: Targets,
     *,
     score: Score = softmax,
-    fill: Fill = BLUR,
+    baseline: Baseline = BLUR,
     steps: int = 112,
     pixels_per_step: int | None = None,
     eval_batch_size: int = 32,
 ) -> Float[Tensor, "b points"]:
-    """Return the score after 0, N, 2N, … of the most salient pixels were put into the fill.
+    """Return the score after 0, N, 2N, … of the most salient pixels were put into the baseline.
 
     Arguments, cost and errors are those of `deletion_curve`.
     """
-    with _game(model, images, maps, targets, score, fill, steps, pixels_per_step) as game:
+    with _game(model, images, maps, targets, score, baseline, steps, pixels_per_step) as game:
         return game.play(insert=True, steps=range(game.steps + 1), chunk=eval_batch_size)
 
 
@@ -102,7 +102,7 @@ def deletion_insertion_curves(
     targets: Targets,
     *,
     score: Score = softmax,
-    fill: Fill = BLUR,
+    baseline: Baseline = BLUR,
     steps: int = 112,
     pixels_per_step: int | None = None,
     eval_batch_size: int = 32,
@@ -111,7 +111,7 @@ def deletion_insertion_curves(
 
     Arguments and errors are those of `deletion_curve`.
     """
-    with _game(model, images, maps, targets, score, fill, steps, pixels_per_step) as game:
+    with _game(model, images, maps, targets, score, baseline, steps, pixels_per_step) as game:
         return game.play_both(eval_batch_size)
 
 
@@ -139,7 +139,7 @@ def estimate_curves(  # noqa: D417
     *,
     games: tuple[GameName, ...] = _BOTH,
     score: Score = softmax,
-    fill: Fill = BLUR,
+    baseline: Baseline = BLUR,
     steps: int = 112,
     pixels_per_step: int | None = None,
     eval_batch_size: int = 32,
@@ -178,7 +178,7 @@ def estimate_curves(  # noqa: D417
             f"evaluations must be 8 or more for each game, {8 * len(games)} for {' and '.join(games)}, "
             f"got {evaluations}: give more"
         )
-    with _game(model, images, maps, targets, score, fill, steps, pixels_per_step) as game:
+    with _game(model, images, maps, targets, score, baseline, steps, pixels_per_step) as game:
         if evaluations >= (2 * game.steps if len(games) == 2 else game.steps + 1):
             whole = (
                 game.play_both(eval_batch_size)
@@ -202,11 +202,11 @@ def auc(curve: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
 
 @dataclass(frozen=True)
 class _Game:
-    """A batch with its pixels in order, ready to move them between the image and the fill."""
+    """A batch with its pixels in order, ready to move them between the image and the baseline."""
 
     classifier: Classifier
     images: Images
-    filled: Images
+    replaced: Images
     targets: Targets
     ranks: Int[Tensor, "b h w"]
     score: Score
@@ -290,14 +290,16 @@ class _Game:
         at_once = max(min(8, chunk), chunk // moved.shape[1])
         parts = []
         for some in torch.arange(len(moved), device=moved.device).split(at_once):
-            images, filled, ranks = self.images[some], self.filled[some], self.ranks[some]
+            images, replaced, ranks = self.images[some], self.replaced[some], self.ranks[some]
             scores = []
             for below, inserted in zip(
                 *(each[some].T.split(chunk // len(some)) for each in (moved, insert)), strict=True
             ):
                 hidden = (ranks < below[:, :, None, None]) != inserted[:, :, None, None]
                 # By 0 and 1 exactly the one or the other, in a fifth of the time of torch.where.
-                perturbed = torch.lerp(images, filled, hidden.to(images)[:, :, None]).flatten(0, 1)
+                perturbed = torch.lerp(images, replaced, hidden.to(images)[:, :, None]).flatten(
+                    0, 1
+                )
                 targets = self.targets[some].repeat(len(below))
                 scores.append(
                     self.classifier.scores(perturbed, targets, self.score).view(below.shape)
@@ -344,7 +346,7 @@ def _game(
     maps: Maps,
     targets: Targets,
     score: Score,
-    fill: Fill,
+    baseline: Baseline,
     steps: int,
     pixels_per_step: int | None,
 ) -> Iterator[_Game]:
@@ -357,7 +359,7 @@ def _game(
             )
         ranks = saliency_ranks(maps.detach().to(x.device))
         step = pixels_per_step or ceil(ranks[0].numel() / steps)
-        yield _Game(classifier, x, fill(x), t, ranks.int(), score, step)
+        yield _Game(classifier, x, baseline(x), t, ranks.int(), score, step)
 
 
 def saliency_ranks(maps: Maps) -> Int[Tensor, "b h w"]:
