@@ -129,7 +129,7 @@ def outcome(module: str, source: str, tests: list[str], limit: float) -> str:
         # counts as survived here.
         ran = pytest.main(
             [
-                *("-x", "-q", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider"),
+                *("-x", "-q", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider", "--assert=plain"),
                 *("-p", "no:jaxtyping", "-o", "addopts=", "--rootdir", str(ROOT)),
                 *(str(ROOT / "tests" / test) for test in tests),
             ]
@@ -158,7 +158,6 @@ def main() -> None:
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     # What every test imports; nothing of ours, which each process imports anew.
-    import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import pytorch_lightning  # noqa: F401
     import torch

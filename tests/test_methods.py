@@ -39,7 +39,7 @@ COSTS: dict[str, tuple[Any, int, int]] = {
     "rise": (4000, 0, 0),
     **dict.fromkeys(("random", "centre", "edges"), (0, 0, 0)),
 }
-BATCH = 8
+BATCH = 3
 
 
 @pytest.fixture(scope="module")
