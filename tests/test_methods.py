@@ -39,7 +39,7 @@ COSTS: dict[str, tuple[Any, int, int]] = {
     "rise": (4000, 0, 0),
     **dict.fromkeys(("random", "centre", "edges"), (0, 0, 0)),
 }
-BATCH = 3
+BATCH = 8
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,10 @@ def test_every_method_is_here() -> None:
 def test_cost_no_trace_and_no_image_depends_on_its_batch(
     name: str, network: nn.Module, photos: tuple[Tensor, Tensor]
 ) -> None:
-    images, targets = photos
+    forwards, backwards, once = COSTS[name]
+    # Of the activation maps several are blank; what takes long has something on each.
+    many = 3 if isinstance(forwards, range) or forwards > 100 else BATCH
+    images, targets = (of[:many] for of in photos)
     method, before, given = METHODS[name]("features", softmax), snapshot(network), images.clone()
     with torch.inference_mode(), count_evaluations(network) as count:
         together = method.explain(network, images, targets)
@@ -78,13 +81,12 @@ def test_cost_no_trace_and_no_image_depends_on_its_batch(
     assert together.amin() >= 0
     assert together.amax() <= 1
     assert together.flatten(1).any(dim=1).sum() >= 3
-    forwards, backwards, once = COSTS[name]
     if isinstance(forwards, range):
-        assert forwards[0] <= count.forward / BATCH <= forwards[-1]
+        assert forwards[0] <= count.forward / many <= forwards[-1]
     else:
-        assert count.forward == BATCH * forwards + once
-    assert count.backward == BATCH * backwards
-    single = [method.explain(network, images[i : i + 1], targets[i : i + 1]) for i in range(BATCH)]
+        assert count.forward == many * forwards + once
+    assert count.backward == many * backwards
+    single = [method.explain(network, images[i : i + 1], targets[i : i + 1]) for i in range(many)]
     torch.testing.assert_close(torch.cat(single), together, atol=1e-6, rtol=0)
 
 
