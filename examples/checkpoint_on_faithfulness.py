@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from lightning_aop import ExplanationMonitor
 
 
-def main(epochs: int = 5, pictures: int = 1200, output: Path = Path("runs/checkpoints")) -> None:
+def main(epochs: int = 6, pictures: int = 1200, output: Path = Path("runs/checkpoints")) -> None:
     """Train, and print which epochs were kept."""
     pl.seed_everything(0)
     accurate = ModelCheckpoint(monitor="val/accuracy", mode="max", filename="accurate-{epoch}")

@@ -19,7 +19,7 @@ class Shapes(Dataset[tuple[Tensor, int]]):
     def __init__(self, count: int, seed: int = 0, size: int = 64, noise: float = 0.1) -> None:
         g = torch.Generator().manual_seed(seed)
         self.labels = torch.randint(0, 3, (count,), generator=g)
-        radius = size * (0.12 + 0.1 * torch.rand(count, 1, 1, generator=g))
+        radius = size * (0.14 + 0.1 * torch.rand(count, 1, 1, generator=g))
         centre = radius[..., None] + (size - 2 * radius[..., None]) * torch.rand(
             count, 1, 1, 2, generator=g
         )
@@ -33,8 +33,9 @@ class Shapes(Dataset[tuple[Tensor, int]]):
             (y < 1) & (x < 1) & ((y < 0.33) | (x < 0.33)),
         ]
         self.masks = torch.stack(kinds)[self.labels, torch.arange(count)]
-        ground = F.interpolate(torch.rand(count, 3, 4, 4, generator=g), size, mode="bicubic")
-        colours = torch.rand(count, 3, 1, 1, generator=g)
+        ground = torch.rand(count, 3, 5, 5, generator=g)
+        ground = 0.5 + 0.4 * (F.interpolate(ground, size, mode="bicubic") - 0.5)
+        colours = 0.5 + 0.4 * torch.randn(count, 3, 1, 1, generator=g).sign()
         pictures = torch.where(self.masks[:, None], colours, ground)
         self.pictures = (pictures + noise * torch.randn(pictures.shape, generator=g)).clamp(0, 1)
 
@@ -61,13 +62,13 @@ def small_network(classes: int = 3) -> nn.Module:
             nn.BatchNorm2d(outputs),
             nn.ReLU(),
         ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 
 class Classifier(pl.LightningModule):
     """Any network from images to logits, trained with cross-entropy."""
 
-    def __init__(self, network: nn.Module, classes: int = 3, learning_rate: float = 2e-3) -> None:
+    def __init__(self, network: nn.Module, classes: int = 3, learning_rate: float = 3e-3) -> None:
         super().__init__()
         self.network, self.learning_rate = network, learning_rate
         self.accuracy = MulticlassAccuracy(classes, average="micro")

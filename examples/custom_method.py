@@ -36,7 +36,7 @@ class GradientTimesInput:
             return min_max((x * gradient).sum(dim=1).abs().detach())
 
 
-def main(epochs: int = 3, pictures: int = 600, output: Path = Path("runs/custom_method")) -> None:
+def main(epochs: int = 6, pictures: int = 1200, output: Path = Path("runs/custom_method")) -> None:
     """Watch a training with it, and compare it with GradCAM on new pictures."""
     pl.seed_everything(0)
     model = Classifier(small_network())

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from lightning_aop import ExplanationMonitor
 
 
-def main(epochs: int = 4, pictures: int = 1200, output: Path = Path("runs/quickstart")) -> None:
+def main(epochs: int = 6, pictures: int = 1200, output: Path = Path("runs/quickstart")) -> None:
     """Train a small network on generated pictures, watched."""
     pl.seed_everything(0)
     trainer = pl.Trainer(

@@ -16,8 +16,8 @@ from lightning_aop import ExplanationMonitor
 
 def main(
     offline: bool = True,
-    epochs: int = 3,
-    pictures: int = 600,
+    epochs: int = 6,
+    pictures: int = 1200,
     output: Path = Path("runs/wandb_logging"),
 ) -> None:
     """Train a small network on generated pictures, watched."""

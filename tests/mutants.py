@@ -129,7 +129,17 @@ def outcome(module: str, source: str, tests: list[str], limit: float) -> str:
         # counts as survived here.
         ran = pytest.main(
             [
-                *("-x", "-q", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider", "--assert=plain"),
+                *(
+                    "-x",
+                    "-q",
+                    "-n",
+                    "0",
+                    "-m",
+                    "not slow",
+                    "-p",
+                    "no:cacheprovider",
+                    "--assert=plain",
+                ),
                 *("-p", "no:jaxtyping", "-o", "addopts=", "--rootdir", str(ROOT)),
                 *(str(ROOT / "tests" / test) for test in tests),
             ]
