@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -83,5 +85,42 @@ def test_resize_enlarges_by_hand_computed_values() -> None:
     assert resize(maps, (1, 2)) is maps
 
 
-def test_constant_fill() -> None:
+@pytest.mark.parametrize("size", [(7, 5), (7, 15), (20, 5), (7, 30), (40, 5), (40, 30)])
+def test_resize_averages_what_it_shrinks_as_pillow_does(size: tuple[int, int]) -> None:
+    maps = torch.rand(5, 20, 15)
+    expected = [
+        np.asarray(Image.fromarray(one.numpy()).resize(size[::-1], Image.Resampling.BILINEAR))
+        for one in maps
+    ]
+    torch.testing.assert_close(
+        resize(maps, size), torch.from_numpy(np.stack(expected)), atol=1e-5, rtol=0
+    )
+
+
+def test_min_max_stretches_any_range() -> None:
+    maps = torch.rand(3, 4, 6)
+    for low, span in ((3.0, 0.25), (-5.0, 2.0), (-0.5, 1.0)):
+        found = min_max(low + span * maps)
+        for one, before in zip(found, maps, strict=True):
+            expected = (before - before.min()) / (before.max() - before.min())
+            torch.testing.assert_close(one, expected, atol=1e-5, rtol=0)
+
+
+def test_the_smallest_blur_changes_nothing() -> None:
+    images = torch.rand(1, 3, 5, 4)
+    torch.testing.assert_close(GaussianBlur(1, 0.1)(images), images)
+    for kernel in (0, -1):
+        with pytest.raises(ValueError, match="kernel must be a positive odd number"):
+            GaussianBlur(kernel)
+    with pytest.raises(ValueError, match="sigma must be above 0"):
+        GaussianBlur(3, 0.0)
+
+
+def test_baselines_are_values() -> None:
+    assert not Constant()(torch.rand(1, 3, 2, 2)).any()
+    for baseline in (Constant(), GaussianBlur()):
+        assert hash(baseline) == hash(type(baseline)())
+
+
+def test_constant() -> None:
     assert torch.equal(Constant(0.5)(torch.rand(1, 3, 2, 2)), torch.full((1, 3, 2, 2), 0.5))
