@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow test-lowest release-check reliability docs lint types clean
+.PHONY: demo test test-slow test-lowest coverage mutants release-check reliability docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lightning-aop demo
@@ -18,6 +18,12 @@ test-lowest:  ## the tests with the lowest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -c tests/constraints-lowest.txt
 	$(VENV)-lowest/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4
+
+coverage: $(VENV)/.dev  ## which lines the tests run, those of the processes that they start included
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered
+
+mutants: $(VENV)/.dev  ## change the maths a little, hundreds of times, and see that a test fails
+	$(BIN)/python tests/mutants.py
 
 release-check:  ## build, and try what was built in an empty environment, away from the repository
 	rm -rf dist $(VENV)-release

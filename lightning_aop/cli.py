@@ -1,4 +1,4 @@
-"""The `lightning-aop` command: train, explain, and play the pointing game."""
+"""The `lightning-aop` command: its sub-commands, the LightningCLI among them, and its errors."""
 
 import json
 import sys

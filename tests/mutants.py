@@ -3,9 +3,9 @@
     make mutants                                  # all four modules, an hour or two on one core
     python tests/mutants.py ops --sample 50       # a random part of one
 
-Each mutant runs the tests of its module in a process of its own, forked after torch has been imported,
-until the first that fails: those of its own file. A change
-that leaves the program the same but for annotations is no mutant.
+Each mutant runs the tests of its module, and those of the public signatures, until the first that
+fails, in a process of its own that is forked after torch has been imported. A change that leaves the
+program the same but for annotations is no mutant.
 """
 
 import argparse
@@ -127,23 +127,9 @@ def outcome(module: str, source: str, tests: list[str], limit: float) -> str:
 
         # The shape checks would recompile every module for each mutant; what only they would find
         # counts as survived here.
-        ran = pytest.main(
-            [
-                *(
-                    "-x",
-                    "-q",
-                    "-n",
-                    "0",
-                    "-m",
-                    "not slow",
-                    "-p",
-                    "no:cacheprovider",
-                    "--assert=plain",
-                ),
-                *("-p", "no:jaxtyping", "-o", "addopts=", "--rootdir", str(ROOT)),
-                *(str(ROOT / "tests" / test) for test in tests),
-            ]
-        )
+        flags = "-x -q -n 0 -p no:cacheprovider -p no:jaxtyping --assert=plain -o addopts= -m"
+        paths = [str(ROOT / "tests" / test) for test in [*tests, "test_api.py"]]
+        ran = pytest.main([*flags.split(), "not slow", "--rootdir", str(ROOT), *paths])
         os._exit(int(ran))
     end = time.monotonic() + limit
     while time.monotonic() < end:

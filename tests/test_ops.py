@@ -85,9 +85,14 @@ def test_resize_enlarges_by_hand_computed_values() -> None:
     assert resize(maps, (1, 2)) is maps
 
 
-@pytest.mark.parametrize("size", [(7, 5), (7, 15), (20, 5), (7, 30), (40, 5), (40, 30)])
-def test_resize_averages_what_it_shrinks_as_pillow_does(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(7, 5), (7, 15), (17, 15), (20, 5), (7, 30), (40, 5), (40, 30)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_resize_averages_what_it_shrinks_as_pillow_does(
+    size: tuple[int, int], turned: bool
+) -> None:
     maps = torch.rand(5, 20, 15)
+    if turned:
+        maps, size = maps.mT.contiguous(), size[::-1]
     expected = [
         np.asarray(Image.fromarray(one.numpy()).resize(size[::-1], Image.Resampling.BILINEAR))
         for one in maps

@@ -1,1 +1,1 @@
-"""The commands that work on photos: explain, compare and sanity-check."""
+"""The sub-commands of `lightning-aop` that are no LightningCLI's: a file each, and what they share."""
