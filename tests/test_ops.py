@@ -102,6 +102,16 @@ def test_resize_averages_what_it_shrinks_as_pillow_does(
     )
 
 
+@pytest.mark.parametrize("size", [(40, 15), (20, 30), (33, 41)])
+def test_resize_with_aligned_corners_is_linear_between_the_corners(size: tuple[int, int]) -> None:
+    maps = torch.rand(2, 20, 15)
+    rows, columns = (np.linspace(0, n - 1, m) for n, m in zip((20, 15), size, strict=True))
+    for one, found in zip(maps.numpy(), resize(maps, size, True), strict=True):
+        tall = np.stack([np.interp(rows, range(20), one[:, j]) for j in range(15)], axis=1)
+        expected = np.stack([np.interp(columns, range(15), row) for row in tall])
+        torch.testing.assert_close(found, torch.from_numpy(expected).float(), atol=1e-5, rtol=0)
+
+
 def test_min_max_stretches_any_range() -> None:
     maps = torch.rand(3, 4, 6)
     for low, span in ((3.0, 0.25), (-5.0, 2.0), (-0.5, 1.0)):
