@@ -86,8 +86,9 @@ def test_cost_no_trace_and_no_image_depends_on_its_batch(
     else:
         assert count.forward == many * forwards + once
     assert count.backward == many * backwards
-    single = [method.explain(network, images[i : i + 1], targets[i : i + 1]) for i in range(many)]
-    torch.testing.assert_close(torch.cat(single), together, atol=1e-6, rtol=0)
+    alone = range(many) if many == BATCH else [1]
+    single = [method.explain(network, images[i : i + 1], targets[i : i + 1]) for i in alone]
+    torch.testing.assert_close(torch.cat(single), together[list(alone)], atol=1e-6, rtol=0)
 
 
 NESTED: dict[str, Any] = {

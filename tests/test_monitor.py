@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import SmallNet, assert_same, snapshot
+from conftest import SmallNet, assert_same
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -561,33 +561,7 @@ def test_pictures_of_8_bits_take_a_byte_a_value_in_a_checkpoint() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# harmless
-
-
-class FrozenNorm(Classifier):
-    """BatchNorm kept in eval mode while the rest trains."""
-
-    def train(self, mode: bool = True) -> "FrozenNorm":
-        super().train(mode)
-        self.net.features[1].eval()
-        return self
-
-
-@pytest.mark.parametrize("kind", [Classifier, FrozenNorm])
-@pytest.mark.parametrize("settings", [{}, {"every_n_train_steps": 1}])
-def test_training_is_bit_for_bit_the_same(kind: Any, settings: Any, tmp_path: Path) -> None:
-    def run(*callbacks: pl.Callback) -> tuple[Any, list[float], Any]:
-        pl.seed_everything(3, verbose=False)
-        model = kind()
-        fit = trainer(tmp_path, *callbacks, max_epochs=3)
-        fit.fit(model, *loaders())
-        logged = {k: v for k, v in fit.logged_metrics.items() if not k.startswith("explain")}
-        optimizer = fit.optimizers[0].state_dict()
-        state = snapshot(model)
-        del state["buffers"]  # the identity of this run's own objects
-        return state, model.losses, [optimizer, logged]
-
-    assert_same(run(), run(ExplanationMonitor(**settings)))
+# harmless: what tests/test_harmless.py does not compare
 
 
 @pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")

@@ -1,6 +1,6 @@
 """Kill a run with the monitor at one moment after another, resume it, and write down what is seen.
 
-    python killed.py OUT
+    python killed.py OUT MOMENTS
 
 OUT/seen.json has, for the run that was let be ("whole") and for each that was killed and resumed, the
 figures after each epoch, the fingerprint of the probe, and a digest of each picture; and what the
@@ -145,12 +145,12 @@ def seen(out: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    root = Path(sys.argv[1])
+    root, wanted = Path(sys.argv[1]), int(sys.argv[2])
     forked(root / "whole")
     moments = json.loads((root / "whole" / "moments.json").read_text())
     result: dict[str, Any] = {"moments": moments, "whole": seen(root / "whole"), "killed": {}}
     # Every one of the first epoch and the explanation before it would say the same many times.
-    for fatal in sorted({*range(0, moments, max(moments // 24, 1)), moments - 1}):
+    for fatal in sorted({*range(0, moments, max(moments // wanted, 1)), moments - 1}):
         folder = root / f"killed{fatal}"
         signals = [forked(folder, fatal), forked(folder)]
         assert signals == [signal.SIGKILL, 0], (fatal, signals)
