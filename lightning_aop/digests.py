@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import re
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,15 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w+]+", "-", name).strip("-") or "method"
 
 
-def update_with_weights(digest: "hashlib._Hash", model: nn.Module) -> None:
+@runtime_checkable
+class Digest(Protocol):
+    """A hash that is being computed: `hashlib` names no type for it at run time."""
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Take more data in."""
+
+
+def update_with_weights(digest: Digest, model: nn.Module) -> None:
     """Take the names and values of a model's parameters and buffers into a hash."""
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
