@@ -17,7 +17,7 @@ test-slow: $(VENV)/.dev  ## minutes of CPU time; LIGHTNING_AOP_DATA names a fold
 test-lowest:  ## the tests with the lowest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -c tests/constraints-lowest.txt
-	$(VENV)-lowest/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4
+	$(VENV)-lowest/bin/python -m pytest -m "not slow" -W ignore::DeprecationWarning -n auto --maxprocesses 4
 
 coverage: $(VENV)/.dev  ## which lines the tests run, those of the processes that they start included
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered

@@ -720,7 +720,8 @@ def _pleasing(count: int, size: Callable[[int], tuple[int, int]]) -> int:
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
+    return ImageFont.truetype(str(path), size)  # Pillow 10.1 takes no Path
 
 
 def _shortened(
