@@ -112,6 +112,32 @@ def test_maps_of_a_vision_transformer_agree_with_grad_cam() -> None:
     assert torch.equal(given, GradCAM().explain(network, images, targets))
 
 
+class ChannelsLast(nn.Module):
+    """Its last feature maps are [B, h, w, C], as Swin's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 256, 4, stride=4)
+        self.turned = nn.Identity()
+        self.head = nn.Linear(256, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.turned(self.first(images).permute(0, 2, 3, 1)).mean((1, 2)))
+        return logits
+
+
+def test_channels_last_are_known_by_the_proportions_of_the_picture() -> None:
+    network, targets = ChannelsLast().eval(), torch.tensor([1, 4])
+    for height, width in ((96, 24), (24, 96)):
+        images = torch.rand(2, 3, height, width)
+        turned = GradCAM("turned").activation_map(network, images, targets)
+        assert turned.shape == (2, height // 4, width // 4)
+        torch.testing.assert_close(
+            turned, GradCAM("first").activation_map(network, images, targets)
+        )
+
+
 def test_trained_networks_agree_with_grad_cam(real_data: Path) -> None:
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(3))
     for name, layer in (("squeezenet1_1", "features.12"), ("mobilenet_v2", "features.18")):
@@ -159,6 +185,8 @@ def test_identities_of_global_pooling_and_a_linear_head(net: nn.Module, batch: A
 def test_gradcam_plus_plus_is_the_published_formula(net: nn.Module) -> None:
     a, g = torch.rand(2, 6, 5, 4).double(), torch.randn(2, 6, 5, 4).double()
     g[0, 0, 0, 0] = 0.0
+    # A negative sum, -2, with which the denominator is 0 for a gradient of 1 and not for one of ½.
+    a[1, 0], g[1, 0, 0, 0], g[1, 0, 0, 1] = -0.1, 1.0, 0.5
     expected = torch.zeros(2, 6).double()
     for b in range(2):
         for k in range(6):

@@ -330,6 +330,7 @@ def test_bad_input_is_refused(net: nn.Module, batch: Any, maps: Tensor, unchecke
         OverallAUC(steps=0).update(net, images, maps, targets)
     with pytest.raises(ValueError, match="16 for deletion and insertion, got 15"):
         OverallAUC(evaluations=15).update(net, images, maps, targets)
+    assert estimate_curves(net, images, maps, targets, 16)["deletion"].evaluated.any()
     with pytest.raises(ValueError, match=r"games must be .*, got \('rise',\)"):
         estimate_curves(net, images, maps, targets, 56, games=("rise",))  # type: ignore[arg-type]
     net.head.bias.data[1] = torch.nan
