@@ -263,7 +263,8 @@ class CommandLine(LightningCLI):
         if not Path(path).is_file():
             raise CommandError(f"--ckpt_path {path}: no such file")
         saved = self.config
-        self._dump_config()
+        if hasattr(self, "_dump_config"):  # Lightning 2.5 has done it before
+            self._dump_config()
         self.config = saved.clone()
         options = self.config[command].model
         network = torch.load(path, map_location="cpu", weights_only=True).get(
