@@ -88,7 +88,9 @@ def test_fewer_pictures_than_processes(one: dict[str, list[Any]], tmp_path: Path
         torch.testing.assert_close(each["found"][0]["maps"], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("failing", "probe"), [(0, 4), (1, 4), (1, 1)])
+@pytest.mark.parametrize(
+    ("failing", "probe"), [(0, 4), pytest.param(1, 4, marks=pytest.mark.slow), (1, 1)]
+)
 def test_a_process_that_fails_stops_nobody(failing: int, probe: int, tmp_path: Path) -> None:
     results = run(tmp_path / "out", 2, probe, failing)
     for what in ("validate", "fit"):

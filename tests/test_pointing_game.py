@@ -222,7 +222,7 @@ def process(root: Path, checkpoint: Path, output: Path, *more: str) -> list[str]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_two_processes_and_a_killed_run_give_the_same_figures(
+def test_a_killed_run_that_two_processes_finish_gives_the_same_figures(
     root: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     # I-GOS draws noise, so that figures would differ if groups were put together anew.
@@ -232,35 +232,31 @@ def test_two_processes_and_a_killed_run_give_the_same_figures(
     one = play(root, checkpoint, tmp_path / "one", *options)[0] | {"seconds": 0}
     assert one["pairs"] > 5
 
-    shared = process(root, checkpoint, tmp_path / "two", *options)
-    finish([*shared, "--trainer.devices=2", "--trainer.strategy=ddp"], env=ENVIRONMENT)
+    words = process(root, checkpoint, tmp_path / "two", *options)
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as running:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "two").rglob("groups-0.jsonl")):
+            assert time.monotonic() < deadline
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.send_signal(signal.SIGKILL)
+    done = lines(tmp_path / "two")
+    assert 0 < len(done) < 7
+
+    shared = [*words, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    finish(shared, env=ENVIRONMENT)
+    assert lines(tmp_path / "two")[: len(done)] == done
     assert len(list((tmp_path / "two").rglob("groups-*.jsonl"))) == 2
     # One group is missing: fewer than there are processes.
     (path,) = (tmp_path / "two").rglob("groups-1.jsonl")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     assert len(lines(tmp_path / "two")) == 6
-    finish([*shared, "--trainer.devices=2", "--trainer.strategy=ddp"], env=ENVIRONMENT)
+    finish(shared, env=ENVIRONMENT)
     groups = [line["group"] for line in lines(tmp_path / "two")]
     assert sorted(groups) == list(range(7)), "each group once"
     (two,) = json.loads((tmp_path / "two" / "results.json").read_text())
     same = {"seconds": 0, "evaluations": 0}  # each process looks for the layer
     assert_close(two | same, one | same)
-
-    killed = process(root, checkpoint, tmp_path / "killed", *options)
-    with subprocess.Popen(killed, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as running:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "killed").rglob("groups-0.jsonl")):
-            assert time.monotonic() < deadline
-            assert running.poll() is None
-            time.sleep(0.02)
-        running.send_signal(signal.SIGKILL)
-    done = lines(tmp_path / "killed")
-    assert 0 < len(done) < 7
-    finish(killed, env=ENVIRONMENT)
-    (again,) = json.loads((tmp_path / "killed" / "results.json").read_text())
-    assert_close(again | same, one | same)
-    assert lines(tmp_path / "killed")[: len(done)] == done
-    assert len(lines(tmp_path / "killed")) == 7
 
 
 def assert_close(first: Any, second: Any) -> None:
