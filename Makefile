@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
+# The tests start many processes: without bytecode each would compile torch and Lightning anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow test-lowest coverage mutants release-check reliability docs lint types clean
 
 demo: $(VENV)/.demo
