@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_aop import AOP, EMP, IGOS, Blank, RankedMask, WGradCAM, fast_sigcam, sigcam
+from lightning_aop.checks import NonFiniteScoreError
 from lightning_aop.ops import GaussianBlur, resize
 from lightning_aop.perturbation import ArmijoSearch
 from lightning_aop.probing import count_evaluations
@@ -248,3 +249,15 @@ def test_a_start_of_another_length_is_refused(
     images, targets = batch
     with pytest.raises(ValueError, match=r"one map \[h, w\] for each of the 4 images"):
         IGOS().refine(net, images, targets, torch.zeros(3, 7, 7))
+
+
+@pytest.mark.parametrize(
+    "method", [EMP(iterations=1), IGOS(iterations=1), RankedMask(iterations=1)]
+)
+def test_a_score_that_is_not_a_number_names_its_image(
+    method: EMP | IGOS | RankedMask, double: nn.Module, pictures: tuple[Tensor, Tensor]
+) -> None:
+    images = pictures[0].clone()
+    images[2, 0, 5, 5] = float("nan")
+    with pytest.raises(NonFiniteScoreError, match=r"the class score is .* image\(s\) \[2\] "):
+        method.refine(double, images, pictures[1], starts(4, 9))
