@@ -1,5 +1,6 @@
 import csv
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import SmallNet, assert_same
 from PIL import Image
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,7 +25,7 @@ from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM
 from lightning_aop.controls import RandomMap
 from lightning_aop.history import History
 from lightning_aop.metrics import DeletionAUC, Faithfulness, OverallAUC
-from lightning_aop.monitor import panels
+from lightning_aop.monitor import panels, progress
 from lightning_aop.monitor.samples import Probe
 from lightning_aop.rendering import heatmap_grid
 from lightning_aop.scores import sigmoid
@@ -151,6 +152,45 @@ def test_one_line_is_enough(tmp_path: Path) -> None:
     assert [value.step for value in events.Scalars("explain/overall_auc")] == [0, 2, 5]
     assert pictures_in(tmp_path / "csv") == [f"step-{step:08d}.png" for step in (0, 2, 5)]
     assert monitor.captions[0][0].startswith(Pictures.classes[int(Pictures().labels[0])])
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_a_long_explanation_shows_its_evaluations(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    bar: type[TQDMProgressBar] | type[RichProgressBar],
+) -> None:
+    model, seen = Classifier(), 0
+
+    def watch(module: nn.Module, args: Any, logits: Tensor) -> None:
+        nonlocal seen
+        seen += len(logits)
+
+    def counts(delay: float, *bars: pl.Callback, **settings: Any) -> list[int]:
+        monkeypatch.setattr(progress, "_DELAY", delay)
+        monkeypatch.setattr(progress, "_INTERVAL", 0.0)
+        monitor = ExplanationMonitor(WGradCAM(), probe=3, controls=False)
+        folder = tmp_path / f"{delay}{len(bars)}"
+        trainer(folder, monitor, *bars, **settings).validate(model, loaders()[1], verbose=False)
+        written = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "".join(capfd.readouterr()))
+        assert ("Validation" in written) == bool(bars)
+        shown = re.findall(r"explaining 3 pictures(?:: |, evaluations ━+ )(\d+)[ /]", written)
+        return [int(count) for count in shown]
+
+    # Rich needs room for its columns, and draws for a terminal only.
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not counts(0.0)  # where the trainer shows nothing
+    assert not counts(60.0, bar(), enable_progress_bar=True)
+    handle, seen = model.register_forward_hook(watch), 0
+    shown = counts(0.0, bar(), enable_progress_bar=True)
+    handle.remove()
+    assert shown == sorted(shown)
+    assert len(shown) > 3
+    # All but the 24 pictures of the validation: WGradCAM's 3 backward passes, and both curves.
+    assert shown[-1] == seen - 24 + 3
+    assert not model._forward_hooks
 
 
 def test_controls_are_judged_as_the_maps_are(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from lightning_aop.monitor.lightnings import (
     rank_zero_warn,
 )
 from lightning_aop.monitor.panels import draw_change, draw_probe
+from lightning_aop.monitor.progress import progress_bar
 from lightning_aop.monitor.run_files import Earlier, RunFiles
 from lightning_aop.monitor.samples import (
     Probe,
@@ -366,6 +367,7 @@ class ExplanationMonitor(Callback):
             self._precision(trainer, pl_module),
             team.buffers_of_first(pl_module),
             self._frozen.kept(unwrap(pl_module), len(probe.images)),
+            progress_bar(trainer, pl_module, len(probe.images)),
         ):
             images = probe.images.to(device)
             plan = team.from_first(lambda: self._plan(pl_module, probe, images))
