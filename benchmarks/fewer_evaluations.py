@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_aop.benchmark.tables import Column, Interval, bootstrap, load
+from lightning_aop.experiments.tables import Column, Interval, bootstrap, load
 
 OURS = "#d32f2f"
 OTHERS = "#3b5b8c"

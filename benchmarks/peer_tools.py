@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_aop import AOP, Blank, GradCAM, fast_sigcam, sigcam
-from lightning_aop.cam import LayerCAM, XGradCAM
+from lightning_aop.methods.cam import LayerCAM, XGradCAM
+from lightning_aop.methods.igos import IGOS
+from lightning_aop.methods.rise import RISE
+from lightning_aop.methods.xrai import XRAI, superpixels
 from lightning_aop.metrics.functional import deletion_curve, deletion_insertion_curves
 from lightning_aop.ops import Constant, min_max
-from lightning_aop.perturbation import IGOS
-from lightning_aop.regions import RISE, XRAI, superpixels
 
 OURS = "lightning_aop"
 STEPS = 28  # of a curve

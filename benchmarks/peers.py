@@ -34,8 +34,8 @@ from peer_tools import OURS, Batch, Race, races
 from torch import Tensor, nn
 
 from lightning_aop import __version__, fast_sigcam
+from lightning_aop.model.passes import count_evaluations
 from lightning_aop.ops import min_max
-from lightning_aop.probing import count_evaluations
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # By network: its last convolution; the mean and the deviation of what it takes.

@@ -13,10 +13,10 @@ from jsonargparse import auto_cli
 from torchvision.transforms import v2
 
 from lightning_aop import AOP, EMP, GradCAM, RandomMap, SaliencyMethod, fast_sigcam
-from lightning_aop.attribution import integrated_gradients
+from lightning_aop.methods import integrated_gradients
 from lightning_aop.metrics import auc, deletion_insertion_curves
-from lightning_aop.probing import count_evaluations
-from lightning_aop.rendering import map_table, write_png
+from lightning_aop.model import count_evaluations
+from lightning_aop.view import map_table, write_png
 
 METHODS: dict[str, SaliencyMethod] = {
     "GradCAM": GradCAM(),

@@ -17,8 +17,8 @@ from torch import nn
 
 from lightning_aop import ExplanationMonitor, GradCAM
 from lightning_aop.metrics import OverallAUC
+from lightning_aop.model import explaining
 from lightning_aop.ops import min_max
-from lightning_aop.probing import explaining
 from lightning_aop.scores import logit
 from lightning_aop.types import Images, Maps, Targets
 

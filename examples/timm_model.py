@@ -14,8 +14,8 @@ from jsonargparse import auto_cli
 
 from lightning_aop import GradCAM, LayerCAM, SaliencyMethod, fast_sigcam
 from lightning_aop.metrics import OverallAUC
-from lightning_aop.probing import find_target_layer
-from lightning_aop.rendering import map_table, write_png
+from lightning_aop.model import find_target_layer
+from lightning_aop.view import map_table, write_png
 
 
 def main(

@@ -1,8 +1,8 @@
 """See, while a model trains in PyTorch Lightning, what it looks at and whether that can be trusted."""
 
-from lightning_aop.aop import AOP, Blank, fast_sigcam, sigcam
-from lightning_aop.attribution import CaptumAttribution
-from lightning_aop.cam import (
+from lightning_aop._version import __version__ as __version__
+from lightning_aop.methods.aop import AOP, Blank, fast_sigcam, sigcam
+from lightning_aop.methods.cam import (
     CAM,
     GradCAM,
     GradCAMPlusPlus,
@@ -11,14 +11,16 @@ from lightning_aop.cam import (
     WGradCAM,
     XGradCAM,
 )
-from lightning_aop.controls import CentreGaussian, EdgeDetector, RandomMap
-from lightning_aop.excitation import ExcitationBackprop
+from lightning_aop.methods.captum import CaptumAttribution
+from lightning_aop.methods.controls import CentreGaussian, EdgeDetector, RandomMap
+from lightning_aop.methods.emp import EMP
+from lightning_aop.methods.excitation import ExcitationBackprop
+from lightning_aop.methods.igos import IGOS
+from lightning_aop.methods.ranked_mask import RankedMask
+from lightning_aop.methods.rise import RISE
+from lightning_aop.methods.xrai import XRAI
 from lightning_aop.monitor import ExplanationMonitor
-from lightning_aop.perturbation import EMP, IGOS, RankedMask
-from lightning_aop.regions import RISE, XRAI
 from lightning_aop.types import ActivationMethod, Perturbation, SaliencyMethod
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AOP",

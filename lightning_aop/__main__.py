@@ -2,6 +2,6 @@
 
 import sys
 
-from lightning_aop.cli import main
+from lightning_aop.cli.main import main
 
 sys.exit(main())

@@ -26,9 +26,11 @@ from cosmic_ray import mutating, plugins
 ROOT = Path(__file__).parents[1]
 MODULES = {
     "ops": ("lightning_aop.ops", ["test_ops.py"]),
-    "functional": ("lightning_aop.metrics.functional", ["test_metrics.py"]),
-    "perturbation": ("lightning_aop.perturbation", ["test_perturbation.py"]),
-    "cam": ("lightning_aop.cam", ["test_cam.py"]),
+    "functional": ("lightning_aop.metrics.functional", ["metrics/test_metrics.py"]),
+    "emp": ("lightning_aop.methods.emp", ["methods/test_perturbation.py"]),
+    "igos": ("lightning_aop.methods.igos", ["methods/test_perturbation.py"]),
+    "ranked_mask": ("lightning_aop.methods.ranked_mask", ["methods/test_perturbation.py"]),
+    "cam": ("lightning_aop.methods.cam", ["methods/test_cam.py"]),
 }
 # One or two replacements each: more of the same find nothing new.
 OPERATORS = [

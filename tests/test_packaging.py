@@ -75,7 +75,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         check=False,
     )
     assert {name.split("/")[0] for name in found} == {"lightning_aop"}
-    assert {"lightning_aop/py.typed", "lightning_aop/report.html"} <= found
+    assert {"lightning_aop/py.typed", "lightning_aop/history/page.html"} <= found
     assert "lightning_aop/configs/benchmark/table2.yaml" in found
     assert not [name for name in found if "pycache" in name or name.endswith(".pyc")]
     if tracked.returncode == 0:  # in a repository
@@ -129,7 +129,7 @@ def test_no_vendor_is_imported_before_it_is_needed(tmp_path: Path) -> None:
         import sys
         import pytorch_lightning, torchmetrics, torchvision
         before = set(sys.modules)
-        import lightning_aop, lightning_aop.image_log, lightning_aop.metrics
+        import lightning_aop, lightning_aop.monitor.loggers, lightning_aop.metrics
         print(*sorted(set(sys.modules) - before))
         """,
         tmp_path,

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_aop import AOP, RankedMask
-from lightning_aop.cam import GradientWeightedMap
+from lightning_aop.methods import GradientWeightedMap
 
 
 @dataclass(frozen=True)

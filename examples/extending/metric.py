@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_aop import ExplanationMonitor
+from lightning_aop.model import predict
 from lightning_aop.ops import GaussianBlur, blend
-from lightning_aop.probing import predict
 from lightning_aop.scores import softmax
 from lightning_aop.types import Images, Maps, Targets
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from lightning_aop import AOP, WGradCAM
+from lightning_aop.model import explaining
 from lightning_aop.ops import GaussianBlur, blend, resize
-from lightning_aop.probing import explaining
 from lightning_aop.scores import softmax
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 

@@ -3,7 +3,7 @@
 from lightning_aop.coco.classifier import MultilabelClassifier
 from lightning_aop.coco.datamodule import CocoClassification
 from lightning_aop.coco.dataset import CocoMultilabel
-from lightning_aop.coco.pictures import PictureError, Preprocess
+from lightning_aop.data.images import PictureError, Preprocess
 
 __all__ = [
     "CocoClassification",

@@ -19,7 +19,7 @@ from torchmetrics.classification import (
     MultilabelStatScores,
 )
 
-from lightning_aop.coco.backbones import load_backbone
+from lightning_aop.data.networks import load_backbone
 
 OptimizerCallable: TypeAlias = Callable[[Iterable[Any]], Optimizer]
 LRSchedulerCallable: TypeAlias = Callable[[Optimizer], LRScheduler]

@@ -17,8 +17,8 @@ from lightning_aop.coco.features import (
     cached_features,
     default_cache_dir,
 )
-from lightning_aop.coco.pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from lightning_aop.coco.shapes import write_shapes
+from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from lightning_aop.data.shapes import write_shapes
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_aop.coco.pictures import Picture, PictureError, read_picture, to_tensor
+from lightning_aop.data.images import Picture, PictureError, read_picture, to_tensor
 
 Transform: TypeAlias = Callable[[Picture], Tensor]
 

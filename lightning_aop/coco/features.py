@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from lightning_aop.coco.dataset import CocoMultilabel
-from lightning_aop.digests import update_with_weights
+from lightning_aop.data.digests import update_with_weights
 
 Precision: TypeAlias = Literal["float32", "float16"]
 

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.errors import require_finite, require_positive
+from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.ops import Baseline, GaussianBlur
-from lightning_aop.probing import Classifier, explaining
 from lightning_aop.scores import Score, full_precision, softmax
 from lightning_aop.types import Images, Maps, Targets
 

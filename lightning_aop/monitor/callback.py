@@ -14,28 +14,28 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-import lightning_aop
-from lightning_aop.aop import fast_sigcam
-from lightning_aop.chunks import largest_chunk, with_chunk
-from lightning_aop.controls import CentreGaussian, RandomMap
-from lightning_aop.frozen import FrozenPart
-from lightning_aop.history import History, HistoryWriter, Record
-from lightning_aop.image_log import has_tables, log_image, log_table
+from lightning_aop._version import __version__
+from lightning_aop.history.rows import COLUMNS, evolution_rows
+from lightning_aop.history.store import History, HistoryWriter, Record
+from lightning_aop.methods.aop import fast_sigcam
+from lightning_aop.methods.controls import CentreGaussian, RandomMap
 from lightning_aop.metrics import EnergyPointingGame, Faithfulness, OverallAUC, PointingGame
+from lightning_aop.model.adapter import predict
+from lightning_aop.model.chunks import largest_chunk, with_chunk
+from lightning_aop.model.frozen import FrozenPart
+from lightning_aop.model.isolation import device_of, in_float32, isolated_rng, undisturbed, unwrap
 from lightning_aop.monitor.budget import Budget
-from lightning_aop.monitor.evolution import COLUMNS, evolution_rows
-from lightning_aop.monitor.findings import Found, Plan
-from lightning_aop.monitor.lightnings import (
+from lightning_aop.monitor.explanation import Found, Plan
+from lightning_aop.monitor.lightning import (
     Callback,
     LightningModule,
     Trainer,
     misconfiguration,
     rank_zero_warn,
 )
+from lightning_aop.monitor.loggers import has_tables, log_image, log_table
 from lightning_aop.monitor.panels import draw_change, draw_probe
-from lightning_aop.monitor.progress import progress_bar
-from lightning_aop.monitor.run_files import Earlier, RunFiles
-from lightning_aop.monitor.samples import (
+from lightning_aop.monitor.probe import (
     Probe,
     ProbeSource,
     TargetChoice,
@@ -44,11 +44,13 @@ from lightning_aop.monitor.samples import (
     normalisation_of,
     source_of,
 )
-from lightning_aop.monitor.team import Team
-from lightning_aop.probing import device_of, in_float32, isolated_rng, predict, undisturbed, unwrap
-from lightning_aop.rendering import PANELS, Panel, displayable
+from lightning_aop.monitor.processes import Team
+from lightning_aop.monitor.progress import progress_bar
+from lightning_aop.monitor.run_folder import Earlier, RunFiles
 from lightning_aop.scores import Score, sigmoid, softmax
 from lightning_aop.types import Maps, SaliencyMethod, Targets
+from lightning_aop.view.grid import PANELS, Panel
+from lightning_aop.view.overlay import displayable
 
 T = TypeVar("T")
 Moment: TypeAlias = Literal["start", "step", "epoch"]
@@ -668,7 +670,7 @@ class ExplanationMonitor(Callback):
             "targets": str(self.targets),
             "metrics": "Faithfulness(steps=28)" if self.metrics is True else _printed(self.metrics),
             "precision": "32" if self.full_precision else str(trainer.precision),
-            "lightning_aop": lightning_aop.__version__,
+            "lightning_aop": __version__,
             "torch": torch.__version__,
         }
         if self.max_overhead is not None:

@@ -10,9 +10,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lightning_aop.monitor.findings import Found
-from lightning_aop.monitor.samples import Probe
-from lightning_aop.rendering import Panel, heatmap_grid
+from lightning_aop.monitor.explanation import Found
+from lightning_aop.monitor.probe import Probe
+from lightning_aop.view.grid import Panel, heatmap_grid
 
 Picture: TypeAlias = UInt8[Tensor, "3 height width"]
 

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 from torch import nn
 from tqdm import tqdm
 
-from lightning_aop.monitor.lightnings import Trainer
-from lightning_aop.probing import Evaluations, count_evaluations
+from lightning_aop.model.passes import Evaluations, count_evaluations
+from lightning_aop.monitor.lightning import Trainer
 
 _DELAY = 5.0  # seconds: what is over sooner needs no bar
 _INTERVAL = 0.5  # seconds

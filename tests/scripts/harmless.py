@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "monitor"))
 
 import pytorch_lightning as pl
 import torch

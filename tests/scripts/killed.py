@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "monitor"))
 
 import pytorch_lightning as pl
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_aop import ExplanationMonitor, fast_sigcam
-from lightning_aop.history import History
+from lightning_aop.history.store import History
 
 EPOCHS = 3
 

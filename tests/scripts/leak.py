@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "monitor"))
 
 import pytorch_lightning as pl
 import torch
@@ -28,7 +29,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from lightning_aop import ExplanationMonitor, probing
+from lightning_aop import ExplanationMonitor
+from lightning_aop.model import layers
 
 out, firings = Path(sys.argv[1]), int(sys.argv[2])
 
@@ -80,7 +82,7 @@ class Count(pl.Callback):
             "objects": len(objects),
             "tensors": len(tensors),
             "hooks": hooks(pl_module),
-            "target layers": len(probing._found),
+            "target layers": len(layers._found),
             "figures": len(pyplot.get_fignums()),
             "files": len(os.listdir("/proc/self/fd")),
             "threads": threading.active_count(),

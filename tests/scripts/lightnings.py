@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "monitor"))
 
 import torch
 from conftest import SmallNet
@@ -48,7 +49,7 @@ elif order != "package":
 from lightning_utilities.core import rank_zero  # noqa: E402
 
 from lightning_aop import ExplanationMonitor, WGradCAM  # noqa: E402
-from lightning_aop.monitor.samples import Probe  # noqa: E402
+from lightning_aop.monitor.probe import Probe  # noqa: E402
 
 L: Any = importlib.import_module(used)
 callbacks: Any = importlib.import_module(f"{used}.callbacks")

@@ -1,0 +1,76 @@
+"""`lightning-aop explain`: show where in a photo a torchvision classifier sees a class."""
+
+import sys
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
+
+from lightning_aop.cli.errors import CommandError
+from lightning_aop.cli.photos import load, photo_options, progress
+from lightning_aop.methods.names import METHODS
+from lightning_aop.metrics import auc, deletion_insertion_curves
+from lightning_aop.scores import softmax
+from lightning_aop.view.grid import heatmap_grid
+from lightning_aop.view.png import write_png
+
+
+def explain_parser() -> ArgumentParser:
+    """Return the options of `lightning-aop explain`."""
+    parser = ArgumentParser(
+        prog="lightning-aop explain",
+        description="Show where in a photo a torchvision classifier sees a class. Writes one picture "
+        "with every photo beside its heatmap, and prints how faithful each map is.",
+    )
+    photo_options(parser)
+    add = parser.add_argument
+    add("--method", default="sigcam", choices=list(METHODS), help="how to explain")
+    add("-o", "--output", type=Path, default=Path("explanation.png"), help="the picture to write")
+    return parser
+
+
+def explain(options: Namespace) -> int:
+    """Explain photos; one that can't be read is named and left out."""
+    recipe = load(options)
+    chosen = [recipe.class_index(name) for name in options.target_class or []]
+    method = METHODS[options.method](options.target_layer, softmax)
+    failures = 0
+    pictures: list[Tensor] = []
+    maps: list[Tensor] = []
+    captions: list[str] = []
+    with progress(recipe.model, len(options.photos) * max(len(chosen), 1)) as bar:
+        for photo in options.photos:
+            try:
+                images, targets, labels = recipe.pairs(photo, options.fit, chosen)
+            except CommandError as error:
+                bar.write(f"lightning-aop: {error}", file=sys.stderr)
+                bar.update(max(len(chosen), 1))
+                failures += 1
+                continue
+            found = method.explain(recipe.model, images, targets)
+            curves = deletion_insertion_curves(recipe.model, images, found, targets, steps=28)
+            for label, deletion, insertion in zip(
+                labels, *(auc(curve).tolist() for curve in curves), strict=True
+            ):
+                captions.append(f"{label}\nover-all AUC {insertion - deletion:.2f}")
+                bar.write(
+                    f"{photo}: {label}, deletion {deletion:.3f}, insertion {insertion:.3f}, "
+                    f"over-all {insertion - deletion:.3f}"
+                )
+            pictures.append(images.cpu())
+            maps.append(found.cpu())
+            bar.update(len(targets))
+            # After every photo, so that an interrupted run leaves what it has.
+            grid = heatmap_grid(
+                torch.cat(pictures),
+                torch.cat(maps),
+                captions,
+                title=f"{options.model} · {options.method}",
+                mean=recipe.mean,
+                std=recipe.std,
+            )
+            write_png(grid, options.output)
+    if pictures:
+        print(f"wrote {options.output}")
+    return 1 if failures else 0

@@ -1,0 +1,224 @@
+"""What the commands on photos share: their options, reading a photo, building the model, the bar."""
+
+import sys
+import urllib.error
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torchvision
+from jsonargparse import ArgumentParser, Namespace
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from lightning_aop.cli.errors import CommandError
+from lightning_aop.data.networks import undotted
+from lightning_aop.model.adapter import predict
+from lightning_aop.model.passes import Evaluations, count_evaluations
+from lightning_aop.types import Images, Targets
+
+
+def photo_options(parser: ArgumentParser) -> None:
+    """Add the options that say which photos, which model, and how the one becomes input of the other."""
+    add = parser.add_argument
+    add("photos", nargs="+", type=Path, metavar="PHOTO", help="picture files")
+    add("--model", default="resnet50", help="a torchvision classifier by name")
+    add("--weights", type=Path | None, help="a local state_dict; default: the published weights")
+    add("--target-class", nargs="+", help="index or name; default: the likeliest class")
+    add("--target-layer", type=str | None, help="by name; default: the last feature map")
+    add("--fit", choices=["crop", "squash"], default="crop", help="how a photo becomes square")
+    add("--size", type=int | None, help="pixels; default: what the model was published with")
+    add("--mean", nargs=3, type=float, help="normalisation; default: the published weights'")
+    add("--std", nargs=3, type=float, help="normalisation; default: the published weights'")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, …")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model with what it wants of a photo."""
+
+    model: nn.Module
+    size: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: list[str]
+
+    def read(self, photo: Path, fit: str) -> Images:
+        """Return the photo as a batch of one, the right way up and normalised."""
+        try:
+            with Image.open(photo) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise CommandError(f"{photo}: no readable picture ({error})") from error
+        shape = (
+            [v2.Resize((self.size, self.size))]
+            if fit == "squash"
+            else [v2.Resize(self.resize), v2.CenterCrop(self.size)]
+        )
+        transform = v2.Compose(
+            [
+                v2.ToImage(),
+                *shape,
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(self.mean, self.std),
+            ]
+        )
+        return cast("Tensor", transform(picture))[None].as_subclass(Tensor)
+
+    def pairs(
+        self, photo: Path, fit: str, classes: Sequence[int]
+    ) -> tuple[Images, Targets, list[str]]:
+        """Return the photo once for each class, or for its likeliest one, with names and scores."""
+        image = self.read(photo, fit).to(next(self.model.parameters()).device)
+        probabilities = predict(self.model, image).softmax(dim=1)[0].cpu()
+        chosen = list(classes) or [int(probabilities.argmax())]
+        labels = [f"{self.classes[c]} {float(probabilities[c]):.2f}" for c in chosen]
+        targets = torch.tensor(chosen, device=image.device)
+        return image.repeat(len(chosen), 1, 1, 1), targets, labels
+
+    def class_index(self, name: str) -> int:
+        """Return the class that a user means by an index or a name."""
+        if name.isdigit():
+            if int(name) < len(self.classes):
+                return int(name)
+            raise CommandError(
+                f"--target-class {name}: the model has classes 0..{len(self.classes) - 1}"
+            )
+        wanted = name.lower().replace("_", " ")
+        exact = [i for i, c in enumerate(self.classes) if c.lower() == wanted]
+        partly = [i for i, c in enumerate(self.classes) if wanted in c.lower()]
+        found = exact[:1] or partly
+        if len(found) == 1:
+            return found[0]
+        some = ", ".join(f"{i} {self.classes[i]}" for i in found[:5])
+        raise CommandError(
+            f"--target-class {name}: "
+            + (
+                f"could be {some}; give the index"
+                if found
+                else "no class of the model has this name"
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Photos with a class each, as a batch."""
+
+    images: Images
+    targets: Targets
+    labels: list[str]
+    photos: list[Path]
+
+
+def read_pairs(recipe: Recipe, options: Namespace) -> tuple[Pairs | None, int]:
+    """Return all photos with their classes, or None without any, and how many can't be read."""
+    classes = [recipe.class_index(name) for name in options.target_class or []]
+    images, targets, labels, photos, failures = [], [], [], [], 0
+    for photo in options.photos:
+        try:
+            pictures, chosen, names = recipe.pairs(photo, options.fit, classes)
+        except CommandError as error:
+            print(f"lightning-aop: {error}", file=sys.stderr)
+            failures += 1
+            continue
+        images.append(pictures)
+        targets.append(chosen)
+        labels += names
+        photos += [photo] * len(names)
+    if not photos:
+        return None, failures
+    return Pairs(torch.cat(images), torch.cat(targets), labels, photos), failures
+
+
+@contextmanager
+def progress(model: nn.Module, total: int) -> Iterator[Any]:
+    """Show a bar of explanations, with the model evaluations that they have cost so far."""
+    with tqdm(total=total, unit="map", dynamic_ncols=True) as bar:
+
+        def show(count: Evaluations) -> None:
+            bar.set_postfix_str(f"{count.total} model evaluations", refresh=False)
+            bar.update(0)
+
+        with count_evaluations(model, show):
+            yield bar
+
+
+def load(options: Namespace) -> Recipe:
+    """Build the model, with published or local weights, and say what it wants of a photo."""
+    name, file = options.model, options.weights
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise CommandError(
+            f"--model {name}: torchvision has no classifier of this name; it has resnet50, "
+            "mobilenet_v3_large, efficientnet_b0, … (torchvision.models.list_models())"
+        )
+    published = torchvision.models.get_model_weights(name).DEFAULT
+    wants = published.transforms()
+    if file is None:
+        try:
+            model = torchvision.models.get_model(name, weights=published)
+        except (urllib.error.URLError, OSError) as error:
+            raise CommandError(
+                f"--model {name}: its published weights could not be downloaded ({error}); give a "
+                "local file with --weights"
+            ) from error
+        classes = list(published.meta["categories"])
+    else:
+        model, classes = _from_file(name, file, list(published.meta["categories"]))
+    size = options.size or wants.crop_size[0]
+    return Recipe(
+        model.eval().to(_device(options.device)),
+        size,
+        resize=round(size * wants.resize_size[0] / wants.crop_size[0]),
+        mean=tuple(options.mean or wants.mean),
+        std=tuple(options.std or wants.std),
+        classes=classes,
+    )
+
+
+def _from_file(name: str, file: Path, imagenet: list[str]) -> tuple[nn.Module, list[str]]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CommandError(f"--weights {file}: no such file") from error
+    except Exception as error:
+        raise CommandError(
+            f"--weights {file}: no state_dict can be read from it ({error})"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CommandError(f"--weights {file}: holds no state_dict of tensors")
+    state = undotted(state)
+    classes = len(list(state.values())[-1])
+    extra: dict[str, Any] = (
+        # Their own initialisation takes minutes and is overwritten. Published weights want the input
+        # transformed, also where they come from a file.
+        {"init_weights": False, "transform_input": True}
+        if name in ("inception_v3", "googlenet")
+        else {}
+    )
+    try:
+        model = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CommandError(
+            f"--weights {file}: these are no weights of {name} ({reason}); name their architecture "
+            "with --model"
+        ) from error
+    return model, imagenet if classes == len(imagenet) else [f"class {i}" for i in range(classes)]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        if name == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {name}: not to be had here ({error})") from error

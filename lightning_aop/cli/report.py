@@ -1,0 +1,55 @@
+"""`lightning-aop report`: the page and the film of a run, made again from what it stored."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_aop.cli.errors import CommandError
+from lightning_aop.history.animation import write_film
+from lightning_aop.history.report import write_report
+from lightning_aop.history.store import History
+
+
+def report_parser() -> ArgumentParser:
+    """Return the options of `lightning-aop report`."""
+    parser = ArgumentParser(
+        prog="lightning-aop report",
+        description="Make report.html, evolution.gif and, where ffmpeg is installed, evolution.mp4 of "
+        "every run in a folder, from the maps and figures that its ExplanationMonitor has stored; the "
+        "run may still be going on.",
+    )
+    add = parser.add_argument
+    add("run", type=Path, help="the folder of a run, or of several")
+    add("--seconds", type=float, default=0.5, help="how long the film shows an epoch")
+    add("--explanations", type=int, default=12, help="the most maps in the film")
+    return parser
+
+
+def report(options: Namespace) -> int:
+    """Write the page and the film into each folder that has a history."""
+    for name in ("seconds", "explanations"):
+        if getattr(options, name) <= 0:
+            raise CommandError(f"--{name} {getattr(options, name)}: must be above 0")
+    if not options.run.is_dir():
+        raise CommandError(f"{options.run}: no such folder")
+    folders = sorted(path.parent for path in options.run.rglob("run.json") if _is_ours(path.parent))
+    if not folders:
+        raise CommandError(
+            f"{options.run} holds no explanations: name the folder of a run with an "
+            "ExplanationMonitor, such as lightning_logs/version_0"
+        )
+    failures = 0
+    for folder in folders:
+        try:
+            print(write_report(folder))
+            if History.load(folder).records:
+                seconds, count = options.seconds, options.explanations
+                print(*write_film(folder, seconds=seconds, explanations=count), sep="\n")
+        except (ValueError, OSError) as error:
+            failures += 1
+            print(f"{folder}: {error}")
+    return 1 if failures else 0
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / "images.npy").exists()

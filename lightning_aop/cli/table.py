@@ -1,0 +1,49 @@
+"""`lightning-aop table`: the results of a benchmark as a table."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_aop.cli.errors import CommandError
+from lightning_aop.experiments.tables import summary, written
+
+
+def table_parser() -> ArgumentParser:
+    """Return the options of `lightning-aop table`."""
+    parser = ArgumentParser(
+        prog="lightning-aop table",
+        description="Print what a benchmark has found, also while it runs: the mean deletion, insertion "
+        "and over-all AUC of each method on each network with 95 % intervals (bootstrap over the "
+        "images), the paired difference to a reference method, the paper's figures where they are "
+        "known, and what the maps cost.",
+    )
+    add = parser.add_argument
+    add("run", type=Path, help="the output folder of a benchmark")
+    add(
+        "--format",
+        default="text",
+        choices=["text", "markdown", "latex", "csv"],
+        help="of the table",
+    )
+    add("--images", default="all", choices=["all", "correct"], help="what the means are over")
+    add("--reference", type=str | None, help="compare with this method; default: the last")
+    add("--resamples", type=int, default=1000, help="of the bootstrap")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--project", type=int | None, help="say how long this many images would take on one device")
+    return parser
+
+
+def table(options: Namespace) -> int:
+    """Print the table."""
+    if options.resamples < 1:
+        raise CommandError(f"--resamples {options.resamples}: must be 1 or more")
+    found = summary(
+        options.run,
+        options.images,
+        options.reference,
+        options.resamples,
+        options.seed,
+        options.project,
+    )
+    print(written(found, options.format))
+    return 0

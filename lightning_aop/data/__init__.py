@@ -1,0 +1,1 @@
+"""Images and networks: read, built, generated."""

@@ -1,0 +1,343 @@
+"""The pointing game over a whole data set, as a run that can be stopped, resumed and shared out.
+
+The images are cut into fixed groups. A group is explained as a whole, by whichever process gets it,
+and becomes one line of a file; groups that have a line are never explained again. So the figures
+don't depend on the number of processes, or on how often the run was stopped; but each process counts
+the evaluation that finds the target layer.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_aop.coco import CocoMultilabel
+from lightning_aop.data.digests import described, slug, update_with_weights
+from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_groups, unfinished
+from lightning_aop.metrics import energy_in_mask, pointing_hits
+from lightning_aop.model.adapter import predict
+from lightning_aop.model.passes import count_evaluations
+from lightning_aop.types import SaliencyMethod
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is counted.
+
+    Attributes:
+        tolerances: how far from the mask, in pixels, a maximum still hits; 0 for the exact pixel, 15
+            for TorchRay's rule.
+        score_threshold: classes with a score F_c (sigmoid) above it are tested.
+        group_size: images that are explained together. Methods that draw noise draw it for a group.
+        limit: the first images of the split only; None for all.
+    """
+
+    tolerances: Sequence[float] = (0, 15)
+    score_threshold: float = 0.5
+    group_size: int = 8
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.score_threshold < 1:
+            raise ValueError(f"score_threshold must lie in [0, 1), got {self.score_threshold}")
+        if self.group_size < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError(
+                f"group_size and limit must be at least 1, got {self.group_size} and {self.limit}"
+            )
+        if not self.tolerances or min(self.tolerances) < 0:
+            raise ValueError(
+                f"tolerances must name at least one distance of 0 or more, got {self.tolerances}"
+            )
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """What came of one class: how many pairs were tested, and the sums of what they scored."""
+
+    tested: int
+    hits: dict[str, float]
+    energy: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of the game.
+
+    Attributes:
+        method: what explained.
+        classes: by name, those with at least one tested pair.
+        evaluations: how many model evaluations the explanations cost.
+        seconds: how long they took, summed over processes.
+    """
+
+    method: str
+    classes: dict[str, ClassResult]
+    evaluations: int
+    seconds: float
+
+    @property
+    def pairs(self) -> int:
+        """The number of tested (image, class) pairs."""
+        return sum(c.tested for c in self.classes.values())
+
+    def accuracy(self, tolerance: float) -> float:
+        """Return the mean over the tested classes of hits / (hits + misses); NaN if none was."""
+        return _mean(c.hits[_key(tolerance)] / c.tested for c in self.classes.values())
+
+    @property
+    def energy(self) -> float:
+        """The mean over the tested classes of the share of the heat that lies in the mask."""
+        return _mean(c.energy / c.tested for c in self.classes.values())
+
+
+def play(
+    trainer: pl.Trainer,
+    model: nn.Module,
+    data: CocoMultilabel,
+    method: SaliencyMethod,
+    name: str,
+    output: Path,
+    rules: Rules,
+    num_workers: int = 0,
+) -> Result:
+    """Play the game with one method, and write what came of it as it goes.
+
+    Args:
+        trainer: shares the groups out to its processes.
+        model: gives logits [B, K].
+        data: images with labels and masks, from `input_masks`.
+        method: how to explain.
+        name: of the method, for folders and tables.
+        output: a folder for the files of all runs.
+        rules: what is counted.
+        num_workers: processes that read pictures.
+
+    Returns:
+        The figures of all groups, those of earlier runs included.
+    """
+    digest = _digest(model, data, method, rules, str(trainer.precision))
+    folder = output / f"{slug(name)}-{digest}"
+    count = min(len(data), rules.limit or len(data))
+    # Every process sees the same: none writes before all have come to predict().
+    groups = unfinished(in_groups(count, rules.group_size), _read(folder), trainer.world_size)
+    if groups:
+        folder.mkdir(parents=True, exist_ok=True)
+        player = _Player(model, data, method, rules, folder)
+        loader = group_loader(groups, _Reader(data), num_workers)
+        trainer.predict(player, loader, return_predictions=False)
+    return _result(name, folder, data.classes, rules)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the images and labels of a group."""
+
+    data: CocoMultilabel
+
+    def __call__(self, group: Group) -> tuple[int, list[int], Tensor, Tensor]:
+        number, rows = group
+        if not rows:
+            return number, [], torch.empty(0), torch.empty(0)
+        images, labels = zip(*(self.data[row] for row in rows), strict=True)
+        return number, list(rows), torch.stack(images), torch.stack(labels)
+
+
+class _Player(pl.LightningModule):
+    """Explains groups, and writes a line for each."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: CocoMultilabel,
+        method: SaliencyMethod,
+        rules: Rules,
+        folder: Path,
+    ) -> None:
+        super().__init__()
+        self.model, self.data, self.method = model, data, method
+        self.rules, self.folder = rules, folder
+
+    def predict_step(self, batch: tuple[int, list[int], Tensor, Tensor], batch_idx: int) -> int:
+        """Explain a group, and return how many pairs were tested."""
+        number, rows, images, labels = batch
+        if number == NOTHING:
+            return 0
+        started = time.perf_counter()
+        with count_evaluations(self.model) as evaluations:
+            scores = predict(self.model, images).sigmoid()
+            tested = (labels > 0.5) & (scores > self.rules.score_threshold)
+            at, targets = tested.nonzero(as_tuple=True)
+            pairs = []
+            if len(at):
+                maps = self.method.explain(self.model, images[at], targets)
+                masks = torch.cat(
+                    [
+                        self.data.input_masks(rows[row], columns.nonzero()[:, 0].tolist())
+                        for row, columns in enumerate(tested.cpu())
+                        if columns.any()
+                    ]
+                ).to(maps.device)
+                columns = torch.stack(
+                    [
+                        *(pointing_hits(maps, masks, t).double() for t in self.rules.tolerances),
+                        energy_in_mask(maps, masks).double(),
+                        scores[at, targets].double(),
+                    ],
+                    dim=1,
+                )
+                for row, target, values in zip(
+                    at.tolist(), targets.tolist(), columns.tolist(), strict=True
+                ):
+                    *hits, energy, score = values
+                    pairs.append(
+                        {
+                            "image": self.data.ids[rows[row]],
+                            "class": target,
+                            "score": round(score, 6),
+                            "hits": dict(zip(map(_key, self.rules.tolerances), hits, strict=True)),
+                            "energy": round(energy, 9),
+                        }
+                    )
+        line = {
+            "group": number,
+            "pairs": pairs,
+            "evaluations": evaluations.total,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        _append(self.folder / f"groups-{self.global_rank}.jsonl", line)
+        return len(pairs)
+
+    def on_predict_end(self) -> None:
+        """Wait for the other processes, whose lines are read next."""
+        self.trainer.strategy.barrier()
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line that is on the disk when this returns."""
+    with path.open("ab+") as file:
+        # A process that was killed while writing leaves half a line, which stays one of its own.
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return the finished groups by number."""
+    groups: dict[int, dict[str, Any]] = {}
+    for path in sorted(folder.glob("groups-*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                group = json.loads(line)
+            except ValueError:
+                continue  # half a line, of a process that was killed
+            groups.setdefault(group["group"], group)
+    return groups
+
+
+def _result(name: str, folder: Path, classes: Sequence[str], rules: Rules) -> Result:
+    groups = _read(folder)
+    by_class: dict[int, list[dict[str, Any]]] = {}
+    for number in sorted(groups):
+        for pair in groups[number]["pairs"]:
+            by_class.setdefault(pair["class"], []).append(pair)
+    results = {
+        classes[index]: ClassResult(
+            tested=len(pairs),
+            hits={
+                key: math.fsum(p["hits"][key] for p in pairs) for key in map(_key, rules.tolerances)
+            },
+            energy=math.fsum(p["energy"] for p in pairs),
+        )
+        for index, pairs in sorted(by_class.items())
+    }
+    return Result(
+        method=name,
+        classes=results,
+        evaluations=sum(group["evaluations"] for group in groups.values()),
+        seconds=sum(group["seconds"] for group in groups.values()),
+    )
+
+
+def table(results: Sequence[Result], tolerances: Sequence[float]) -> str:
+    """Return the figures as a Markdown table, a row for each method."""
+    names = ["exact" if t <= 1 else f"within {t:g} px" for t in tolerances]
+    header = ["method", *names, "energy in mask", "classes", "pairs", "evaluations", "seconds"]
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for result in results:
+        rows.append(
+            [
+                result.method,
+                *(_percent(result.accuracy(t)) for t in tolerances),
+                _percent(result.energy),
+                str(len(result.classes)),
+                str(result.pairs),
+                str(result.evaluations),
+                f"{result.seconds:.0f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def details(result: Result, tolerances: Sequence[float]) -> dict[str, Any]:
+    """Return the figures of one method for a JSON file, with the counts of every class."""
+    return {
+        "method": result.method,
+        "accuracy": {_key(t): _number(result.accuracy(t)) for t in tolerances},
+        "energy": _number(result.energy),
+        "pairs": result.pairs,
+        "evaluations": result.evaluations,
+        "seconds": round(result.seconds, 1),
+        "classes": {
+            name: {"tested": c.tested, "hits": c.hits, "energy": c.energy}
+            for name, c in result.classes.items()
+        },
+    }
+
+
+def _digest(
+    model: nn.Module, data: CocoMultilabel, method: SaliencyMethod, rules: Rules, precision: str
+) -> str:
+    """Return a name for all that the lines of a run depend on."""
+    settings = described([method, rules, data.transform, data.crowds, data.on_error, precision])
+    digest = hashlib.sha256(settings.encode())
+    update_with_weights(digest, model)
+    digest.update(data.file.read_bytes())
+    digest.update(data.fingerprint().encode())
+    return digest.hexdigest()[:12]
+
+
+def name_of(method: SaliencyMethod) -> str:
+    """Return a name for tables: the class, and for a method of two stages those of both."""
+    stages = [getattr(method, stage, None) for stage in ("activation", "perturbation")]
+    inner = ", ".join(type(stage).__name__ for stage in stages if stage is not None)
+    return type(method).__name__ + (f"({inner})" if inner else "")
+
+
+def _key(tolerance: float) -> str:
+    return f"{tolerance:g}"
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return math.fsum(found) / len(found) if found else math.nan
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,144 @@
+"""AOP, Activation Optimized with Perturbation: any activation stage, refined by any perturbation.
+
+`sigcam()` is the paper's SIGCAM, WGradCAM refined by I-GOS; `fast_sigcam()` reaches better
+faithfulness with a twentieth of its model evaluations. `AOP(Blank(), IGOS())` is plain I-GOS.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_aop.errors import check_batch
+from lightning_aop.methods.cam import WGradCAM
+from lightning_aop.methods.igos import IGOS
+from lightning_aop.methods.ranked_mask import RankedMask
+from lightning_aop.ops import min_max
+from lightning_aop.scores import Score, softmax
+from lightning_aop.types import (
+    ActivationMethod,
+    CoarseMaps,
+    Images,
+    Maps,
+    Perturbation,
+    SaliencyMethod,
+    Targets,
+)
+
+
+@dataclass(frozen=True)
+class Blank:
+    """The neutral start: no saliency anywhere. With it AOP is the perturbation method alone."""
+
+    def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
+        """Return zeros [B, H, W]."""
+        check_batch(images, targets)
+        return torch.zeros_like(images[:, 0])
+
+
+@dataclass(frozen=True)
+class AOP:
+    """A saliency method made of two stages (paper, Eq. 4 to 6).
+
+    The activation map, in [0, 1] at its own resolution, loses what lies below `threshold`, is scaled
+    by `scale`, and starts the perturbation stage, which works on the mask 1 − map.
+
+    Attributes:
+        activation: the first stage.
+        perturbation: the second stage.
+        threshold: θ of Eq. 5, in [0, 1], compared with the normalised map. The paper takes 0.7 for
+            ImageNet and 0.6 for COCO.
+        scale: λ of Eq. 5, the depth of the starting mask; 0.15 for ImageNet and 0.25 for COCO.
+        percentile: `threshold` is the share of the map's cells that are dropped, not a value.
+        stretch: stretch each refined map to [0, 1], as activation maps are. I-GOS seldom makes a
+            mask deeper than a quarter, which nobody sees; the order of the pixels, and so every
+            faithfulness metric, stays the same. Off, the values are the mask's own depth.
+    """
+
+    activation: SaliencyMethod
+    perturbation: Perturbation
+    threshold: float = 0.7
+    scale: float = 0.15
+    percentile: bool = False
+    stretch: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in (("threshold", self.threshold), ("scale", self.scale)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"AOP: {name} must lie in [0, 1], got {value}")
+
+    def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
+        """Return the refined maps [B, H, W] in [0, 1]."""
+        if isinstance(self.activation, ActivationMethod):
+            start = self.activation.activation_map(model, images, targets)
+        else:
+            start = self.activation.explain(model, images, targets)
+        maps = self.perturbation.refine(model, images, targets, self._filtered(start))
+        return min_max(maps) if self.stretch else maps
+
+    def _filtered(self, maps: CoarseMaps) -> CoarseMaps:
+        """Return λ · filter(M < θ) (Eq. 5)."""
+        if self.percentile:
+            threshold = maps.flatten(1).quantile(self.threshold, dim=1)[:, None, None]
+        else:
+            threshold = torch.tensor(self.threshold, device=maps.device, dtype=maps.dtype)
+        return self.scale * torch.where(maps < threshold, 0.0, maps)
+
+
+def sigcam(
+    target_layer: str | nn.Module | None = None,
+    *,
+    threshold: float = 0.7,
+    scale: float = 0.15,
+    score: Score = softmax,
+    warmup: int = 5,
+    eval_batch_size: int = 32,
+) -> AOP:
+    """Return the paper's SIGCAM: WGradCAM, filtered and scaled, refined by I-GOS with a warm-up.
+
+    About 720 model evaluations an image. For COCO the paper takes threshold 0.6 and scale 0.25, and
+    a multilabel head takes the `sigmoid` score.
+
+    Args:
+        target_layer: a name, a module, or None for the last feature map before the classifier.
+        threshold: θ of Eq. 5.
+        scale: λ of Eq. 5.
+        score: F_c of the second stage; the activation map always explains the logit.
+        warmup: iterations, of 15 in all, with a lighter blur. The paper gives no values for it; none
+            at all (0) has measured better.
+        eval_batch_size: images in one pass of the model, which bounds the memory.
+    """
+    return AOP(
+        WGradCAM(target_layer, eval_batch_size),
+        IGOS(score=score, warmup=warmup, eval_batch_size=eval_batch_size),
+        threshold,
+        scale,
+    )
+
+
+def fast_sigcam(
+    target_layer: str | nn.Module | None = None,
+    *,
+    iterations: int = 9,
+    score: Score = softmax,
+    eval_batch_size: int = 32,
+) -> AOP:
+    """Return the method for use while training: WGradCAM, refined by `RankedMask`.
+
+    Its maps are not stretched: one whose games gain less than half of the score is fainter, and a
+    class which the model all but excludes shows little or nothing. Costs 4·`iterations` + 3 model
+    evaluations an image: 39 by default, and 19 for 4 iterations, against SIGCAM's 720.
+
+    Args:
+        target_layer: a name, a module, or None for the last feature map before the classifier.
+        iterations: the dial between speed and quality.
+        score: F_c of the second stage; the activation map always explains the logit.
+        eval_batch_size: images in one pass of the model, which bounds the memory.
+    """
+    return AOP(
+        WGradCAM(target_layer, eval_batch_size),
+        RankedMask(iterations=iterations, score=score, eval_batch_size=eval_batch_size),
+        threshold=0.0,
+        scale=1.0,
+        stretch=False,
+    )

@@ -1,0 +1,19 @@
+"""All that touches a user's model: evaluate it, look inside it, and leave no trace."""
+
+from lightning_aop.model.adapter import Classifier, explaining, predict
+from lightning_aop.model.isolation import undisturbed
+from lightning_aop.model.layers import Capture, TargetLayerError, capture, find_target_layer
+from lightning_aop.model.passes import Evaluations, count_evaluations
+
+__all__ = [
+    "Capture",
+    "Classifier",
+    "Evaluations",
+    "TargetLayerError",
+    "capture",
+    "count_evaluations",
+    "explaining",
+    "find_target_layer",
+    "predict",
+    "undisturbed",
+]

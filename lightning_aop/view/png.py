@@ -1,0 +1,37 @@
+"""Write a picture as a PNG file."""
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from lightning_aop.files import write_whole
+from lightning_aop.view.overlay import Picture
+
+__all__ = ["write_png"]
+
+
+def write_png(image: Picture, path: str | Path) -> Path:
+    """Write a picture as a PNG file; a reader never sees half a file.
+
+    Args:
+        image: (3, H, W) uint8 on any device.
+        path: where to; missing folders are made and an existing file is replaced.
+
+    Returns:
+        ``path`` as a ``Path``.
+
+    Raises:
+        ValueError: ``image`` has another shape or dtype.
+        OSError: the file cannot be written; an existing one is left as it was.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+        raise ValueError(
+            f"image must be torch.uint8 of shape [3, H, W], got {image.dtype} of shape "
+            f"{list(image.shape)}: give what heatmap_grid() returned"
+        )
+    target, content = Path(path), io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(content, "PNG")
+    write_whole(target, content.getvalue())
+    return target

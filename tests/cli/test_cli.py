@@ -1,0 +1,106 @@
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage
+import torch
+import torchvision
+from conftest import finish
+from PIL import Image
+
+from lightning_aop.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photos") / "cat photo.jpg"
+    Image.fromarray(skimage.data.chelsea()).save(path)
+    return path
+
+
+def explain(*arguments: Any) -> int:
+    return main(["explain", *(str(a) for a in arguments), "--model=squeezenet1_1"])
+
+
+def test_photos_become_one_picture(
+    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "out.png"
+    arguments = ["--weights", weights, "--method=fast_sigcam", "--size=96", "-o", out]
+    assert explain(photo, photo, "--target-class", "tabby", "7", *arguments) == 0
+    with Image.open(out) as picture:
+        assert picture.size[0] > 400
+        assert np.asarray(picture).std() > 10
+    printed = capsys.readouterr()
+    assert printed.out.count("cat photo.jpg: tabby 0.") == 2
+    assert printed.out.count("cat photo.jpg: cock 0.") == 2
+    assert "over-all" in printed.out
+    assert "model evaluations" in printed.err
+
+
+@pytest.mark.parametrize("method", ["gradcam", "wgradcam", "gradcam++"])
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+def test_methods_and_fits(
+    method: str, fit: str, weights: Path, photo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.png"
+    options = ["--method", method, "--fit", fit, "--size=64", "-o", out]
+    assert explain(photo, "--weights", weights, *options) == 0
+    assert out.exists()
+
+
+def test_a_bad_photo_is_named_and_the_others_are_explained(
+    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(photo.read_bytes()[:300])
+    out = tmp_path / "out.png"
+    options = ["--weights", weights, "--method=gradcam", "--size=64", "-o", out]
+    assert explain(tmp_path / "none.jpg", broken, photo, *options) == 1
+    errors = capsys.readouterr().err
+    assert "none.jpg: no readable picture" in errors
+    assert "broken.jpg: no readable picture" in errors
+    assert out.exists()
+
+
+def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "own.pth"
+    model = torchvision.models.squeezenet1_1(weights=None, num_classes=3)
+    torch.save({"state_dict": model.state_dict()}, path)
+    out = tmp_path / "out.png"
+    options = ["--weights", path, "--method=gradcam", "--size=64", "-o", out]
+    assert explain(photo, "--target-class=class 2", *options) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target-class=1000"], r"the model has classes 0\.\.999"),
+        (["--target-class=terrier"], r"could be .*; give the index"),
+        (["--target-class=zzz"], "no class of the model has this name"),
+        (["--weights=nowhere.pth"], "nowhere.pth: no such file"),
+        (["--model=alexnet"], r"these are no weights of alexnet.*with --model"),
+        (["--model=resnet999"], "torchvision has no classifier of this name"),
+        (["--device=cuda:77"], "--device cuda:77: not to be had here"),
+    ],
+)
+def test_what_a_user_can_mend_is_said(
+    arguments: list[str],
+    message: str,
+    weights: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = [str(photo), "--model=squeezenet1_1", f"--weights={weights}"]
+    assert main(["explain", *common, f"-o={tmp_path / 'x.png'}", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "lightning_aop", "--help"]
+    text = finish(command)
+    assert "Explain photos and draw the maps" in text

@@ -1,0 +1,379 @@
+import json
+import multiprocessing
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from lightning_aop.coco import CocoMultilabel, PictureError, Preprocess
+from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, read_picture
+
+pytest.importorskip("pycocotools.coco")
+
+SIZE = (24, 16)
+rng = np.random.default_rng(0)
+NOISE = rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+
+
+def raw(mode: str, values: Any, size: tuple[int, int] = SIZE) -> Image.Image:
+    return Image.frombytes(mode, size, np.ascontiguousarray(values).tobytes())
+
+
+def header(width: int, height: int) -> bytes:
+    """Return a PNG that claims a size and holds no pixels."""
+    png = b"\x89PNG\r\n\x1a\n"
+    for body in (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"):
+        png += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return png
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def link(path: Path, to: Path) -> None:
+    path.unlink()
+    path.symlink_to(to)
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def pipe_instead(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def secret(path: Path) -> None:
+    raw("RGB", NOISE).save(path.parent.parent / "secret.png")
+    link(path, path.parent.parent / "secret.png")
+
+
+def locked(path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    path.chmod(0)
+
+
+BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "cut jpeg": ("x.jpg", cut, "can't be read .*truncated"),
+    "cut png": ("x.png", cut, "can't be read .*truncated"),
+    "empty": ("x.jpg", lambda p: p.write_bytes(b""), "the file is empty"),
+    "text": ("x.jpg", lambda p: p.write_text("no picture"), "can't be read .*cannot identify"),
+    "program": ("x.jpg", lambda p: p.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 16\n"
+                "%%EndComments\n"), "PostScript"),
+    "folder": ("x.png", folder_instead, "it is no file"),
+    "pipe": ("x.png", pipe_instead, "it is no file"),
+    "missing": ("x.png", lambda p: p.unlink(), "the file is missing"),
+    "bomb": ("x.png", lambda p: p.write_bytes(header(20_000, 20_000)), "DecompressionBombError"),
+    "large": ("x.png", lambda p: p.write_bytes(header(10_000, 10_000)), "DecompressionBombWarning"),
+    "link": ("x.png", secret, "a link out of .*, and nothing outside is read"),
+    "loop": ("x.png", lambda p: link(p, p), "can't be read|missing"),
+    "locked": ("x.png", locked, "can't be read .*PermissionError"),
+    "other size": ("x.png", lambda p: raw("RGB", NOISE, (16, 24)).save(p),
+                   "16 x 24 pixels, where 24 x 16 are annotated"),
+}  # fmt: skip
+
+
+def dataset(root: Path, names: list[str], **options: Any) -> CocoMultilabel:
+    """Write a folder of good pictures with ids 100, 101, …, each of one class of two."""
+    folder = root / "pictures"
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        raw("RGB", NOISE).save(folder / name)
+    content = {
+        "images": [
+            {"id": 100 + i, "file_name": name, "width": SIZE[0], "height": SIZE[1]}
+            for i, name in enumerate(names)
+        ],
+        "annotations": [
+            {"id": i, "image_id": 100 + i, "category_id": 1} for i in range(len(names))
+        ],
+        "categories": [{"id": 1}, {"id": 2}],
+    }
+    (root / "file.json").write_text(json.dumps(content))
+    return CocoMultilabel(folder, root / "file.json", **options)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_picture_is_named_or_skipped(kind: str, tmp_path: Path) -> None:
+    name, spoil, message = BAD[kind]
+    data = dataset(tmp_path, [name, "good.png"])
+    spoil(data.folder / name)
+    where = rf"{re.escape(str(data.folder / name))}, image 100 of .*file.json: .*({message})"
+    with pytest.raises(PictureError, match=rf"{where}.*; restore the picture.*on_error='skip'"):
+        data[0]
+    assert data[1][1].tolist() == [1, 0]
+    assert data.skipped() == []
+
+    data = CocoMultilabel(data.folder, data.file, Preprocess(8), on_error="skip")
+    for _ in range(2):
+        images, labels = next(iter(DataLoader(data, 2)))
+        assert not images[0].any()
+        assert images[1].any()
+        assert labels.tolist() == [[-1, -1], [1, 0]]
+    (line,) = data.skipped()
+    assert re.match(where, line)
+    assert line.endswith("or take the image out of the annotations")
+
+
+def test_a_picture_of_unannotated_size_is_bounded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw("RGB", NOISE).save(tmp_path / "x.png")
+    assert read_picture(tmp_path, "x.png").size == SIZE
+    for most, kind in ((24 * 16 - 1, "Warning"), (24 * 16 // 2 - 1, "Error")):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        with pytest.raises(PictureError, match=f"DecompressionBomb{kind}"):
+            read_picture(tmp_path, "x.png")
+
+
+def test_a_picture_that_came_back_is_told(tmp_path: Path) -> None:
+    data = dataset(tmp_path, ["a.png", "b.png"], on_error="skip")
+    content = (data.folder / "a.png").read_bytes()
+    (data.folder / "a.png").unlink()
+    assert data[0][1].tolist() == [-1, -1]
+    (data.folder / "a.png").write_bytes(content)
+    assert data[0][1].tolist() == [1, 0]
+    (line,) = data.skipped()
+    assert re.match(r".*a.png, image 100 of .*left out, but can be read now; run again", line)
+
+
+def test_what_was_unreadable_elsewhere_is_told(tmp_path: Path) -> None:
+    data = dataset(tmp_path, ["a.png", "b.png"])
+    (data.folder / "b.png").unlink()
+    data.mark_skipped(torch.tensor([False, True]))
+    (line,) = data.skipped()
+    assert "b.png, image 101 of " in line
+    assert "the file is missing" in line
+
+
+# Python 3.12 warns of any fork beside threads.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_tell_what_they_skipped(start: str, tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(6)]
+    data = dataset(tmp_path, names, transform=Preprocess(8), on_error="skip")
+    for bad in (1, 2, 5):
+        (data.folder / names[bad]).write_bytes(b"")
+    context = multiprocessing.get_context(start)
+    loader = DataLoader(data, 3, num_workers=2, multiprocessing_context=context)
+    for _ in range(2 if start == "fork" else 1):
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert images.shape == (6, 3, 8, 8)
+        assert (labels[:, 0] < 0).nonzero()[:, 0].tolist() == [1, 2, 5]
+        assert (labels[:, 0] < 0).tolist() == [not image.any() for image in images]
+    lines = data.skipped()
+    assert [re.search(r"image (\d+) of .*the file is empty", line)[1] for line in lines] == [  # type: ignore[index]
+        "101",
+        "102",
+        "105",
+    ]
+
+
+def test_a_linked_folder_is_fine(tmp_path: Path) -> None:
+    data = dataset(tmp_path, ["a.png"])
+    (tmp_path / "linked").symlink_to(data.folder)
+    (data.folder / "inside.png").symlink_to(data.folder / "a.png")
+    for name in ("a.png", "inside.png"):
+        np.testing.assert_array_equal(read_picture(tmp_path / "linked", name), NOISE)
+
+
+TURNED: dict[int, Callable[[Any], Any]] = {
+    1: lambda a: a,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_a_turned_picture_follows_its_annotation(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw("RGB", NOISE).save(tmp_path / "x.png", exif=exif)
+    for stored in (None, SIZE):
+        np.testing.assert_array_equal(read_picture(tmp_path, "x.png", stored), NOISE)
+    if orientation == 1:
+        with pytest.raises(PictureError, match="24 x 16 pixels, where 16 x 24 are annotated"):
+            read_picture(tmp_path, "x.png", (16, 24))
+    else:
+        turned = read_picture(tmp_path, "x.png", (16, 24))
+        np.testing.assert_array_equal(turned, TURNED[orientation](NOISE))
+    with pytest.raises(PictureError, match="where 25 x 16 are annotated"):
+        read_picture(tmp_path, "x.png", (25, 16))
+
+
+def grey(values: Any) -> Any:
+    return np.repeat(values[..., None], 3, axis=-1)
+
+
+def on_white(colours: Any, alpha: Any) -> Any:
+    return (colours.astype(float) * alpha + 255.0 * (255 - alpha)) / 255
+
+
+FOUR = rng.integers(0, 256, (16, 24, 4), dtype=np.uint8)
+DEEP = rng.integers(0, 65536, (16, 24), dtype=np.uint16)
+INDEX = rng.integers(0, 8, (16, 24), dtype=np.uint8)
+PALETTE = rng.integers(0, 256, (8, 3), dtype=np.uint8)
+ALPHAS = rng.integers(0, 256, 8, dtype=np.uint8)
+BITS = rng.random((16, 24)) < 0.5
+
+
+def indexed() -> Image.Image:
+    picture = raw("P", INDEX)
+    picture.putpalette(PALETTE.tobytes())
+    return picture
+
+
+MODES: dict[str, tuple[Callable[[], Image.Image], str, dict[str, Any], Any]] = {
+    "grey": (lambda: raw("L", NOISE[..., 0]), "png", {}, grey(NOISE[..., 0])),
+    "grey, one clear": (lambda: raw("L", INDEX), "png", {"transparency": 3},
+                        grey(np.where(INDEX == 3, 255, INDEX))),
+    "LA": (lambda: raw("LA", FOUR[..., :2]), "png", {},
+           on_white(grey(FOUR[..., 0]), FOUR[..., 1:2])),
+    "RGBA": (lambda: raw("RGBA", FOUR), "png", {}, on_white(FOUR[..., :3], FOUR[..., 3:])),
+    "palette": (indexed, "png", {}, PALETTE[INDEX]),
+    "palette, one clear": (indexed, "png", {"transparency": 2},
+                           np.where(INDEX[..., None] == 2, 255, PALETTE[INDEX])),
+    "palette, alphas": (indexed, "png", {"transparency": ALPHAS.tobytes()},
+                        on_white(PALETTE[INDEX], ALPHAS[INDEX][..., None])),
+    "gif": (indexed, "gif", {"transparency": 2},
+            np.where(INDEX[..., None] == 2, 255, PALETTE[INDEX])),
+    "CMYK": (lambda: raw("CMYK", FOUR), "tif", {},
+             (255.0 - FOUR[..., :3]) * (255 - FOUR[..., 3:].astype(float)) / 255),
+    "16 bits": (lambda: raw("I;16", DEEP), "png", {}, grey(DEEP / 257)),
+    "16 bits, tiff": (lambda: raw("I;16", DEEP), "tif", {}, grey(DEEP / 257)),
+    "16 bits, big-endian": (lambda: raw("I;16B", DEEP.byteswap()), "tif", {}, grey(DEEP / 257)),
+    "1 bit": (lambda: raw("1", np.packbits(BITS, axis=1)), "png", {}, grey(BITS * 255)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_is_what_a_viewer_shows(mode: str, tmp_path: Path) -> None:
+    picture, ending, options, expected = MODES[mode]
+    picture().save(tmp_path / f"x.{ending}", **options)
+    found = read_picture(tmp_path, f"x.{ending}", SIZE)
+    assert found.mode == "RGB"
+    # Half a step for rounding, and as much for Pillow's own.
+    np.testing.assert_allclose(np.asarray(found, dtype=float), expected, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "values"),
+    [
+        ("F", np.linspace(0, 1, 16 * 24, dtype=np.float32)),
+        ("I", np.linspace(0, 1e6, 16 * 24, dtype=np.int32)),
+        ("I", np.linspace(-9, 9, 16 * 24, dtype=np.int32)),
+    ],
+)
+def test_a_picture_of_no_known_range_is_refused(mode: str, values: Any, tmp_path: Path) -> None:
+    raw(mode, values).save(tmp_path / "x.tif")
+    with pytest.raises(PictureError, match=rf"its pixels \(Pillow's mode {mode}\) have no range"):
+        read_picture(tmp_path, "x.tif")
+
+
+some = settings(deadline=None, max_examples=60)
+sides = st.integers(9, 70)
+ways = st.sampled_from(["squash", "crop"])
+
+
+@some
+@given(sides, sides, st.integers(1, 50), ways)
+def test_the_input_is_that_of_torchvision(width: int, height: int, size: int, resize: Any) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = raw("RGB", noise, (width, height))
+    shape = (
+        [v2.Resize((size, size))]
+        if resize == "squash"
+        else [v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)]
+    )
+    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    pipeline = v2.Compose([*shape, *steps, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    torch.testing.assert_close(
+        Preprocess(size, resize)(picture), pipeline(picture).as_subclass(torch.Tensor)
+    )
+
+
+@some
+@given(sides, sides, st.integers(1, 50), ways)
+def test_masks_are_those_of_a_slow_loop(width: int, height: int, size: int, resize: Any) -> None:
+    masks = np.random.default_rng(0).random((2, height, width)) < 0.5
+    if resize == "squash":
+        rows = columns = size
+        top = left = 0
+    else:
+        short = round(size * 8 / 7)
+        rows, columns = (int(short * side / min(height, width)) for side in (height, width))
+        top, left = round((rows - size) / 2), round((columns - size) / 2)
+    found = Preprocess(size, resize).masks(masks)
+    assert found.shape == (2, size, size)
+    for y in range(size):
+        for x in range(size):
+            # The pixel that the centre lies in; on an edge between two, either.
+            below, right = (2 * (y + top) + 1) * height, (2 * (x + left) + 1) * width
+            if below % (2 * rows) and right % (2 * columns):
+                expected = masks[:, below // (2 * rows), right // (2 * columns)]
+                assert found[:, y, x].tolist() == expected.tolist()
+
+
+@some
+@given(st.integers(40, 200), st.integers(40, 200), ways, st.data())
+def test_masks_stay_on_their_things(width: int, height: int, resize: Any, data: Any) -> None:
+    radius = data.draw(st.integers(10, 18))
+    x, y = (data.draw(st.integers(radius, side - radius)) for side in (width, height))
+    down, right = np.mgrid[:height, :width]
+    mask = np.hypot(down - y, right - x) < radius
+    prepare = Preprocess(96, resize, mean=(0, 0, 0), std=(1, 1, 1))
+    painted = (
+        prepare(raw("L", mask.astype(np.uint8) * 255, (width, height)).convert("RGB"))[0] > 0.5
+    )
+    found = prepare.masks(mask[None])[0]
+    assume(painted.sum() > 150)  # a border is a large part of a smaller disc
+    assert (found & painted).sum() / (found | painted).sum() > 0.85
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_a_long_strip_takes_no_more_memory(size: tuple[int, int]) -> None:
+    prepare = Preprocess(224, "crop", mean=(0, 0, 0), std=(1, 1, 1))
+    assert (prepare(Image.new("RGB", size, "white")) == 1).all()
+    assert prepare.masks(np.ones((1, *size[::-1]), dtype=bool)).all()
+
+
+def test_no_masks_stay_none() -> None:
+    for resize in ("squash", "crop"):
+        masks = Preprocess(8, resize).masks(np.zeros((0, 20, 30), dtype=bool))  # type: ignore[arg-type]
+        assert masks.shape == (0, 8, 8)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size must be at least 1 pixel, got 0"),
+        ({"resize": "pad"}, "resize must be 'squash' or 'crop', got 'pad'"),
+        ({"mean": (0.5,)}, r"mean must hold 3 numbers, .* got \[0.5\]"),
+        ({"std": (1, 1, 1, 1)}, "std must hold 3 numbers"),
+        ({"std": (1, 0, 1)}, "std must be above 0 in every channel"),
+        ({"std": (1, float("nan"), 1)}, "std must be finite"),
+        ({"mean": (0, float("inf"), 0)}, "mean must be finite"),
+    ],
+)
+def test_wrong_options_are_named(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Preprocess(**options)

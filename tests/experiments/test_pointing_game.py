@@ -1,0 +1,293 @@
+"""The pointing game over a data set: what is counted, and runs that stop, resume and are shared out."""
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import finish
+
+from lightning_aop import GradCAM
+from lightning_aop.cli.main import coco_method, main
+from lightning_aop.coco import CocoMultilabel, MultilabelClassifier, Preprocess
+from lightning_aop.data.digests import described, slug
+from lightning_aop.data.shapes import CLASSES, write_shapes
+from lightning_aop.experiments.pointing_game import Rules
+from lightning_aop.methods.names import METHODS
+
+pytest.importorskip("pycocotools")
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.logger=false", "--data.num_workers=0")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("shapes"), train=48, val=13, size=64)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(root: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head that has learnt to see something everywhere, so that many pairs are tested."""
+    import pytorch_lightning as pl
+
+    torch.manual_seed(0)
+    model = MultilabelClassifier("squeezenet1_1", str(weights), num_classes=len(CLASSES))
+    model.classes = list(CLASSES)
+    assert model.head is not None
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    torch.nn.init.constant_(model.head.bias, 1.0)
+    path = tmp_path_factory.mktemp("checkpoint") / "head.ckpt"
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=0)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path)
+    return path
+
+
+def words(root: Path, checkpoint: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "pointing-game",
+        f"--data.root={root}",
+        "--data.size=64",
+        "--model.backbone=squeezenet1_1",
+        f"--ckpt_path={checkpoint}",
+        f"--output={output}",
+        f"--trainer.default_root_dir={output}",
+        *QUIET,
+        *more,
+    ]
+
+
+def play(*arguments: Any) -> list[dict[str, Any]]:
+    output = arguments[2]
+    assert main(words(*arguments)) == 0
+    results: list[dict[str, Any]] = json.loads((output / "results.json").read_text())
+    return results
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    paths = sorted(folder.rglob("groups-*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def slow_game(root: Path, checkpoint: Path, tolerance: float) -> dict[str, tuple[float, int]]:
+    """Play TorchRay's rule with loops: hits and tested pairs of each class."""
+    model = MultilabelClassifier.load_from_checkpoint(checkpoint, weights=None).eval()
+    data = CocoMultilabel.from_root(root, "val2017", Preprocess(64))
+    result: dict[str, tuple[float, int]] = {}
+    for start in range(0, len(data), 8):
+        rows = range(start, min(start + 8, len(data)))
+        images, labels = (torch.stack(part) for part in zip(*(data[i] for i in rows), strict=True))
+        with torch.no_grad():
+            scores = model(images).sigmoid()
+        at, targets = ((labels == 1) & (scores > 0.5)).nonzero(as_tuple=True)
+        maps = GradCAM().explain(model, images[at], targets)
+        for i, k, found in zip(at.tolist(), targets.tolist(), maps, strict=True):
+            mask = data.input_masks(rows[i])[k].numpy()
+            v, u = np.indices(mask.shape)
+            ties = []
+            for y, x in (found == found.max()).nonzero().tolist():
+                accept = (u - x) ** 2 + (v - y) ** 2 < max(tolerance, 1) ** 2
+                ties.append(bool((mask & accept).any()))
+            hits, tested = result.get(data.classes[k], (0, 0))
+            result[data.classes[k]] = (hits + float(np.mean(ties)), tested + 1)
+    return result
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 15.0])
+def test_the_figures_are_those_of_a_slow_loop(
+    tolerance: float, root: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (result,) = play(root, checkpoint, tmp_path, "--method=gradcam")
+    expected = slow_game(root, checkpoint, tolerance)
+    assert len(expected) > 2, "the test needs classes that are tested"
+    if tolerance:
+        hits, tested = (sum(column) for column in zip(*expected.values(), strict=True))
+        assert 0 < hits < tested, "the test needs hits and misses"
+    assert set(result["classes"]) == set(expected)
+    for name, counts in expected.items():
+        found = result["classes"][name]
+        assert (found["hits"][f"{tolerance:g}"], found["tested"]) == pytest.approx(counts)
+    mean = np.mean([hits / tested for hits, tested in expected.values()])
+    assert result["accuracy"][f"{tolerance:g}"] == pytest.approx(mean)
+    assert (
+        f"| gradcam | {100 * result['accuracy']['0']:.1f} %" in (tmp_path / "table.md").read_text()
+    )
+
+
+def test_several_methods_by_name_and_by_class(
+    root: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = "{class_path: lightning_aop.GradCAM, init_args: {target_layer: backbone.features}}"
+    results = play(root, checkpoint, tmp_path, f"--method=[gradcam, wgradcam, {theirs}]")
+    assert [r["method"] for r in results] == ["gradcam", "wgradcam", "GradCAM"]
+    assert results[0]["pairs"] == results[1]["pairs"] > 0
+    assert results[0]["accuracy"] == results[2]["accuracy"]
+    assert "| wgradcam |" in capsys.readouterr().out
+    # Nothing is explained again.
+    before = lines(tmp_path)
+    assert play(root, checkpoint, tmp_path, "--method=[gradcam, wgradcam]") == results[:2]
+    assert lines(tmp_path) == before
+
+
+def test_methods_by_name_have_the_settings_of_the_paper() -> None:
+    method: Any = coco_method("sigcam")
+    assert (method.threshold, method.scale) == (0.6, 0.25)
+    assert method.perturbation.score.__name__ == "sigmoid"
+    for name in METHODS:
+        assert hasattr(coco_method(name), "explain")  # type: ignore[arg-type]
+
+
+def test_half_a_line_is_no_result_and_spoils_no_other(
+    root: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    first = play(root, checkpoint, tmp_path, "--method=gradcam", "--rules.group_size=2")
+    (path,) = tmp_path.rglob("groups-0.jsonl")
+    text = path.read_text().splitlines()
+    path.write_text("\n".join(text[:3]) + "\n" + text[3][:20])
+    again = play(root, checkpoint, tmp_path, "--method=gradcam", "--rules.group_size=2")
+    # Finding the layer costs one evaluation for each run of a model.
+    changes = {"seconds": 0, "evaluations": 0}
+    assert again[0] | changes == first[0] | changes
+    assert len(path.read_text().splitlines()) == len(text) + 1
+
+
+def test_other_rules_weights_or_data_are_another_run(
+    root: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    for more in ([], ["--rules.score_threshold=0.2"], ["--data.crowds=false"], ["--data.size=48"]):
+        play(root, checkpoint, tmp_path, "--method=gradcam", "--rules.limit=2", *more)
+    assert len(list(tmp_path.glob("gradcam-*"))) == 4
+
+
+def test_nothing_tested_is_said(root: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (result,) = play(
+        root, checkpoint, tmp_path, "--method=gradcam", "--rules.score_threshold=0.99999999"
+    )
+    assert result["accuracy"] == {"0": None, "15": None}
+    assert "| gradcam | - | - | - | 0 | 0 |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt_path=null"], "name a checkpoint: --ckpt_path"),
+        (["--ckpt_path=gone.ckpt"], "gone.ckpt: no such file"),
+        (["--method=[]"], "no method is named"),
+        (["--rules.group_size=0"], "group_size and limit must be at least 1"),
+        (["--data.root=nowhere"], "root nowhere is no folder"),
+        (["--data.val=train1999"], "train1999 is no folder"),
+    ],
+)
+def test_what_a_user_can_mend_is_said(
+    arguments: Sequence[str],
+    message: str,
+    root: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    try:
+        status: Any = main(words(root, checkpoint, tmp_path, *arguments))
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status != 0
+    assert message in capsys.readouterr().err
+
+
+def test_bad_rules() -> None:
+    with pytest.raises(ValueError, match="score_threshold must lie in"):
+        Rules(score_threshold=1.5)
+    with pytest.raises(ValueError, match="at least one distance of 0 or more"):
+        Rules(tolerances=())
+
+
+def test_slugs() -> None:
+    assert slug("gradcam++") == "gradcam++"
+    assert re.fullmatch(r"[\w+-]+", slug("a/../b c"))
+
+
+def process(root: Path, checkpoint: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "lightning_aop", *words(root, checkpoint, output, *more)]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_run_that_two_processes_finish_gives_the_same_figures(
+    root: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    # I-GOS draws noise, so that figures would differ if groups were put together anew.
+    method = "{class_path: lightning_aop.AOP, init_args: {activation: lightning_aop.Blank, "
+    method += "perturbation: {class_path: lightning_aop.IGOS, init_args: {iterations: 1}}}}"
+    options = [f"--method={method}", "--rules.group_size=2", "--trainer.accelerator=cpu"]
+    one = play(root, checkpoint, tmp_path / "one", *options)[0] | {"seconds": 0}
+    assert one["pairs"] > 5
+
+    words = process(root, checkpoint, tmp_path / "two", *options)
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as running:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "two").rglob("groups-0.jsonl")):
+            assert time.monotonic() < deadline
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.send_signal(signal.SIGKILL)
+    done = lines(tmp_path / "two")
+    assert 0 < len(done) < 7
+
+    shared = [*words, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    finish(shared, env=ENVIRONMENT)
+    assert lines(tmp_path / "two")[: len(done)] == done
+    assert len(list((tmp_path / "two").rglob("groups-*.jsonl"))) == 2
+    # One group is missing: fewer than there are processes.
+    (path,) = (tmp_path / "two").rglob("groups-1.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert len(lines(tmp_path / "two")) == 6
+    finish(shared, env=ENVIRONMENT)
+    groups = [line["group"] for line in lines(tmp_path / "two")]
+    assert sorted(groups) == list(range(7)), "each group once"
+    (two,) = json.loads((tmp_path / "two" / "results.json").read_text())
+    same = {"seconds": 0, "evaluations": 0}  # each process looks for the layer
+    assert_close(two | same, one | same)
+
+
+def assert_close(first: Any, second: Any) -> None:
+    """Compare what JSON holds; a process may round the last digit of a sum in another way."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_close(first[key], second[key])
+    elif isinstance(first, list):
+        for pair in zip(first, second, strict=True):
+            assert_close(*pair)
+    else:
+        assert first == (pytest.approx(second, abs=1e-6) if isinstance(second, float) else second)
+
+
+def closure(k: int) -> Any:
+    return lambda logits, targets: logits[:, 0] * k
+
+
+def test_settings_are_told_apart_without_addresses() -> None:
+    class Own:
+        def __init__(self, value: int) -> None:
+            self.value, self.score = value, torch.sigmoid
+
+    first, again, other = (described(Own(v)) for v in (1, 1, 2))
+    assert first == again != other
+    fast, slow = (described(coco_method(name)) for name in ("fast_sigcam", "sigcam"))
+    assert fast != slow
+    partials = [described(functools.partial(max, k)) for k in (1, 1, 2)]
+    assert partials[0] == partials[1] != partials[2]
+    closures = [described(closure(k)) for k in (1, 1, 2)]
+    assert closures[0] == closures[1] != closures[2]
+    assert "0x" not in first + fast + slow

@@ -1,0 +1,807 @@
+import csv
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import SmallNet, assert_same
+from PIL import Image
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torchmetrics import MetricCollection
+from torchvision.transforms import v2
+
+from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM
+from lightning_aop.history.store import History
+from lightning_aop.methods.controls import RandomMap
+from lightning_aop.metrics import DeletionAUC, Faithfulness, OverallAUC
+from lightning_aop.monitor import panels, progress
+from lightning_aop.monitor.probe import Probe
+from lightning_aop.scores import sigmoid
+from lightning_aop.view.grid import heatmap_grid
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
+]
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, classes: int = 5, multilabel: bool = False, validates: bool = True) -> None:
+        super().__init__()
+        self.net = SmallNet(classes)
+        self.loss = nn.BCEWithLogitsLoss() if multilabel else nn.CrossEntropyLoss()
+        self.losses: list[float] = []
+        if not validates:
+            self.validation_step = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast("Tensor", self.net(images))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss = cast("Tensor", self.loss(self(batch[0]), batch[1]))
+        self.losses.append(float(loss.detach()))
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self.loss(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Pictures(Dataset[Any]):
+    """Random pictures with augmentation from torch's random stream, and a count of look-ups."""
+
+    classes = ("ant", "bee", "cat", "dog", "emu")
+
+    def __init__(self, count: int = 24, labels: Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(9)
+        self.images = torch.rand(count, 3, 32, 32, generator=generator)
+        self.labels = (
+            torch.randint(0, 5, (count,), generator=generator) if labels is None else labels
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = 0.1 * torch.rand(3, 32, 32) + 0.01 * np.random.rand()
+        return self.images[index] + noise.float(), self.labels[index]
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": CSVLogger(folder),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "log_every_n_steps": 1,
+        "default_root_dir": folder,
+    }
+    return pl.Trainer(callbacks=[*callbacks], **(settings | kwargs))
+
+
+def loaders(count: int = 24) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    train = DataLoader(Pictures(count), batch_size=8, shuffle=True)
+    return train, DataLoader(Pictures(count), batch_size=8)
+
+
+def pictures_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("heatmaps/*.png"))
+
+
+class Watch(ExplanationMonitor):
+    """The monitor, remembering when it explained and what."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps: list[int] = []
+        self.captions: list[list[str]] = []
+        self.layouts: list[dict[str, Any]] = []
+
+    def _explain(self, trainer: Any, *rest: Any) -> Any:
+        self.steps.append(trainer.global_step)
+        return super()._explain(trainer, *rest)
+
+    def _log_pictures(self, *arguments: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(panels, "heatmap_grid", self._grid)
+            super()._log_pictures(*arguments)
+
+    def _grid(self, images: Any, maps: Any, captions: Any, **layout: Any) -> Any:
+        if "panels" in layout:  # not the picture of the change
+            self.captions.append(list(captions))
+            self.layouts.append(layout)
+        return heatmap_grid(images, maps, captions, **layout)
+
+
+# --------------------------------------------------------------------------------------------------
+# when and what
+
+
+def test_one_line_is_enough(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor="explain/overall_auc", mode="max")
+    monitor = Watch()
+    logger = TensorBoardLogger(tmp_path / "tb")
+    run = trainer(tmp_path, monitor, checkpoint, logger=[logger, CSVLogger(tmp_path / "csv")])
+    run.fit(Classifier(), *loaders())
+    assert monitor.steps == [0, 3, 6]
+    names = ("deletion_auc", "insertion_auc", "overall_auc", "seconds")
+    assert {f"explain/{name}" for name in names} <= run.callback_metrics.keys()
+    overall = (
+        run.callback_metrics["explain/insertion_auc"] - run.callback_metrics["explain/deletion_auc"]
+    )
+    torch.testing.assert_close(run.callback_metrics["explain/overall_auc"], overall)
+    assert checkpoint.best_model_score is not None
+    events = EventAccumulator(str(logger.log_dir), {"images": 0, "scalars": 0}).Reload()
+    assert [image.step for image in events.Images("explain/heatmaps")] == [0, 2, 5]
+    assert [value.step for value in events.Scalars("explain/overall_auc")] == [0, 2, 5]
+    assert pictures_in(tmp_path / "csv") == [f"step-{step:08d}.png" for step in (0, 2, 5)]
+    assert monitor.captions[0][0].startswith(Pictures.classes[int(Pictures().labels[0])])
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_a_long_explanation_shows_its_evaluations(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    bar: type[TQDMProgressBar] | type[RichProgressBar],
+) -> None:
+    model, seen = Classifier(), 0
+
+    def watch(module: nn.Module, args: Any, logits: Tensor) -> None:
+        nonlocal seen
+        seen += len(logits)
+
+    def counts(delay: float, *bars: pl.Callback, **settings: Any) -> list[int]:
+        monkeypatch.setattr(progress, "_DELAY", delay)
+        monkeypatch.setattr(progress, "_INTERVAL", 0.0)
+        monitor = ExplanationMonitor(WGradCAM(), probe=3, controls=False)
+        folder = tmp_path / f"{delay}{len(bars)}"
+        trainer(folder, monitor, *bars, **settings).validate(model, loaders()[1], verbose=False)
+        written = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "".join(capfd.readouterr()))
+        assert ("Validation" in written) == bool(bars)
+        shown = re.findall(r"explaining 3 pictures(?:: |, evaluations ━+ )(\d+)[ /]", written)
+        return [int(count) for count in shown]
+
+    # Rich needs room for its columns, and draws for a terminal only.
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not counts(0.0)  # where the trainer shows nothing
+    assert not counts(60.0, bar(), enable_progress_bar=True)
+    handle, seen = model.register_forward_hook(watch), 0
+    shown = counts(0.0, bar(), enable_progress_bar=True)
+    handle.remove()
+    assert shown == sorted(shown)
+    assert len(shown) > 3
+    # All but the 24 pictures of the validation: WGradCAM's 3 backward passes, and both curves.
+    assert shown[-1] == seen - 24 + 3
+    assert not model._forward_hooks
+
+
+def test_controls_are_judged_as_the_maps_are(tmp_path: Path) -> None:
+    images, labels = torch.rand(3, 3, 32, 32), torch.arange(3)
+    images[:, :, 8:24, 8:24] += 3
+    monitor = Watch(GradCAM("net.features"), probe=(images, labels))
+    model = Classifier()
+    with torch.no_grad():
+        model.net.head.weight *= 20  # an untrained one hardly cares
+    (result,) = trainer(tmp_path, monitor).validate(model, loaders()[1], verbose=False)
+    height, width = images.shape[2:]
+    y, x = ((np.arange(n) + 0.5) / n - 0.5 for n in (height, width))
+    gaussian = np.exp(-(y[:, None] ** 2 + x**2) / (2 * 0.25**2))
+    metric = Faithfulness(steps=28)
+    metric.update(model, images, torch.tensor(gaussian).float().repeat(3, 1, 1), labels)
+    expected = float(metric.compute()["overall_auc"])
+    assert result["explain/overall_auc_centre_gaussian"] == pytest.approx(expected, abs=1e-6)
+    assert result["explain/overall_auc_random_map"] != result["explain/overall_auc"]
+    assert abs(expected) > 1e-3
+    quiet = Watch(GradCAM("net.features"), probe=3, controls=False)
+    (result,) = trainer(tmp_path, quiet).validate(model, loaders()[1], verbose=False)
+    assert "explain/overall_auc_centre_gaussian" not in result
+
+
+def test_controls_are_measured_ever_more_seldom(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    run = trainer(tmp_path, Watch(GradCAM("net.features"), probe=2), logger=logger, max_epochs=5)
+    run.fit(Classifier(), *loaders())
+    records = History.load(Path(logger.log_dir) / "explanations").records
+    assert [bool(r.controls) for r in records] == [True, True, False, True, False, False]
+    assert set(records[0].controls) == {"random map", "centre gaussian"}
+    # In between the figure stays, so that loggers draw a line as long as the others.
+    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["explain/overall_auc"]]
+    measured = [r.controls["random map"]["overall_auc"] for r in records if r.controls]
+    shown = [float(r["explain/overall_auc_random_map"]) for r in rows]
+    expected = [measured[n] for n in (0, 1, 1, 2, 2, 2)]
+    assert shown == pytest.approx(expected, abs=1e-6)
+
+
+class OwnAUC(OverallAUC):
+    """A metric whose only figure has a name of its own."""
+
+
+def test_a_metric_of_the_user_s_own_is_logged(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), probe=2, metrics=OwnAUC(steps=4))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "ExplanationMonitor")
+        (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
+    assert "explain/own_auc" in result
+
+
+def test_estimated_curves_are_logged_with_their_errors(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), probe=2, metrics=Faithfulness(evaluations=24))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "ExplanationMonitor")
+        (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
+    assert result["explain/evaluations"] == 24
+    parts = [result[f"explain/{game}_auc_error"] for game in ("deletion", "insertion")]
+    assert result["explain/overall_auc_error"] == pytest.approx(sum(e**2 for e in parts) ** 0.5)
+    assert "explain/overall_auc_centre_gaussian" in result
+
+
+def test_a_failing_control_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*batch: Any) -> Tensor:
+        raise RuntimeError("no noise today")
+
+    monkeypatch.setattr(RandomMap, "explain", broken)
+    monitor = Watch(GradCAM("net.features"), probe=2)
+    with pytest.warns(UserWarning, match="no figures of the controls. RuntimeError: no noise"):
+        (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
+    assert "explain/overall_auc" in result
+    assert "explain/overall_auc_centre_gaussian" not in result
+
+
+def test_controls_can_be_left_out_of_a_resumed_run(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    first = trainer(tmp_path, Watch(GradCAM("net.features"), probe=2), checkpoint, max_epochs=1)
+    first.fit(Classifier(), *loaders())
+    assert "explain/overall_auc_random_map" in first.callback_metrics
+    quiet = Watch(GradCAM("net.features"), probe=2, controls=False)
+    again = trainer(tmp_path, quiet, ModelCheckpoint(tmp_path, save_last=True), max_epochs=2)
+    again.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "last.ckpt")
+    assert "explain/overall_auc" in again.callback_metrics
+    assert "explain/overall_auc_random_map" not in again.callback_metrics
+
+
+def test_each_map_has_its_own_auc(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    run = trainer(tmp_path, Watch(GradCAM("net.features"), probe=4), logger=logger, max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    for record in History.load(Path(logger.log_dir) / "explanations").records:
+        for name, values in (
+            ("deletion_auc", record.deletion_auc),
+            ("insertion_auc", record.insertion_auc),
+        ):
+            assert len(set(values)) == 4
+            assert np.mean(values) == pytest.approx(record.values[name], abs=1e-6)
+
+
+def test_panels_on_request(tmp_path: Path) -> None:
+    widths = []
+    for wanted in (["overlay"], ["overlay", "map", "curves"]):
+        folder = tmp_path / str(len(wanted))
+        monitor = Watch(GradCAM("net.features"), probe=1, panels=wanted)
+        run = trainer(folder, monitor, logger=CSVLogger(folder))
+        run.validate(Classifier(), loaders()[1], verbose=False)
+        (path,) = folder.rglob("heatmaps/*.png")
+        with Image.open(path) as picture:
+            widths.append(picture.width)
+    assert widths[1] > 1.5 * widths[0]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_panels(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"panels=\['heat'\] must be"):
+        trainer(tmp_path, Watch(panels=["heat"])).validate(Classifier(), loaders()[1])
+
+
+def test_validate_explains_and_reports(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), probe=3)
+    (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
+    assert "explain/overall_auc" in result
+    assert len(monitor.captions[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "run", "steps"),
+    [
+        ({"every_n_epochs": 2}, {"max_epochs": 4}, [0, 6, 12]),
+        ({"every_n_train_steps": 2}, {"max_epochs": 2}, [0, 2, 4, 6]),
+        ({"every_n_train_steps": 2}, {"accumulate_grad_batches": 3, "max_epochs": 4}, [0, 2, 4]),
+        ({"every_n_epochs": 0}, {}, []),
+        ({}, {"val_check_interval": 1 / 3, "max_epochs": 1}, [0, 1, 2, 3]),
+        ({}, {"check_val_every_n_epoch": 2}, [0, 6]),
+        ({}, {"limit_val_batches": 0}, [0, 3, 6]),
+        ({}, {"fast_dev_run": True}, [0, 1]),
+    ],
+)
+def test_when(settings: Any, run: Any, steps: list[int], tmp_path: Path) -> None:
+    monitor = Watch(WGradCAM(), metrics=False, probe=2, **settings)
+    trainer(tmp_path, monitor, **run).fit(Classifier(), *loaders())
+    assert monitor.steps == steps
+
+
+def test_without_a_validation_loop_the_training_samples_are_explained(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(
+        tmp_path, monitor="explain/overall_auc", mode="max", save_on_train_epoch_end=True
+    )
+    monitor = Watch(WGradCAM(), probe=2)
+    trainer(tmp_path, monitor, checkpoint).fit(Classifier(validates=False), loaders()[0])
+    assert monitor.steps == [0, 3, 6]
+    assert checkpoint.best_model_score is not None
+
+
+def test_multilabel_labels_give_one_explanation_a_class(tmp_path: Path) -> None:
+    labels = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]] * 8).float()
+    data = DataLoader(Pictures(24, labels), batch_size=8)
+    monitor = Watch(probe=3, max_classes_per_image=4)
+    trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(multilabel=True), data, data)
+    labelled = [c.split()[0] for c in monitor.captions[0] if "false positive" not in c]
+    assert labelled == ["ant", "cat", "ant", "bee", "cat", "dog"]
+    assert all("predicted" not in caption for caption in monitor.captions[0])
+
+
+class Masked(Pictures):
+    """Multilabel pictures whose classes lie in known places."""
+
+    def input_masks(self, index: int, classes: Any) -> Tensor:
+        masks = torch.zeros(len(classes), 32, 32, dtype=torch.bool)
+        for row, k in enumerate(classes):
+            masks[row, 4 * k : 4 * k + 8, 2 + index : 20] = True
+        return masks
+
+
+def masked(count: int = 24) -> DataLoader[Any]:
+    labels = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 1]] * 8).float()
+    return DataLoader(Masked(24, labels), batch_size=8)
+
+
+def test_masks_are_outlined_and_judge_the_maps(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), probe=3)
+    model = Classifier(multilabel=True)
+    run = trainer(tmp_path, monitor, max_epochs=1)
+    run.fit(model, masked(), masked())
+    probe = monitor._kept
+    assert probe is not None
+    assert probe.mask_pairs is not None
+    assert probe.mask_pairs.tolist() == [[0, 0], [0, 2], [2, 1], [2, 4]]
+    rows, targets = probe.mask_pairs.T
+    masks = torch.cat(
+        [masked().dataset.input_masks(0, [0, 2]), masked().dataset.input_masks(2, [1, 4])]
+    )  # type: ignore[attr-defined]
+    maps = GradCAM("net.features").explain(model, probe.images[rows], targets)
+    hits, shares = [], []
+    for found, mask in zip(maps, masks, strict=True):
+        best = (found == found.max()).nonzero().tolist()
+        hits.append(np.mean([bool(mask[y, x]) for y, x in best]))
+        shares.append(float(found[mask].sum() / found.sum()) if found.sum() else 0.0)
+    # Every class is there once, so the mean over classes is that over pairs.
+    assert float(run.callback_metrics["explain/pointing_game"]) == pytest.approx(np.mean(hits))
+    assert float(run.callback_metrics["explain/energy_in_mask"]) == pytest.approx(np.mean(shares))
+    layout = monitor.layouts[-1]
+    known = [i for i, c in enumerate(monitor.captions[-1]) if "false positive" not in c]
+    assert torch.equal(layout["outlines"][known], masks)
+    assert sorted(set(layout["groups"])) == sorted({0, 2} | set(layout["groups"]))
+
+
+def test_false_positives_are_drawn_and_not_judged(tmp_path: Path) -> None:
+    class Sure(Classifier):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * 0.01 + torch.tensor([3.0, -3.0, -3.0, 2.0, 4.0])
+
+    values = []
+    for targets in ("label", [0, 2]):
+        monitor = Watch(GradCAM("net.features"), probe=1, targets=targets)
+        run = trainer(tmp_path, monitor)
+        torch.manual_seed(0)
+        run.validate(Sure(multilabel=True), masked(), verbose=False)
+        values.append({k: float(v) for k, v in run.callback_metrics.items() if "auc" in k})
+        if targets == "label":
+            found, missed, wrong = monitor.captions[0]
+            assert found.startswith("ant 0.9")
+            assert "missed" not in found
+            assert missed.startswith("cat 0.0")
+            assert missed.split(" · ")[0].endswith("\nmissed")
+            assert wrong.startswith("emu 0.9")
+            assert wrong.endswith("\nfalse positive")
+            assert monitor.layouts[0]["groups"] == [0, 0, 0]
+            (heading,) = monitor.layouts[0]["headings"]
+            assert heading.startswith("false: dog 0.8")
+            assert not monitor.layouts[0]["outlines"][2].any()
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
+
+
+def test_masks_may_come_with_the_batch(tmp_path: Path) -> None:
+    images, labels = torch.rand(2, 3, 32, 32), torch.tensor([1, 3])
+    masks = torch.zeros(2, 32, 32).bool()
+    masks[:, 8:20, 8:20] = True
+    for probe in ((images, labels, masks), {"image": images, "label": labels, "masks": masks}):
+        monitor = Watch(GradCAM("net.features"), probe=probe, metrics=False)
+        (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
+        assert "explain/pointing_game" in result
+        assert torch.equal(monitor.layouts[0]["outlines"], masks)
+
+
+def test_masks_behind_a_subset_are_those_of_its_samples(tmp_path: Path) -> None:
+    data = Subset(masked().dataset, [5, 2, 0])
+    monitor = Watch(GradCAM("net.features"), probe=2, metrics=False)
+    trainer(tmp_path, monitor).validate(
+        Classifier(multilabel=True), DataLoader(data, batch_size=3), verbose=False
+    )
+    assert monitor._kept is not None
+    assert monitor._kept.masks is not None
+    expected = torch.cat([masked().dataset.input_masks(i, [1, 4]) for i in (5, 2)])  # type: ignore[attr-defined]
+    assert torch.equal(monitor._kept.masks, expected)
+
+
+def test_masks_that_cannot_be_read_cost_only_the_outlines(tmp_path: Path) -> None:
+    class Broken(Masked):
+        def input_masks(self, index: int, classes: Any) -> Tensor:
+            return super().input_masks(index, classes)[:, :9]
+
+    data = DataLoader(Broken(8, torch.ones(8, 5)), batch_size=8)
+    monitor = Watch(GradCAM("net.features"), probe=2, metrics=False)
+    with pytest.warns(UserWarning, match="no outlines and no pointing game.*size of the images"):
+        trainer(tmp_path, monitor).validate(Classifier(multilabel=True), data, verbose=False)
+    assert monitor.captions
+    assert "outlines" not in monitor.layouts[0]
+
+
+def test_a_resumed_run_keeps_its_masks(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), probe=3, metrics=False)
+    trainer(tmp_path, monitor).validate(Classifier(multilabel=True), masked(), verbose=False)
+    path = tmp_path / "state.pt"
+    torch.save(monitor.state_dict(), path)
+    again = ExplanationMonitor(GradCAM())
+    again.load_state_dict(torch.load(path, weights_only=True))
+    assert again._kept is not None
+    assert monitor._kept is not None
+    assert_same(monitor.state_dict(), again.state_dict())
+
+
+def test_the_normalisation_is_that_of_the_dataset(tmp_path: Path) -> None:
+    class Normalised(Pictures):
+        transform = v2.Compose([v2.ToImage(), v2.Normalize([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])])
+
+    data = DataLoader(Normalised(8), batch_size=8)
+    monitor = Watch(GradCAM("net.features"), probe=2, metrics=False)
+    trainer(tmp_path, monitor).validate(Classifier(), data, verbose=False)
+    assert list(monitor.layouts[0]["mean"]) == pytest.approx([0.1, 0.2, 0.3])
+    assert list(monitor.layouts[0]["std"]) == pytest.approx([0.4, 0.5, 0.6])
+
+
+@pytest.mark.parametrize("targets", ["predicted", [4, 1]])
+def test_targets(targets: Any, tmp_path: Path) -> None:
+    monitor = Watch(WGradCAM(), probe=2, targets=targets, class_names=list("VWXYZ"), metrics=False)
+    model = Classifier()
+    trainer(tmp_path, monitor, max_epochs=1).fit(model, *loaders())
+    names = [caption.split()[0] for caption in monitor.captions[-1]]
+    if targets == "predicted":
+        assert monitor._kept is not None
+        with torch.no_grad():
+            best = model.eval()(monitor._kept.images).argmax(dim=1).tolist()
+        assert names == ["VWXYZ"[c] for c in best]
+    else:
+        assert names == ["Z", "W", "Z", "W"]
+
+
+@pytest.mark.parametrize("kind", ["batch", "dictionary", "dataset", "callable", "iterable"])
+def test_where_the_probe_comes_from(kind: str, tmp_path: Path) -> None:
+    images, labels = torch.rand(3, 3, 32, 32), torch.tensor([1, 2, 3])
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return zip(images, labels, strict=True)
+
+    probe: Any = {
+        "batch": (images, labels),
+        "dictionary": {"pixel_values": images, "labels": labels},
+        "dataset": TensorDataset(images, labels),
+        "callable": lambda: (images, labels),
+        "iterable": 3,
+    }[kind]
+    train, val = loaders()
+    if kind == "iterable":
+        val = DataLoader(Stream(), batch_size=2)
+    monitor = Watch(WGradCAM(), probe=probe, metrics=False)
+    trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(), train, val)
+    assert monitor._kept is not None
+    assert torch.equal(monitor._kept.images, images)
+    assert monitor._kept.labels is not None
+    assert torch.equal(monitor._kept.labels, labels)
+
+
+def test_the_probe_comes_through_the_batch_hooks_of_validation(tmp_path: Path) -> None:
+    class OnDevice(Classifier):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            # What is common for augmentation and normalisation on the device.
+            scale = 100.0 if self.trainer.training else 2.0
+            return batch[0] * scale, batch[1]
+
+    images, labels = torch.rand(2, 3, 32, 32), torch.tensor([1, 2])
+    monitor = Watch(WGradCAM(), probe=(images, labels), metrics=False)
+    trainer(tmp_path, monitor, max_epochs=1).fit(OnDevice(), *loaders())
+    assert monitor._kept is not None
+    assert torch.equal(monitor._kept.images, images * 2)
+
+
+def test_metrics_can_be_chosen(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ExplanationMonitor(metrics=OverallAUC(steps=4)), max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    assert "explain/overall_auc" in run.callback_metrics
+    both = MetricCollection([OverallAUC(steps=4), DeletionAUC(steps=4)])
+    run = trainer(tmp_path, ExplanationMonitor(metrics=both), max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    assert "explain/DeletionAUC" in run.callback_metrics
+
+
+def test_the_probe_survives_a_resume(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    first = Watch(WGradCAM(), probe=3, metrics=False)
+    trainer(tmp_path, first, checkpoint).fit(Classifier(), *loaders())
+    again = Watch(WGradCAM(), probe=3, metrics=False)
+    other = DataLoader(Pictures(12, torch.zeros(12, dtype=torch.long)), batch_size=4)
+    run = trainer(tmp_path, again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=3)
+    with pytest.warns(UserWarning, match="data that the probe was taken from has changed"):
+        run.fit(Classifier(), loaders()[0], other, ckpt_path=tmp_path / "last.ckpt")
+    assert again.steps == [9]
+    assert first._kept is not None
+    assert again._kept is not None
+    assert torch.equal(first._kept.images, again._kept.images)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert state["Watch"]["images"].shape == (3, 3, 32, 32)
+
+
+def test_the_same_data_resumes_without_a_word(tmp_path: Path) -> None:
+    # The pictures are augmented from three random streams, in a state that no run has twice.
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    first, again = (Watch(WGradCAM(), probe=3, metrics=False) for _ in range(2))
+    trainer(tmp_path, first, checkpoint).fit(Classifier(), *loaders())
+    np.random.seed(77)
+    run = trainer(tmp_path, again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=3)
+    run.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "last.ckpt")
+    assert again.steps == [9]
+    assert first._kept is not None
+    assert again._kept is not None
+    assert torch.equal(first._kept.images, again._kept.images)
+
+
+def test_pictures_of_8_bits_take_a_byte_a_value_in_a_checkpoint() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bytes_ = torch.randint(0, 256, (8, 3, 224, 224), generator=generator, dtype=torch.uint8)
+    images = v2.functional.normalize(bytes_.float() / 255, [0.4, 0.5, 0.6], [0.2, 0.3, 0.2])
+    probe = Probe(images, torch.arange(8))
+    file = io.BytesIO()
+    torch.save(probe.state(), file)
+    assert len(file.getvalue()) < 1.01 * bytes_.numel()
+    file.seek(0)
+    again = Probe.from_state(torch.load(file, weights_only=True))
+    assert torch.equal(again.images, images)
+    assert again.fingerprint == probe.fingerprint
+    for other in (torch.randn(2, 3, 40, 40), torch.full((1, 1, 4, 4), torch.nan)):
+        found = Probe.from_state(Probe(other).state()).images
+        assert torch.equal(found.nan_to_num(7), other.nan_to_num(7))
+
+
+# --------------------------------------------------------------------------------------------------
+# harmless: what tests/test_harmless.py does not compare
+
+
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
+def test_the_loaders_own_generator_is_not_touched(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    data = DataLoader(Pictures(), batch_size=8, shuffle=True, generator=generator)
+    states: list[Tensor] = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            states.append(generator.get_state())
+
+    monitor = Watch(WGradCAM(), metrics=False)
+    trainer(tmp_path, Look(), monitor, Look(), max_epochs=1).fit(Classifier(), data, data)
+    assert monitor.steps == [0, 3]
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_other_precisions(precision: Any, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*does not have many workers|.*LeafSpec")
+        run = trainer(tmp_path, ExplanationMonitor(probe=2), precision=precision, max_epochs=1)
+        run.fit(Classifier(), *loaders())
+    assert run.callback_metrics["explain/overall_auc"].isfinite()
+
+
+# --------------------------------------------------------------------------------------------------
+# what goes wrong
+
+
+def test_a_failing_explanation_is_a_warning_said_once(tmp_path: Path) -> None:
+    class Broken:
+        def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+            raise RuntimeError(f"no map {torch.rand(())}")
+
+    run = trainer(tmp_path, ExplanationMonitor(Broken()), max_epochs=3)
+    with pytest.warns(UserWarning, match="training goes on. RuntimeError: no map") as caught:
+        run.fit(Classifier(), *loaders())
+    assert sum("no map" in str(w.message) for w in caught) == 1
+    assert run.global_step == 9
+
+
+def test_a_model_without_convolution_trains_on(tmp_path: Path) -> None:
+    model = Classifier()
+    model.net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 5))
+    run = trainer(tmp_path, ExplanationMonitor(), max_epochs=1)
+    with pytest.warns(UserWarning, match="Classifier has no convolutional feature map"):
+        run.fit(model, *loaders())
+    assert run.global_step == 3
+
+
+def test_an_interrupt_is_not_swallowed(tmp_path: Path) -> None:
+    class Interrupt:
+        def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    model = Classifier()
+    run = trainer(tmp_path, ExplanationMonitor(Interrupt()))
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        run.fit(model, *loaders())
+    assert all(not m._forward_hooks for m in model.modules())
+
+
+def test_a_probe_larger_than_the_data_takes_what_there_is(tmp_path: Path) -> None:
+    monitor = Watch(WGradCAM(), probe=64, metrics=False)
+    with pytest.warns(UserWarning, match="probe=64 samples asked for, but the data has 10"):
+        trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(), *loaders(10))
+    assert len(monitor.captions[0]) == 10
+
+
+class Nowhere(Logger):
+    """A logger that holds scalars and has no directory."""
+
+    name = "nowhere"
+    version = 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_a_logger_without_a_directory_loses_nothing(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Watch(WGradCAM()), logger=Nowhere(), max_epochs=1)
+    with pytest.warns(UserWarning, match="Nowhere can't hold pictures and has no directory.*give"):
+        run.fit(Classifier(), *loaders())
+    assert pictures_in(tmp_path) == ["step-00000000.png", "step-00000002.png"]
+
+
+def test_no_logger_at_all(tmp_path: Path) -> None:
+    trainer(tmp_path, Watch(WGradCAM()), logger=False, max_epochs=1).fit(Classifier(), *loaders())
+    assert pictures_in(tmp_path) == ["step-00000000.png", "step-00000003.png"] or pictures_in(
+        tmp_path
+    ) == ["step-00000000.png", "step-00000002.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_epochs": 1, "every_n_train_steps": 5}, "exclude each other: set one"),
+        ({"every_n_epochs": -1}, "must not be negative"),
+        ({"probe": 0}, "probe=0 must be at least 1"),
+        ({"targets": "labels"}, "targets='labels' must be 'label', 'predicted' or"),
+        ({"method": GradCAM(), "target_layer": "x"}, "name the layer in the method given"),
+        ({"max_classes_per_image": 0}, "max_classes_per_image=0 must be at least 1"),
+    ],
+)
+def test_misuse_is_refused_before_training(
+    arguments: Any, message: str, tmp_path: Path, unchecked: None
+) -> None:
+    run = trainer(tmp_path, ExplanationMonitor(**arguments))
+    with pytest.raises(MisconfigurationException, match=message):
+        run.fit(Classifier(), *loaders())
+
+
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        ((torch.rand(2, 3, 8, 8),), "needs labels.*pass probe=.images, labels., or targets='pred"),
+        (({"a": torch.rand(2, 3, 8, 8)}), r"found in a dict with keys \['a'\]: pass probe="),
+        (
+            (torch.rand(2, 3, 8, 8), torch.zeros(2, 5)),
+            "none of the probe's 2 images has a positive",
+        ),
+        ((torch.rand(2, 3, 8, 8), torch.tensor([0, 9])), r"must lie in 0\.\.4.*got 9"),
+        ((torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])), "got torch.uint8"),
+    ],
+)
+def test_a_bad_probe_is_explained(
+    probe: Any, message: str, tmp_path: Path, unchecked: None
+) -> None:
+    run = trainer(tmp_path, ExplanationMonitor(probe=probe), max_epochs=1)
+    with pytest.warns(UserWarning, match=message):
+        run.fit(Classifier(), *loaders())
+    assert run.global_step == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# loggers, and the other Lightning
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_gets_pictures_and_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")
+    run = trainer(tmp_path, Watch(WGradCAM(), probe=2), logger=logger, max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    summary = logger.experiment.summary
+    assert "explain/overall_auc" in summary.keys()  # noqa: SIM118
+    wandb.finish()
+    pictures = list(tmp_path.rglob("media/images/explain/heatmaps_*.png"))
+    assert len(pictures) == 2
+    assert np.asarray(Image.open(pictures[0])).std() > 10
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec")
+def test_lightning_pytorch_is_served_as_well(tmp_path: Path, unchecked: None) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.loggers import TensorBoardLogger as Other
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = SmallNet()
+
+        forward = Classifier.forward
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            self(batch[0])
+
+        configure_optimizers = Classifier.configure_optimizers
+
+    monitor, logger = Watch(), Other(tmp_path)
+    run = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[monitor],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+    )
+    run.fit(Module(), *loaders())
+    assert monitor.steps == [0, 3]
+    assert "explain/overall_auc" in run.callback_metrics
+    events = EventAccumulator(logger.log_dir, {"images": 0}).Reload()
+    assert len(events.Images("explain/heatmaps")) == 2
+
+
+def test_score_can_be_chosen(tmp_path: Path) -> None:
+    monitor = Watch(score=sigmoid, probe=2)
+    trainer(tmp_path, monitor, max_epochs=1).fit(model := Classifier(), *loaders())
+    assert monitor._kept is not None
+    assert monitor._kept.labels is not None
+    with torch.no_grad():
+        value = model.eval()(monitor._kept.images)[0, monitor._kept.labels[0]].sigmoid()
+    assert monitor.captions[-1][0].split("\n")[0].endswith(f"{float(value):.2f}")

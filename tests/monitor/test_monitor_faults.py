@@ -1,0 +1,387 @@
+"""What may go wrong while a model trains, and what it must not cost."""
+
+import errno
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import SmallNet, snapshot
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from test_monitor import Classifier, Pictures, Watch, loaders, pictures_in, trainer
+from torch import Tensor, nn
+
+from lightning_aop import AOP, IGOS, ExplanationMonitor, GradCAM, WGradCAM, fast_sigcam
+from lightning_aop.model.chunks import largest_chunk, with_chunk
+from lightning_aop.model.isolation import in_float32
+from lightning_aop.monitor.budget import Budget
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
+]
+
+
+class Found(Watch):
+    """Remembers what was found."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.found: list[Any] = []
+
+    def _explain(self, *arguments: Any) -> Any:
+        self.found.append(super()._explain(*arguments))
+        return self.found[-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """GradCAM that has memory for so many images in a pass."""
+
+    room: int
+    eval_batch_size: int = 32
+    tried: list[int] = field(default_factory=list, compare=False)
+    error: type[BaseException] = torch.OutOfMemoryError
+
+    def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        self.tried.append(self.eval_batch_size)
+        if self.eval_batch_size > self.room:
+            raise self.error("out of memory")
+        return GradCAM("net.features", self.eval_batch_size).explain(model, images, targets)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_too_little_memory_halves_the_passes(error: Any, tmp_path: Path) -> None:
+    method, plain = Greedy(5, error=error), Found(GradCAM("net.features"), metrics=False)
+    monitor = Found(method, metrics=False)
+    model = Classifier()
+    with pytest.warns(UserWarning, match="fewer images in a pass, 16 at first") as caught:
+        trainer(tmp_path, monitor, max_epochs=1).fit(model, *loaders())
+    assert sum("out of memory" in str(w.message) for w in caught) == 1
+    assert method.tried == [32, 16, 8, 4, 4]  # the second explanation knows
+    torch.manual_seed(0)
+    again = trainer(tmp_path, plain, max_epochs=1)
+    again.validate(model, loaders()[1], verbose=False)
+    torch.testing.assert_close(monitor.found[-1].maps, plain.found[-1].maps)
+
+
+def test_too_little_memory_for_one_image_skips_with_one_warning(tmp_path: Path) -> None:
+    method = Greedy(0)
+    run = trainer(tmp_path, ExplanationMonitor(method, metrics=False))
+    with pytest.warns(UserWarning, match="ExplanationMonitor") as caught:
+        run.fit(Classifier(), *loaders())
+    said = [str(w.message) for w in caught if "ExplanationMonitor" in str(w.message)]
+    assert sum("training goes on. OutOfMemoryError" in text for text in said) == 1
+    assert run.global_step == 6
+    assert method.tried[:6] == [32, 16, 8, 4, 2, 1]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
+    class Broken:
+        calls = 0
+
+        def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+            Broken.calls += 1
+            raise RuntimeError("no map today")
+
+    with pytest.warns(UserWarning, match="no map today"):
+        trainer(tmp_path, ExplanationMonitor(Broken()), max_epochs=1).fit(Classifier(), *loaders())
+    assert Broken.calls == 2
+
+
+def test_chunks_are_found_and_set_in_all_stages(net: nn.Module, batch: Any) -> None:
+    method = AOP(WGradCAM(eval_batch_size=8), IGOS(iterations=1, samples=3, eval_batch_size=20))
+    assert largest_chunk(method) == 20
+    smaller = with_chunk(method, 5)
+    assert smaller == AOP(
+        WGradCAM(eval_batch_size=5), IGOS(iterations=1, samples=3, eval_batch_size=5)
+    )
+    assert method.perturbation.eval_batch_size == 20  # type: ignore[attr-defined]
+    assert with_chunk(method, 20) is method
+    other = object()
+    assert with_chunk(other, 3) is other
+    assert largest_chunk(other) is None
+    torch.testing.assert_close(smaller.explain(net, *batch), method.explain(net, *batch))
+
+
+# --------------------------------------------------------------------------------------------------
+# maps that show nothing
+
+
+class Poisoned(SmallNet):
+    """Gives NaN for pictures that are brighter than a limit."""
+
+    limit = 0.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        bright = images.mean(dim=(1, 2, 3)) > self.limit
+        return torch.where(bright[:, None], torch.nan, logits)
+
+
+def test_pictures_with_nan_are_marked_and_the_others_explained(tmp_path: Path) -> None:
+    data = Pictures(6)
+    data.images[2] += 3.0
+    model = Classifier()
+    model.net = Poisoned()
+    model.net.limit = 2.0
+    monitor = Found(GradCAM("net.features"), probe=(data.images, data.labels))
+    run = trainer(tmp_path, monitor)
+    run.validate(model, loaders()[1], verbose=False)
+    (found,) = monitor.found
+    assert found.maps[2].isnan().all()
+    assert found.maps[[0, 1, 3, 4, 5]].isfinite().all()
+    blank = (found.maps[[0, 1, 3, 4, 5]].amax(dim=(1, 2)) == 0).sum() + 1
+    assert run.callback_metrics["explain/blank_maps"] == blank
+    assert run.callback_metrics["explain/overall_auc"].isfinite()
+
+
+def test_a_diverged_model_is_drawn_without_maps(tmp_path: Path) -> None:
+    model, monitor = Classifier(), Found()
+    nn.init.constant_(model.net.head.weight, torch.nan)
+    run = trainer(tmp_path, monitor)
+    run.validate(model, loaders()[1], verbose=False)
+    assert run.callback_metrics["explain/blank_maps"] == 8
+    assert "explain/overall_auc" not in run.callback_metrics
+    assert monitor.found[0].maps.isnan().all()
+    assert len(pictures_in(tmp_path)) == 1
+
+
+def test_blank_maps_are_counted(tmp_path: Path) -> None:
+    model = Classifier()
+    nn.init.constant_(model.net.head.weight, -1.0)
+    run = trainer(tmp_path, ExplanationMonitor(GradCAM("net.features")))
+    run.validate(model, loaders()[1], verbose=False)
+    assert run.callback_metrics["explain/blank_maps"] == 8
+
+
+# --------------------------------------------------------------------------------------------------
+# loggers and disks
+
+
+class Lost(CSVLogger):
+    """A logger whose connection is gone."""
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        if any(key.startswith("explain") for key in metrics):
+            raise ConnectionError("no route to host")
+        super().log_metrics(metrics, step)
+
+    def log_image(self, **anything: Any) -> None:
+        raise ConnectionError("no route to host")
+
+
+def test_a_lost_logger_costs_its_own_pictures_only(tmp_path: Path) -> None:
+    kept = TensorBoardLogger(tmp_path / "kept")
+    monitor = Found(WGradCAM(), metrics=False, every_n_train_steps=2)
+    run = trainer(tmp_path, monitor, logger=[Lost(tmp_path / "lost"), kept], max_epochs=1)
+    with pytest.warns(UserWarning, match="ConnectionError") as caught:
+        run.fit(Classifier(), *loaders())
+    said = [str(w.message) for w in caught]
+    assert sum("Lost took no figures. ConnectionError" in text for text in said) == 1
+    assert sum("The picture is at" in text for text in said) == 1
+    assert run.global_step == 3
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(kept.log_dir, {"images": 0}).Reload()
+    assert len(events.Images("explain/heatmaps")) == len(monitor.found) == 2
+    assert len(pictures_in(tmp_path)) == 2
+
+
+def test_a_full_disk_does_not_stop_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    run = trainer(tmp_path, ExplanationMonitor(WGradCAM()), max_epochs=2)
+    with pytest.warns(UserWarning, match="No space left on device") as caught:
+        run.fit(Classifier(), *loaders())
+    said = sorted(str(w.message) for w in caught if "No space left" in str(w.message))
+    assert len(said) == 2  # once for the pictures, once for the history
+    assert "picture" in said[0] or "explanation" in said[0]
+    assert "history" in said[1]
+    assert run.global_step == 6
+    assert "explain/overall_auc" in run.callback_metrics
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_an_interrupt_in_the_middle_of_a_map_leaves_no_trace(tmp_path: Path) -> None:
+    model, states = Classifier(), []
+
+    class Interrupted:
+        def explain(self, network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+            calls = []
+
+            def stop(*_: Any) -> None:
+                calls.append(1)
+                if len(calls) == 5:
+                    states.append(before)
+                    raise KeyboardInterrupt
+
+            before = snapshot(model)
+            handle = model.net.features[0].register_forward_pre_hook(stop)
+            try:
+                return fast_sigcam("net.features").explain(network, images, targets)
+            finally:
+                handle.remove()
+
+    run = trainer(tmp_path, ExplanationMonitor(Interrupted(), metrics=False))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run.fit(model, *loaders())
+    (before,), after = states, snapshot(model)
+    for name in ("state", "requires_grad", "hooks", "attributes"):
+        for old, new in zip(before[name], after[name], strict=True):
+            assert torch.equal(old, new) if isinstance(old, Tensor) else old == new
+
+
+# --------------------------------------------------------------------------------------------------
+# time
+
+
+def test_the_budget_pays_off_what_was_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    budget = Budget(0.1, started=100.0)
+    assert budget.allows_another()  # nobody knows yet what it takes
+    now[0] += 5.0
+    budget.pay(5.0)
+    assert (budget.training, budget.spent) == (0, 5)
+    for training in (0, 40, 99):
+        now[0] = 105.0 + training
+        assert not budget.allows_another()
+    now[0] = 105.0 + 100.0  # 5 spent and 5 to come are a tenth of 100
+    assert budget.allows_another()
+    assert budget.overhead == pytest.approx(0.05)
+    assert Budget(None).allows_another()
+    # What not every explanation has is asked for only when it comes.
+    budget = Budget(0.1, started=100.0)
+    budget.pay(11.0, extra=6.0)
+    now[0] = 100.0 + 11.0 + 165.0
+    assert budget.allows_another()  # 11 + 5 of 165
+    assert not budget.allows_another(6.0)
+
+
+class Clock:
+    """Time that passes only where it is said to: an explanation takes 20 ms, a step 10 ms."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        for room in ("monitor.budget", "monitor.callback"):
+            monkeypatch.setattr(f"lightning_aop.{room}.time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        self.now += 0.02
+        return GradCAM("net.features").explain(model, images, targets)
+
+
+class Steps(pl.Callback):
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.clock.now += 0.01
+
+
+def test_explanations_are_left_out_to_keep_within_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    monitor = Found(clock, metrics=False, probe=2, every_n_train_steps=1, max_overhead=0.5)
+    run = trainer(tmp_path, monitor, Steps(clock), max_epochs=20)
+    run.fit(Classifier(), *loaders())
+    # The first in any case; the second is paid for after 80 ms, 8 steps, each other after 40 more.
+    steps = [0, *range(8, 61, 4)]
+    assert len(monitor.found) == pytest.approx(len(steps), abs=1)  # rounding may put one off
+    budget = monitor._budget
+    assert budget.spent == pytest.approx(0.02 * len(monitor.found))
+    assert budget.spent <= 0.5 * budget.training + 1e-9
+    text = next(tmp_path.rglob("metrics.csv")).read_text()
+    header, *rows = [line.split(",") for line in text.splitlines()]
+    skipped = [row[header.index("explain/skipped")] for row in rows]
+    overhead = [float(v) for row in rows if (v := row[header.index("explain/overhead")])]
+    assert sum(float(v) for v in skipped if v) + budget.skipped + len(monitor.found) == 1 + 60
+    assert all(share <= 0.5 + 1e-6 for share in overhead[1:])
+
+
+def test_without_a_budget_nothing_is_left_out(tmp_path: Path) -> None:
+    monitor = Found(GradCAM("net.features"), metrics=False, probe=2, every_n_train_steps=1)
+    run = trainer(tmp_path, monitor, max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    assert len(monitor.found) == 1 + 3
+    assert "explain/skipped" not in run.callback_metrics
+
+
+@pytest.mark.parametrize("share", [0, -0.1])
+def test_a_budget_of_nothing_is_refused(share: float, tmp_path: Path) -> None:
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    run = trainer(tmp_path, ExplanationMonitor(max_overhead=share))
+    with pytest.raises(MisconfigurationException, match=r"max_overhead=.* must be above 0"):
+        run.fit(Classifier(), *loaders())
+
+
+# --------------------------------------------------------------------------------------------------
+# precision
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_maps_in_full_precision(precision: Any, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Classifier()
+    probe = (torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
+    maps = {}
+    for full in (False, True):
+        monitor = Found(WGradCAM("net.features"), probe=probe, metrics=False, full_precision=full)
+        run = trainer(tmp_path, monitor, precision=precision)
+        run.validate(model, loaders()[1], verbose=False)
+        maps[full] = monitor.found[0].maps
+    wide = SmallNet().eval()
+    wide.load_state_dict({k: v.float() for k, v in model.net.state_dict().items()})
+    images = probe[0].to(torch.bfloat16).float() if precision == "bf16-true" else probe[0]
+    expected = WGradCAM("features").explain(wide, images, probe[1])
+    torch.testing.assert_close(maps[True], expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(maps[False], expected, atol=1e-5)
+    torch.testing.assert_close(maps[False], expected, atol=0.15, rtol=0)
+    assert {str(p.dtype) for p in model.parameters()} == {
+        "torch.bfloat16" if precision == "bf16-true" else "torch.float32"
+    }
+
+
+def test_float32_copies_leave_a_half_precision_model_alone() -> None:
+    model = nn.Sequential(SmallNet(), nn.BatchNorm1d(5), nn.Linear(5, 5)).to(torch.bfloat16).eval()
+    before, parameters = snapshot(model), [id(p) for p in model.parameters()]
+    with in_float32(model):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert {b.dtype for b in model.buffers()} == {torch.float32, torch.int64}
+        model(torch.rand(4, 3, 32, 32)).sum().backward()
+    assert [id(p) for p in model.parameters()] == parameters
+    assert before["modes"] == snapshot(model)["modes"]
+    assert all(p.grad is None for p in model.parameters())
+    for old, new in zip(before["state"].values(), model.state_dict().values(), strict=True):
+        assert torch.equal(old, new)
+
+
+# --------------------------------------------------------------------------------------------------
+# strategies
+
+
+def test_sharded_weights_are_refused_in_setup(tmp_path: Path) -> None:
+    from pytorch_lightning.strategies import FSDPStrategy
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    run = trainer(tmp_path)
+    run.strategy.__class__ = FSDPStrategy
+    monitor = ExplanationMonitor()
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy shards the weights"):
+        monitor.setup(run, Classifier(), "fit")
