@@ -13,7 +13,7 @@ from PIL import Image
 
 from lightning_aop.files import write_whole
 from lightning_aop.history.store import History, Record
-from lightning_aop.view.overlay import BRIGHTNESS, EXPONENT, SATURATION
+from lightning_aop.view.heat import BRIGHTNESS, EXPONENT, SATURATION
 
 __all__ = ["write_report"]
 

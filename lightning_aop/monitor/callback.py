@@ -50,7 +50,7 @@ from lightning_aop.monitor.run_folder import Earlier, RunFiles
 from lightning_aop.scores import Score, sigmoid, softmax
 from lightning_aop.types import Maps, SaliencyMethod, Targets
 from lightning_aop.view.grid import PANELS, Panel
-from lightning_aop.view.overlay import displayable
+from lightning_aop.view.heat import displayable
 
 T = TypeVar("T")
 Moment: TypeAlias = Literal["start", "step", "epoch"]
