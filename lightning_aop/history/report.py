@@ -122,6 +122,8 @@ def _record(record: Record, maps: Bytes) -> str:
         "targets": record.targets,
         "scores": record.scores,
         "blank": record.blank,
+        "predicted": record.predicted,
+        "verdicts": record.verdicts,
         "drift": record.drift,
         "deletion_auc": record.deletion_auc,
         "insertion_auc": record.insertion_auc,
