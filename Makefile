@@ -45,7 +45,7 @@ reliability: $(VENV)/.dev  ## write the matrix of docs/reliability.md from its t
 	$(BIN)/python -m pytest tests/test_harmless.py --reliability docs/reliability.md
 
 docs: $(VENV)/.dev  ## the site, to site/index.html; a broken link or docstring is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -131,8 +131,9 @@ class ExplanationMonitor(Callback):
         panels: what stands beside each picture: "overlay"; "map", the heat alone; "curves", its
             deletion and insertion.
         class_names: names by class index; by default the dataset's `classes`, or the index.
-        mean, std: what the pictures were normalised with, to show them as they were; by default what
-            the dataset's `transform` says.
+        mean: of the normalisation of the images, to show them as they were; by default that of the
+            dataset's `transform`.
+        std: likewise.
         max_classes_per_image: the most positive classes of one multilabel picture to explain.
         max_overhead: leave out explanations so that they take no more than this share of the training
             time (0.05 for a twentieth), as `explain/overhead` and `explain/skipped` tell. The first
