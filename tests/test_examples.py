@@ -104,7 +104,7 @@ def checkpoint_on_faithfulness(folder: Path) -> None:
     script("checkpoint_on_faithfulness").main(epochs=2, pictures=64, output=folder)
     assert len(list(folder.rglob("accurate-epoch=*.ckpt"))) == 1
     (kept,) = folder.rglob("faithful-epoch=*.ckpt")
-    # The epoch after which the over-all AUC was highest.
+    # The epoch after which the overall AUC was highest.
     areas = {r.epoch: r.values["overall_auc"] for r in history_in(folder).records[1:]}
     assert f"epoch={max(areas, key=lambda epoch: areas[epoch])}" in kept.name
 

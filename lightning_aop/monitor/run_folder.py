@@ -1,4 +1,4 @@
-"""What a run keeps of its explanations: maps and figures, the page, the film."""
+"""The files written by a run: its maps and metrics, the page, the animation."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lightning_aop.history.animation import write_film
+from lightning_aop.history.animation import write_animation
 from lightning_aop.history.report import add_to_report, write_report
 from lightning_aop.history.store import HistoryWriter, Record, stored
 from lightning_aop.metrics.similarity import rank_correlation
@@ -137,13 +137,13 @@ class RunFiles:
         self._paged = True
 
     def finish(self) -> None:
-        """Make a film of the maps.
+        """Write the animation of the maps.
 
         Raises:
             OSError, ValueError: it can't be written.
         """
         if self.folder is not None:
-            write_film(self.folder)
+            write_animation(self.folder)
 
 
 def _leaves_no_files(trainer: Trainer) -> bool:
