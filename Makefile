@@ -2,33 +2,43 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The tests start many processes: without bytecode each would compile torch and Lightning anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-lowest coverage mutants release-check reliability docs lint types clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick test-slow test-lowest coverage mutants release-check reliability docs \
+	format lint types clean
 
-demo: $(VENV)/.demo
+help:  ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
+	  | awk -F'|' '{ printf "make %-14s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.demo  ## train a small network for a minute, and say where to look
 	$(BIN)/lightning-aop demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev  ## the tests, a few minutes; installs everything that any of them needs
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4
 
-test-slow: $(VENV)/.dev  ## minutes of CPU time; LIGHTNING_AOP_DATA names a folder of real photos
+test-quick: $(VENV)/.test  ## the tests that need only the extra `test`, which is faster to install
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4
+
+test-slow: $(VENV)/.dev  ## the slow tests; LIGHTNING_AOP_DATA names a folder of real photos
 	$(BIN)/python -m pytest -m slow -s
 
 test-lowest:  ## the tests with the lowest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -c tests/constraints-lowest.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[all-tests]" -c tests/constraints-lowest.txt
 	$(VENV)-lowest/bin/python -m pytest -m "not slow" -W ignore::DeprecationWarning -n auto --maxprocesses 4
 
-coverage: $(VENV)/.dev  ## which lines the tests run, those of the processes that they start included
+coverage: $(VENV)/.dev  ## which lines the tests run, in the processes that they start too
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered
 
 mutants: $(VENV)/.dev  ## change the maths a little, hundreds of times, and see that a test fails
 	$(BIN)/python tests/mutants.py
 
-release-check:  ## build, and try what was built in an empty environment, away from the repository
+release-check:  ## build, and try the wheel in an empty environment, away from the repository
 	rm -rf dist $(VENV)-release
 	$(PYTHON) -m venv $(VENV)-release
 	$(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check build twine
@@ -42,17 +52,24 @@ release-check:  ## build, and try what was built in an empty environment, away f
 	cd dist/tried && ../../$(VENV)-release/bin/python -m lightning_aop --help
 
 reliability: $(VENV)/.dev  ## write the matrix of docs/reliability.md from its tests' results
-	$(BIN)/python -m pytest tests/test_harmless.py --reliability docs/reliability.md
+	$(BIN)/python -m pytest tests/monitor/test_harmless.py --reliability docs/reliability.md
 
 docs: $(VENV)/.dev  ## the site, to site/index.html; a broken link or docstring is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lint: $(VENV)/.dev
+format: $(VENV)/.dev  ## format the code, and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: $(VENV)/.dev  ## ruff, which changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.dev
+types: $(VENV)/.dev  ## mypy --strict
 	$(BIN)/mypy
+
+clean:  ## remove the environment, the site and the caches; runs and their checkpoints stay
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -60,12 +77,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[coco]"
+	$(INSTALL) -e ".[coco]"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[dev]"
+$(VENV)/.test: pyproject.toml constraints-dev.txt | $(BIN)/python
+	$(INSTALL) --no-compile -e ".[test]" -c constraints-dev.txt
 	@touch $@ $(VENV)/.demo
 
-clean:
-	rm -rf $(VENV) site demo_run runs .mypy_cache .ruff_cache .pytest_cache
+$(VENV)/.dev: pyproject.toml constraints-dev.txt | $(BIN)/python
+	$(INSTALL) --no-compile -e ".[dev]" -c constraints-dev.txt
+	@touch $@ $(VENV)/.demo $(VENV)/.test

@@ -1,8 +1,8 @@
-"""Over-all AUC against model evaluations, with every method of a benchmark's run on it.
+"""Overall AUC against model evaluations, with every method of a benchmark's run on it.
 
     python benchmarks/fewer_evaluations.py RUN_DIR [--photos odd] [--reference SIGCAM] [--plot PNG]
 
-Prints a table in Markdown: the mean over-all AUC of each method, and its paired difference to a
+Prints a table in Markdown: the mean overall AUC of each method, and its paired difference to a
 reference, with 95 % intervals of a bootstrap over the photos. What was chosen on one half of the
 photos is to be judged on the other: `--photos even` takes the 1st, 3rd, 5th … of them (those numbered
 0, 2, 4 …), `odd` the others. Methods that are not finished are left out.
@@ -115,8 +115,8 @@ def plot(found: list[Point], photos: str) -> Figure:
     for axis, network in zip(panels, networks, strict=False):
         _panel(axis, [point for point in found if point.network == network])
         axis.set_title("mean of the networks" if network == "mean" else network, fontsize=11)
-    figure.supxlabel("model evaluations an image (log scale)", fontsize=10)
-    figure.supylabel("over-all AUC in % (insertion - deletion), 95 % intervals", fontsize=10)
+    figure.supxlabel("model evaluations per image (log scale)", fontsize=10)
+    figure.supylabel("overall AUC in % (insertion - deletion), 95 % intervals", fontsize=10)
     figure.suptitle(photos, fontsize=10, color="#555555")
     return figure
 

@@ -2,7 +2,7 @@
 
     python examples/checkpoint_on_faithfulness.py
 
-The over-all AUC rises with the scores themselves, so it is no judge between models: of two checkpoints
+The overall AUC rises with the scores themselves, so it is no judge between models: of two checkpoints
 of one run with the same accuracy it says which one relies more on what its maps show.
 """
 

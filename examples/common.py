@@ -1,4 +1,4 @@
-"""What the examples share: generated pictures and a small network. In your project these are yours."""
+"""What the examples share: generated images and a small network. Your project has its own."""
 
 from collections.abc import Sequence
 from typing import Any, cast

@@ -38,7 +38,7 @@ def main(
     """Explain, judge and draw.
 
     Args:
-        photo: a picture.
+        photo: an image file.
         model: a torchvision classifier by name.
         weights: its state_dict; by default the published weights.
         target_class: an index; by default the likeliest class.
@@ -67,10 +67,10 @@ def main(
             found = method.explain(network, image, target)
         curves = deletion_insertion_curves(network, image, found, target, steps=28)
         deletion, insertion = (float(auc(curve)) for curve in curves)
-        print(f"{name:<21} over-all AUC {insertion - deletion:6.3f}   {count.total} evaluations")
+        print(f"{name:<21} overall AUC {insertion - deletion:6.3f}   {count.total} evaluations")
         maps.append(found[0])
         names.append(f"{name}\n{count.total} evaluations")
-        captions.append(f"over-all {insertion - deletion:.2f}")
+        captions.append(f"overall {insertion - deletion:.2f}")
     heading = f"class {chosen}: {float(scores[chosen]):.2f}"
     write_png(map_table(image, [maps], names, [captions], [heading], mean=MEAN, std=STD), output)
     print(f"wrote {output}")

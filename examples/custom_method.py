@@ -37,7 +37,7 @@ class GradientTimesInput:
 
 
 def main(epochs: int = 6, pictures: int = 1200, output: Path = Path("runs/custom_method")) -> None:
-    """Watch a training with it, and compare it with GradCAM on new pictures."""
+    """Watch a training with it, and compare it with GradCAM on new images."""
     pl.seed_everything(0)
     model = Classifier(small_network())
     monitor = ExplanationMonitor(GradientTimesInput())
@@ -48,7 +48,7 @@ def main(epochs: int = 6, pictures: int = 1200, output: Path = Path("runs/custom
         metric = OverallAUC(steps=28)
         maps = method.explain(model, test.pictures, test.labels)
         metric.update(model, test.pictures, maps, test.labels)
-        print(f"{type(method).__name__:20} over-all AUC {float(metric.compute()):.3f}")
+        print(f"{type(method).__name__:20} overall AUC {float(metric.compute()):.3f}")
 
 
 if __name__ == "__main__":

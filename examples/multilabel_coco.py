@@ -1,6 +1,6 @@
-"""A new head on a backbone for data in COCO's format, watched: several classes a picture, with masks.
+"""A new head on a backbone for data in COCO's format, watched: several classes per image, with masks.
 
-    python examples/multilabel_coco.py                                  # generated pictures, no weights
+    python examples/multilabel_coco.py                                  # generated images, no weights
     python examples/multilabel_coco.py --data COCO_DIR --backbone resnet50 --weights DEFAULT --size 224
 
 COCO_DIR holds train2017/, val2017/ and annotations/instances_{train,val}2017.json. The same from the

@@ -1,8 +1,8 @@
-"""The monitor in a LightningModule of your own: dictionaries as batches, pictures that are normalised.
+"""The monitor in a LightningModule of your own: dictionaries as batches, normalised images.
 
     python examples/own_module.py
 
-Batches may be dictionaries; pictures and labels are found under their usual names ("image", "label",
+Batches may be dictionaries: images and labels are read from their usual names ("image", "label",
 "pixel_values", …). All the monitor asks of the module is that `forward(images)` returns logits.
 """
 
@@ -24,7 +24,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 class Normalised(Dataset[dict[str, Any]]):
-    """The pictures as this network takes them."""
+    """The images as this network takes them."""
 
     def __init__(self, data: Shapes) -> None:
         self.data, self.input_masks = data, data.input_masks
@@ -62,7 +62,7 @@ class Net(pl.LightningModule):
 
 
 def main(epochs: int = 2, pictures: int = 600, output: Path = Path("runs/own_module")) -> None:
-    """Train without any validation: the monitor then explains training pictures, every 10 steps."""
+    """Train without any validation: the monitor then explains training images, every 10 steps."""
     pl.seed_everything(0)
     monitor = ExplanationMonitor(
         fast_sigcam("backbone.layer3", iterations=4),  # a finer layer than the last

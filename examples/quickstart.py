@@ -15,7 +15,7 @@ from lightning_aop import ExplanationMonitor
 
 
 def main(epochs: int = 6, pictures: int = 1200, output: Path = Path("runs/quickstart")) -> None:
-    """Train a small network on generated pictures, watched."""
+    """Train a small network on generated images, watched."""
     pl.seed_everything(0)
     trainer = pl.Trainer(
         max_epochs=epochs,

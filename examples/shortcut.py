@@ -4,9 +4,9 @@
     python examples/shortcut.py --tags 0    # the same without the tag
 
 A small network learns to tell shapes apart. Then a new camera takes over, for training and validation
-alike. Its pictures are noisy, and it leaves a small tag in a corner of 95 % of the pictures of one
+alike. Its images are noisy, and it leaves a small tag in a corner of 95 % of the images of one
 class, the crosses. The tag is easier to see than the shape. Validation accuracy stays high, as the
-validation pictures have tags, too. What falls is `explain/energy_in_mask`, the share of the heat on the
+validation images have tags, too. What falls is `explain/energy_in_mask`, the share of the heat on the
 object: the maps follow the model into the corner, and deletion and insertion say that they are right.
 The proof is the column *tagged others*: discs and squares that get a tag are taken for crosses. The
 slider of the report shows the epoch at which it happens.
@@ -30,7 +30,7 @@ CROSS = Shapes.classes.index("cross")
 
 
 def tag(data: Shapes, chosen: Tensor) -> Shapes:
-    """Stamp the chosen pictures with a bright square in the lower right corner."""
+    """Stamp the chosen images with a bright square in the lower right corner."""
     stamp = torch.tensor([1.0, 0.1, 0.9])[:, None, None].expand(3, 7, 7)
     data.pictures[chosen, :, -8:-1, -8:-1] = stamp
     return data
@@ -43,14 +43,14 @@ def tag_crosses(data: Shapes, share: float) -> Shapes:
 
 
 def keep(data: Shapes, chosen: Tensor) -> Shapes:
-    """Leave the other pictures out."""
+    """Leave the other images out."""
     for name in ("pictures", "labels", "masks"):
         setattr(data, name, getattr(data, name)[chosen])
     return data
 
 
 class Cameras(pl.LightningDataModule):
-    """The old camera's pictures, and from epoch `joins` on the new one's, with noise and tags."""
+    """The old camera's images, and from epoch `joins` on the new one's, with noise and tags."""
 
     def __init__(self, tags: float, joins: int, pictures: int, noise: float, seed: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Cameras(pl.LightningDataModule):
 
 
 class Watched(Classifier):
-    """The classifier, with an accuracy for each kind of validation pictures."""
+    """The classifier, with an accuracy for each kind of validation image."""
 
     def on_validation_epoch_start(self) -> None:
         """Count from 0."""
@@ -138,7 +138,7 @@ def main(
 
     folder = Path(str(trainer.log_dir)) / "explanations"
     energy: dict[int, float] = {}
-    print("\nepoch  accuracy  tagged others  energy in mask  over-all AUC")
+    print("\nepoch  accuracy  tagged others  energy in mask  overall AUC")
     for record in History.load(folder).records[1:]:  # the first is from before training
         energy[record.epoch] = record.values["energy_in_mask"]
         seen, misled = diary.accuracies[record.epoch]

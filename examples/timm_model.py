@@ -25,7 +25,7 @@ def main(
     pictures: int = 600,
     output: Path = Path("runs/timm_model.png"),
 ) -> None:
-    """Train it a little, then explain the same pictures with three methods."""
+    """Train it a little, then explain the same images with three methods."""
     pl.seed_everything(0)
     network = timm.create_model(name, pretrained=pretrained, num_classes=3)
     trainer = pl.Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False)
@@ -47,7 +47,7 @@ def main(
         for row in range(len(test)):
             metric.reset()
             metric.update(network, test.pictures[[row]], maps[-1][[row]], test.labels[[row]])
-            areas.append(f"over-all AUC {float(metric.compute()):.2f}")
+            areas.append(f"overall AUC {float(metric.compute()):.2f}")
         captions.append(areas)
     table = map_table(
         test.pictures,

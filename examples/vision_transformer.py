@@ -2,8 +2,8 @@
 
     python examples/vision_transformer.py
 
-Tokens are turned into feature maps by the picture's proportions, class and register tokens left out. A
-network whose tokens it doesn't know is told by GradCAM("blocks.11.norm1", reshape=…).
+Tokens are turned into feature maps by the image's proportions, class and register tokens left out. A
+network whose tokens are not recognised needs GradCAM("blocks.11.norm1", reshape=…).
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from lightning_aop import ExplanationMonitor
 def main(
     epochs: int = 6, pictures: int = 1200, output: Path = Path("runs/vision_transformer")
 ) -> None:
-    """Train a small transformer on generated pictures, watched."""
+    """Train a small transformer on generated images, watched."""
     pl.seed_everything(0)
     network = VisionTransformer(
         image_size=64,

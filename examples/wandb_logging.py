@@ -1,4 +1,4 @@
-"""The maps in Weights & Biases: pictures with captions, curves, and a table of all of them at the end.
+"""The maps in Weights & Biases: overlays with captions, curves, and a table of all of them at the end.
 
 python examples/wandb_logging.py                     # offline: a folder that `wandb sync` uploads
 python examples/wandb_logging.py --offline false     # needs `wandb login`
@@ -20,7 +20,7 @@ def main(
     pictures: int = 1200,
     output: Path = Path("runs/wandb_logging"),
 ) -> None:
-    """Train a small network on generated pictures, watched."""
+    """Train a small network on generated images, watched."""
     pl.seed_everything(0)
     output.mkdir(parents=True, exist_ok=True)
     logger = WandbLogger(project="lightning_aop", save_dir=output, offline=offline)

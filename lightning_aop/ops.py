@@ -1,4 +1,4 @@
-"""Maths that several rooms share: resize, min-max, gaussian blur, total variation and the blend."""
+"""Maths that several modules share: resize, min-max, gaussian blur, total variation and the blend."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ def resize(
 ) -> Float[Tensor, "b h w"]:
     """Resample maps bilinearly to `size` = (height, width); shrinking is anti-aliased.
 
-    `align_corners` has torch's meaning and counts only where maps are enlarged.
+    `align_corners` has torch's meaning and counts only where maps are upsampled.
     """
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps

@@ -1,4 +1,4 @@
-"""The shapes that every room shares, and the two protocols that a method fulfils."""
+"""The shapes that all modules share, and the two protocols that a method fulfils."""
 
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -25,7 +25,7 @@ CoarseMaps: TypeAlias = Float[Tensor, "b i j"]
 """Saliency in [0, 1] at any resolution: a layer's, or a mask's."""
 
 Targets: TypeAlias = Int[Tensor, " b"]
-"""The class that is explained, one an image. An image with several classes appears once for each."""
+"""The class that is explained, one per image. An image with several classes appears once for each."""
 
 
 @runtime_checkable

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import finish
-from nbclient import NotebookClient
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -95,6 +93,7 @@ def multilabel_coco(folder: Path) -> None:
 
 
 def wandb_logging(folder: Path) -> None:
+    pytest.importorskip("wandb")
     script("wandb_logging").main(epochs=1, pictures=32, output=folder)
     assert list(folder.rglob("run-*.wandb"))
     assert list(folder.rglob("media/images/explain/heatmaps*.png"))
@@ -105,7 +104,7 @@ def checkpoint_on_faithfulness(folder: Path) -> None:
     script("checkpoint_on_faithfulness").main(epochs=2, pictures=64, output=folder)
     assert len(list(folder.rglob("accurate-epoch=*.ckpt"))) == 1
     (kept,) = folder.rglob("faithful-epoch=*.ckpt")
-    # The epoch after which the over-all AUC was highest.
+    # The epoch after which the overall AUC was highest.
     areas = {r.epoch: r.values["overall_auc"] for r in history_in(folder).records[1:]}
     assert f"epoch={max(areas, key=lambda epoch: areas[epoch])}" in kept.name
 
@@ -167,9 +166,12 @@ def test_the_shortcut_shows_in_the_maps_and_only_with_the_tag(tmp_path: Path, se
 
 @pytest.mark.slow
 def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     book = nbformat.read(FOLDER / "explore_a_run.ipynb", as_version=4)
     assert sum(len(cell.get("outputs", [])) for cell in book.cells) >= 4  # to be seen unrun
     path = os.pathsep.join([str(FOLDER), str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
-    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     assert list(tmp_path.rglob("report.html"))

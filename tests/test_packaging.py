@@ -2,6 +2,8 @@
 
 import email
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lightning_aop
 
@@ -103,6 +106,9 @@ def test_what_the_wheel_says_of_itself(wheel: Path) -> None:
     assert said["Requires-Python"] == ">=3.10"
     extras = set(said.get_all("Provides-Extra", []))
     assert {"all", "benchmark", "coco", "methods", "wandb"} <= extras
+    links = dict(url.split(", ") for url in said.get_all("Project-URL", []))
+    assert {"Homepage", "Documentation", "Source", "Issues", "Changelog"} <= set(links)
+    assert len({link.split("/", 5)[4] for link in links.values()}) == 1  # one repository
     page = str(said.get_payload())
     assert "ExplanationMonitor" in page
     # On a package index there are no files beside the page.
@@ -169,3 +175,44 @@ def test_the_package_is_a_command(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr
     assert lightning_aop.__version__ in found.stdout
+
+
+def test_the_citation_names_the_software_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["title"] == "lightning_aop"
+    assert citation["version"] == lightning_aop.__version__
+    assert {"cff-version", "message", "authors", "type", "license"} <= set(citation)
+    (paper,) = citation["references"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Zhang", "Rao", "Yang"]
+    assert "Optimizing Activation Maps with Perturbation" in paper["title"]
+
+
+@pytest.mark.skipif(not (ROOT / ".github").exists(), reason="a repository only")
+def test_the_workflow_runs_every_python_that_the_metadata_names() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    tried = workflow["jobs"]["checks"]["strategy"]["matrix"]["python"]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert tried == re.findall(r"Python :: (3\.\d+)", project)
+    for file in [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml"]:
+        assert yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def test_the_constraints_name_versions_alone() -> None:
+    lines = (ROOT / "constraints-dev.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    for pin in pins:
+        assert re.fullmatch(r'[a-z0-9-]+==[\w.]+; python_version >= "3\.11"', pin), pin
+        assert not pin.startswith(("nvidia-", "cuda-", "triton", "lightning-aop"))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_alone_prints_every_target_and_clean_keeps_the_runs() -> None:
+    def said(*arguments: str) -> str:
+        command = ["make", "--no-print-directory", *arguments]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    phony = re.search(r"\.PHONY: ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert phony is not None
+    targets = set(phony[1].replace("\\\n", " ").split())
+    assert {line.split()[1] for line in said().splitlines()} == targets
+    assert not {"runs", "demo_run", "lightning_logs"} & set(said("--dry-run", "clean").split())

@@ -1,4 +1,4 @@
-"""A logger of your own: a method `log_image` is all that it needs to get the monitor's pictures."""
+"""A logger of your own: a method `log_image` is all that the monitor needs."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 
 class FolderLogger(Logger):
-    """Figures as lines of JSON, pictures as files beside them."""
+    """Metrics as lines of JSON, overlays as files beside them."""
 
     name, version = "folder", 0
 
@@ -31,6 +31,6 @@ class FolderLogger(Logger):
 
     @rank_zero_only
     def log_image(self, key: str, images: list[np.ndarray], step: int, caption: list[str]) -> None:
-        """Write the pictures, uint8 [h, w, 3]."""
+        """Write the overlays, uint8 [h, w, 3]."""
         for image in images:
             Image.fromarray(image).save(self.folder / f"{key.replace('/', '-')}-{step}.png")

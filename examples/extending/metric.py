@@ -1,4 +1,4 @@
-"""A metric of your own: what the class loses when only the heat is left of the picture."""
+"""A metric of your own: what the class loses when only the hot part of the image is kept."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from lightning_aop.types import Images, Maps, Targets
 
 
 class AverageDrop(Metric):
-    """Mean of max(0, before − after) / before (Chattopadhyay et al. 2018); 2 evaluations an image."""
+    """Mean of max(0, before − after) / before (Chattopadhyay et al. 2018); 2 evaluations per image."""
 
     drops: list[Tensor]
 
@@ -27,7 +27,7 @@ class AverageDrop(Metric):
         self.drops.append((before - after).relu() / before)
 
     def compute(self) -> Tensor:
-        """Return the mean over all pictures so far."""
+        """Return the mean over all images so far."""
         return torch.cat(self.drops).mean()
 
 

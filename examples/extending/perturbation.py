@@ -14,7 +14,7 @@ from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
 @dataclass(frozen=True)
 class SignDescent:
-    """Each step moves a cell by 0.1, against its gradient's sign; 2·`steps` evaluations an image."""
+    """Each step moves a cell by 0.1, against its gradient's sign; 2·`steps` evaluations per image."""
 
     steps: int = 5
 

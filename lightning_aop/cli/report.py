@@ -1,11 +1,11 @@
-"""`lightning-aop report`: the page and the film of a run, made again from what it stored."""
+"""`lightning-aop report`: write the page and the animation of a run again, from its stored maps."""
 
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_aop.cli.errors import CommandError
-from lightning_aop.history.animation import write_film
+from lightning_aop.history.animation import write_animation
 from lightning_aop.history.report import write_report
 from lightning_aop.history.store import History
 
@@ -15,18 +15,18 @@ def report_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="lightning-aop report",
         description="Make report.html, evolution.gif and, where ffmpeg is installed, evolution.mp4 of "
-        "every run in a folder, from the maps and figures that its ExplanationMonitor has stored; the "
+        "every run in a folder, from the maps and metrics that its ExplanationMonitor has stored; the "
         "run may still be going on.",
     )
     add = parser.add_argument
     add("run", type=Path, help="the folder of a run, or of several")
-    add("--seconds", type=float, default=0.5, help="how long the film shows an epoch")
-    add("--explanations", type=int, default=12, help="the most maps in the film")
+    add("--seconds", type=float, default=0.5, help="how long the animation shows an epoch")
+    add("--explanations", type=int, default=12, help="the largest number of maps in the animation")
     return parser
 
 
 def report(options: Namespace) -> int:
-    """Write the page and the film into each folder that has a history."""
+    """Write the page and the animation into each folder that has a history."""
     for name in ("seconds", "explanations"):
         if getattr(options, name) <= 0:
             raise CommandError(f"--{name} {getattr(options, name)}: must be above 0")
@@ -44,7 +44,7 @@ def report(options: Namespace) -> int:
             print(write_report(folder))
             if History.load(folder).records:
                 seconds, count = options.seconds, options.explanations
-                print(*write_film(folder, seconds=seconds, explanations=count), sep="\n")
+                print(*write_animation(folder, seconds=seconds, explanations=count), sep="\n")
         except (ValueError, OSError) as error:
             failures += 1
             print(f"{folder}: {error}")

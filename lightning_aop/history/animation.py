@@ -1,4 +1,4 @@
-"""The maps of a run over the epochs as one moving picture: `evolution.gif`, and MP4 where it can be."""
+"""The maps of a run as an animation: `evolution.gif`, and `evolution.mp4` with ffmpeg."""
 
 import io
 import math
@@ -24,46 +24,46 @@ from lightning_aop.view.grid import heatmap_grid
 from lightning_aop.view.heat import overlay
 from lightning_aop.view.text import PAPER
 
-__all__ = ["write_film"]
+__all__ = ["write_animation"]
 
-_FIGURES = {"overall_auc": "over-all AUC", "pointing_game": "pointing game"}
+_VALUES = {"overall_auc": "overall AUC", "pointing_game": "pointing game"}
 _LAST = 3.0  # seconds
 _BAR = 48  # of 256 colours
 _FRAMES = 120  # held in memory, 2 MB each
 
 
-def write_film(
+def write_animation(
     folder: str | Path, *, seconds: float = 0.5, explanations: int = 12, cell: int = 128
 ) -> list[Path]:
     """Write `evolution.gif` into the folder of a run's history, and `evolution.mp4` where ffmpeg is.
 
-    A frame shows what was explained last, as it was then, with the epoch and the figures above, and
-    the outline of the mask where the data has one; a map that shows nothing is labelled. The last
-    frame stays for three seconds. Of a long run 120 records are shown, evenly chosen.
+    Each frame shows the maps of one record under its epoch and metrics, with the outlines of the
+    masks if there are any. All frames show the images and classes of the last record. The last frame
+    stays for three seconds. Of a run with more than 120 records, 120 are shown, evenly spaced.
 
     Args:
-        folder: what the monitor has written, `explanations`.
+        folder: the `explanations` folder that the monitor has written.
         seconds: how long a frame is shown, above 0.
-        explanations: the most maps in a frame, the first ones.
-        cell: the longer side of a picture, in pixels.
+        explanations: the largest number of maps in a frame; the first ones are taken.
+        cell: the longer side of an image in the frame, in pixels.
 
     Returns:
-        The paths of the films.
+        The paths of the files.
 
     Raises:
         FileNotFoundError: there is no history in the folder.
-        ValueError: it has no record yet, or is damaged, or `seconds` is not above 0.
+        ValueError: the history has no record yet or is damaged, or `seconds` is not above 0.
     """
-    require_positive("write_film", seconds=seconds)
+    require_positive("write_animation", seconds=seconds)
     folder = Path(folder)
     history = History.load(folder)
     if not history.records:
-        raise ValueError(f"{folder} has no record yet: a film needs at least one explanation")
+        raise ValueError(f"{folder} has no record yet: an animation needs at least one explanation")
     chosen = np.linspace(0, len(history.records) - 1, min(len(history.records), _FRAMES)).round()
     history = replace(history, records=[history.records[int(n)] for n in chosen])
     frames = [
         Image.fromarray(frame.permute(1, 2, 0).numpy())
-        for frame in film_frames(history, explanations, cell)
+        for frame in animation_frames(history, explanations, cell)
     ]
     paths = [_write_gif(folder / "evolution.gif", frames, seconds)]
     ffmpeg = shutil.which("ffmpeg")
@@ -73,7 +73,8 @@ def write_film(
         except (OSError, subprocess.SubprocessError) as error:
             said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
             warnings.warn(
-                f"{ffmpeg} made no evolution.mp4, the GIF is there. {said or error}", stacklevel=2
+                f"{ffmpeg} could not write evolution.mp4, only evolution.gif. {said or error}",
+                stacklevel=2,
             )
     return paths
 
@@ -121,10 +122,10 @@ def _write_mp4(path: Path, frames: list[Image.Image], seconds: float, ffmpeg: st
     return path
 
 
-def film_frames(
+def animation_frames(
     history: History, explanations: int = 12, cell: int = 128
 ) -> Iterator[UInt8[Tensor, "3 height width"]]:
-    """Yield a picture for each record, all of one size."""
+    """Yield a frame for each record, all of one size."""
     last = history.records[-1]
     pairs = last.pairs[:explanations]
     images = torch.from_numpy(history.images[[image for image, _ in pairs]])
@@ -145,21 +146,21 @@ def film_frames(
                 continue
             maps[n] = history.maps[record.first + place]
             captions.append(f"{name}\n{record.scores[place]:.2f}")
-        enlarged = interpolate(
+        upsampled = interpolate(
             torch.from_numpy(maps)[:, None] / 255, images.shape[2:], mode="bilinear"
         )
         yield heatmap_grid(
-            images, enlarged[:, 0], captions, title=_title(record), cell=cell, outlines=outlines
+            images, upsampled[:, 0], captions, title=_title(record), cell=cell, outlines=outlines
         )
 
 
 def _title(record: Record) -> str:
-    figures = [
+    values = [
         f"{shown} {record.values[name]:.2f}"
-        for name, shown in _FIGURES.items()
+        for name, shown in _VALUES.items()
         if math.isfinite(record.values.get(name, math.nan))
     ]
-    return " · ".join([record.title, *figures])
+    return " · ".join([record.title, *values])
 
 
 def _palette(frames: list[Image.Image]) -> Image.Image:

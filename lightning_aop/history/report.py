@@ -20,9 +20,9 @@ __all__ = ["write_report"]
 Bytes = npt.NDArray[np.uint8]
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-# The first is shown until another is chosen: it is that of all other pictures.
+# The first is shown until another is chosen: it is that of all other output.
 _PALETTES = ("inferno", "turbo")
-_OUTLINE = (77, 242, 255)  # as in the pictures that loggers get
+_OUTLINE = (77, 242, 255)  # as in the grids that loggers get
 _PICTURE_QUALITY = 85
 # Above this many bytes of one record's maps a page is slow to open and to send, and slight loss the
 # lesser evil.
@@ -53,7 +53,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def add_to_report(folder: str | Path, record: Record, maps: Bytes) -> None:
-    """Add what was found last to the page of `write_report`, whatever its length in no more time.
+    """Add the last record to the page of `write_report`, in a time that does not grow with the page.
 
     Args:
         folder: where the page lies.

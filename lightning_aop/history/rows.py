@@ -15,26 +15,26 @@ COLUMNS = (
     "score",
     "deletion AUC",
     "insertion AUC",
-    "over-all AUC",
+    "overall AUC",
     "drift",
     "map",
 )
 
 
 def evolution_rows(history: History, records: int = 50) -> list[list[object]]:
-    """Return a row for each explanation of the last records, in the order of `COLUMNS`.
+    """Return a row of `COLUMNS` for each explanation of the last records.
 
-    The map is laid over its picture, uint8 [h, w, 3] in the size of the maps; None for a map that
-    shows nothing, as for an AUC that was not measured.
+    The map is drawn over its image, uint8 [h, w, 3] at the resolution of the maps. A blank map and an
+    AUC that was not measured are None.
     """
     height, width = history.maps.shape[1:]
-    pictures = torch.from_numpy(history.images).permute(0, 3, 1, 2).float() / 255
-    small = interpolate(pictures, (height, width), mode="area")
+    images = torch.from_numpy(history.images).permute(0, 3, 1, 2).float() / 255
+    small = interpolate(images, (height, width), mode="area")
     rows: list[list[object]] = []
     for record in history.records[-records:]:
         maps = torch.from_numpy(np.array(history.maps[record.first : record.end])) / 255
         shown = (overlay(small[record.images], maps) * 255).round().to(torch.uint8)
-        for n, picture in enumerate(shown.permute(0, 2, 3, 1).numpy()):
+        for n, drawn in enumerate(shown.permute(0, 2, 3, 1).numpy()):
             deletion, insertion = record.deletion_auc[n], record.insertion_auc[n]
             rows.append(
                 [
@@ -47,7 +47,7 @@ def evolution_rows(history: History, records: int = 50) -> list[list[object]]:
                     insertion,
                     None if deletion is None or insertion is None else insertion - deletion,
                     record.drift[n],
-                    None if record.blank[n] else picture,
+                    None if record.blank[n] else drawn,
                 ]
             )
     return rows

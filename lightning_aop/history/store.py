@@ -4,9 +4,9 @@ The folder has these files, which anything can read:
 
 - `maps.npy`: all maps, uint8 [M, h, w], 255 for 1: `np.load("maps.npy") / 255`;
 - `history.jsonl`: a line for each time at which the probe was explained, a `Record`;
-- `images.npy`: the pictures, uint8 [N, H, W, 3];
+- `images.npy`: the images, uint8 [N, H, W, 3];
 - `masks.npy`: where the data says the objects are, bool [K, H, W];
-- `run.json`: the configuration, the names of the classes, and of which picture and class each mask is.
+- `run.json`: the configuration, the names of the classes, and the image and class of each mask.
 
 A record is written after its maps, so that a process may end at any moment: what is half there does
 not count, and is overwritten when the run is resumed.
@@ -35,22 +35,22 @@ _SIDE = 112  # of a stored map, at most: of 800 maps 10 MB, and finer than any n
 
 @dataclass(frozen=True)
 class Record:
-    """What was found at one time.
+    """The explanations made at one time.
 
     Attributes:
         step: optimizer steps until then.
         epoch: which one, from 0.
         title: when, in words.
-        values: the figures, by name, without `explain/`.
-        images: which picture each explanation is of.
-        targets: which class.
-        scores: F_c of each.
+        values: the logged metrics by name, without `explain/`.
+        images: the index of the image of each explanation.
+        targets: the class of each.
+        scores: the class score of each.
         blank: which maps show nothing.
-        drift: 1 − the rank correlation with the map before, of the same picture and class.
+        drift: 1 − the rank correlation with the previous map of the same image and class.
         deletion_auc: of each explanation, None where it was not judged.
         insertion_auc: likewise.
-        controls: the figures, by name, that maps which know nothing of the model had at that time, by
-            their own name; empty where they were not measured.
+        controls: the metrics of each control map, by the control's name; empty where they were not
+            measured.
         predicted: the likeliest class of each explanation's image.
         verdicts: what the model said of each against its label: right, wrong, missed, false positive or
             absent; None without labels.
@@ -80,7 +80,7 @@ class Record:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """The picture and the class of each explanation."""
+        """The image and the class of each explanation."""
         return list(zip(self.images, self.targets, strict=True))
 
 
@@ -91,8 +91,8 @@ class History:
     Attributes:
         configuration: settings by name.
         class_names: names by class index.
-        images: the pictures as they are shown.
-        masks: where an object is, by picture and class; not for all.
+        images: the images as they are shown.
+        masks: where an object is, by image and class; not for all.
         maps: those of all records, 255 for 1.
         records: in their order.
     """
@@ -221,7 +221,7 @@ class HistoryWriter:
         return 0 if self._last is None else self._last.end
 
     def earlier_maps(self) -> list[tuple[str, dict[tuple[int, int], UInt8[np.ndarray, "h w"]]]]:
-        """Return the title of the first record and of the last, each with its maps by picture and class.
+        """Return the title of the first record and of the last, each with its maps by image and class.
 
         There is one entry where both are the same record, and none where there is no record.
         """
@@ -243,7 +243,7 @@ class HistoryWriter:
 
 
 def _line(record: Record) -> str:
-    # JSON has no NaN; a record's figures that are not finite are None in the file.
+    # JSON has no NaN; a record's metrics that are not finite are None in the file.
     known = {"values": _finite(record.values)}
     known["controls"] = {name: _finite(figures) for name, figures in record.controls.items()}
     return json.dumps(asdict(record) | known, allow_nan=False) + "\n"
@@ -272,7 +272,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 def _extend(path: Path, first: int, maps: UInt8[np.ndarray, "p h w"]) -> None:
     """Write maps at a place of an array in a file, which then ends with them.
 
-    NumPy leaves room in the header for the first number of the shape to grow. It is written last:
+    NumPy leaves space in the header for the first number of the shape to grow. It is written last:
     until then a reader sees the array as it was.
     """
     with path.open("r+b") as file:

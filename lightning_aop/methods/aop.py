@@ -50,9 +50,9 @@ class AOP:
             ImageNet and 0.6 for COCO.
         scale: λ of Eq. 5, the depth of the starting mask; 0.15 for ImageNet and 0.25 for COCO.
         percentile: `threshold` is the share of the map's cells that are dropped, not a value.
-        stretch: stretch each refined map to [0, 1], as activation maps are. I-GOS seldom makes a
-            mask deeper than a quarter, which nobody sees; the order of the pixels, and so every
-            faithfulness metric, stays the same. Off, the values are the mask's own depth.
+        stretch: min-max normalise each refined map to [0, 1], as activation maps are. I-GOS seldom
+            makes a mask deeper than 0.25, which would hardly be visible; the order of the pixels,
+            and so every faithfulness metric, stays the same. Off, the values are the mask's own depth.
     """
 
     activation: SaliencyMethod
@@ -96,7 +96,7 @@ def sigcam(
 ) -> AOP:
     """Return the paper's SIGCAM: WGradCAM, filtered and scaled, refined by I-GOS with a warm-up.
 
-    About 720 model evaluations an image. For COCO the paper takes threshold 0.6 and scale 0.25, and
+    About 720 model evaluations per image. For COCO the paper takes threshold 0.6 and scale 0.25, and
     a multilabel head takes the `sigmoid` score.
 
     Args:
@@ -126,9 +126,9 @@ def fast_sigcam(
 ) -> AOP:
     """Return the method for use while training: WGradCAM, refined by `RankedMask`.
 
-    Its maps are not stretched: one whose games gain less than half of the score is fainter, and a
-    class which the model all but excludes shows little or nothing. Costs 4·`iterations` + 3 model
-    evaluations an image: 39 by default, and 19 for 4 iterations, against SIGCAM's 720.
+    Its maps are not min-max normalised. The less the deletion and insertion scores follow the ranking,
+    the fainter the map; for a class that the model all but excludes it shows next to nothing. Costs
+    4·`iterations` + 3 model evaluations per image: 39 by default, 19 for 4 iterations; SIGCAM about 720.
 
     Args:
         target_layer: a name, a module, or None for the last feature map before the classifier.

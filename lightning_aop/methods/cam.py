@@ -5,8 +5,8 @@ LayerCAM), computed from the activations A and the gradients g = ∂z_c/∂A of 
 is min-max normalised at the layer's own resolution (paper, Eq. 3 and 4); one without any positive
 evidence stays zero.
 
-Cost: one forward and one backward an image (2 evaluations; CAM has no backward), the backward only
-down to the layer; plus one evaluation of one image where the layer has to be found in a model not
+Cost: one forward and one backward pass per image (2 evaluations; CAM has no backward), the backward only
+down to the layer; plus one evaluation of one image where the layer has to be detected in a model not
 seen before, three where that is a transformer. Where the monitor keeps what the frozen part of a
 model gives, the forward is one of what follows it (`frozen.FrozenPart`).
 """
@@ -98,7 +98,7 @@ class ActivationMap(ABC):
 
     @final
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
-        """Return the maps [B, H, W] in [0, 1], enlarged bilinearly to the images' size."""
+        """Return the maps [B, H, W] in [0, 1], upsampled bilinearly to the images' size."""
         height, width = images.shape[-2:]
         return resize(self.activation_map(model, images, targets), (height, width))
 
@@ -107,7 +107,8 @@ class ActivationMap(ABC):
 class GradientWeightedMap(ActivationMap):
     """The maps whose weights come from gradients: derive from it and give `weights`.
 
-    Layer, hooks, modes, chunks, normalisation and enlargement are seen to.
+    This class finds the layer, sets and removes the hooks and modes, splits the batch into chunks, and
+    normalises and upsamples the map.
     """
 
     @abstractmethod

@@ -49,13 +49,13 @@ class CaptumAttribution:
     """Any attribution method of captum that works on images, by the name of its class.
 
     The map of an image is the largest |attribution| over the channels of each pixel, or its largest
-    positive one, min-max normalised; the attributions of a layer are enlarged bilinearly first.
+    positive one, min-max normalised; the attributions of a layer are upsampled bilinearly first.
 
     Around captum: nothing is left on the model, also after an error; frozen models, `no_grad` and
     `inference_mode` work; passes are filled up to `eval_batch_size` and never exceed it (a DeepLift
     pass holds as many baselines again); a method that draws random numbers or many samples works on
     one image at a time, from `seed`, so that no image depends on its batch. Modules that a forward
-    calls several times, like the one ReLU of a ResNet's block, are told apart for methods with rules
+    calls several times, like the one ReLU of a ResNet's block, are distinguished for methods with rules
     for modules. Such rules hear nothing of activations that are called as functions, and guided
     backprop changes `nn.ReLU` alone: it warns where there is none.
 
@@ -240,13 +240,13 @@ def _quiet() -> Iterator[None]:
 def gradient(eval_batch_size: int | None = None) -> CaptumAttribution:
     """Return the vanilla gradient, |∂z_c/∂x| (Simonyan, Vedaldi and Zisserman 2014).
 
-    Costs 2 evaluations an image.
+    Costs 2 evaluations per image.
     """
     return CaptumAttribution("Saliency", {"abs": False}, eval_batch_size=eval_batch_size)
 
 
 def input_x_gradient(eval_batch_size: int | None = None) -> CaptumAttribution:
-    """Return |x · ∂z_c/∂x| (Shrikumar et al. 2016), for 2 evaluations an image.
+    """Return |x · ∂z_c/∂x| (Shrikumar et al. 2016), for 2 evaluations per image.
 
     x is the normalised image: a pixel of the data's mean colour gets nothing.
     """
@@ -256,7 +256,7 @@ def input_x_gradient(eval_batch_size: int | None = None) -> CaptumAttribution:
 def integrated_gradients(steps: int = 50, eval_batch_size: int | None = None) -> CaptumAttribution:
     """Return integrated gradients from the mean image (Sundararajan, Taly and Yan 2017).
 
-    Costs 2·`steps` evaluations an image. The points are those of Gauss-Legendre quadrature.
+    Costs 2·`steps` evaluations per image. The points are those of Gauss-Legendre quadrature.
     """
     return CaptumAttribution(
         "IntegratedGradients", {"n_steps": steps}, eval_batch_size=eval_batch_size
@@ -268,7 +268,7 @@ def smoothgrad(
 ) -> CaptumAttribution:
     """Return the mean gradient over noisy copies of the image (Smilkov et al. 2017).
 
-    Costs 2·`samples` evaluations an image.
+    Costs 2·`samples` evaluations per image.
 
     Args:
         samples: noisy copies of an image.
@@ -284,7 +284,7 @@ def vargrad(
 ) -> CaptumAttribution:
     """Return the variance of the gradient over noisy copies of the image (Adebayo et al. 2018).
 
-    Costs 2·`samples` evaluations an image.
+    Costs 2·`samples` evaluations per image.
 
     Args:
         samples: noisy copies of an image.
@@ -309,7 +309,7 @@ def _in_noise(
 
 
 def guided_backprop(eval_batch_size: int | None = None) -> CaptumAttribution:
-    """Return guided backprop (Springenberg et al. 2015), for 2 evaluations an image, and one more.
+    """Return guided backprop (Springenberg et al. 2015), for 2 evaluations per image, and one more.
 
     The gradient, with negative signals stopped at each ReLU. It looks like the objects' edges, for
     one class as for another: compare it with `EdgeDetector`, and run the sanity checks.
@@ -320,7 +320,7 @@ def guided_backprop(eval_batch_size: int | None = None) -> CaptumAttribution:
 def deeplift(eval_batch_size: int | None = None) -> CaptumAttribution:
     """Return DeepLift's rescale rule, against the mean image (Shrikumar, Greenside and Kundaje 2017).
 
-    Costs 4 evaluations an image, and one more: the baseline goes through the network beside it.
+    Costs 4 evaluations per image, and one more: the baseline goes through the network beside it.
     """
     return CaptumAttribution("DeepLift", eval_batch_size=eval_batch_size)
 
@@ -336,7 +336,7 @@ def lime(
 
     A ridge regression of the score on which superpixels are switched on, the samples weighted by their
     likeness to the image; switched off is the mean colour. Superpixels that speak for the class are
-    shown. Costs `samples` forwards an image.
+    shown. Costs `samples` forward passes per image.
 
     Args:
         samples: images with random superpixels switched off.

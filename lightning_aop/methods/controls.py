@@ -18,7 +18,7 @@ from lightning_aop.types import Images, Maps, Targets
 
 @dataclass(frozen=True)
 class RandomMap:
-    """Uniform noise, the same for every image: its over-all AUC is that of chance.
+    """Uniform noise, the same for every image: its overall AUC is that of chance.
 
     Attributes:
         seed: one seed gives one answer.
@@ -36,7 +36,7 @@ class RandomMap:
 
 @dataclass(frozen=True)
 class CentreGaussian:
-    """A gaussian in the middle of the picture, where photographers put their objects.
+    """A gaussian in the middle of the image, where photographers put their objects.
 
     Attributes:
         sigma: standard deviation along each side, as a share of that side.
@@ -48,7 +48,7 @@ class CentreGaussian:
         require_positive("CentreGaussian", sigma=self.sigma)
 
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
-        """Return exp(−d²/2σ²) [B, H, W], stretched to [0, 1]."""
+        """Return exp(−d²/2σ²) [B, H, W], min-max normalised to [0, 1]."""
         check_batch(images, targets)
         rows, columns = (
             torch.linspace(-0.5 + 0.5 / n, 0.5 - 0.5 / n, n, device=images.device).square()
@@ -60,13 +60,13 @@ class CentreGaussian:
 
 @dataclass(frozen=True)
 class EdgeDetector:
-    """The size of the picture's gradient, by Sobel's filter (Adebayo et al. 2018 compare with it).
+    """The magnitude of the image's gradient, by Sobel's filter (Adebayo et al. 2018 compare with it).
 
     Of the mean of the channels; the border repeats the outermost pixels.
     """
 
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
-        """Return √(∂x² + ∂y²) [B, H, W], each map stretched to [0, 1]."""
+        """Return √(∂x² + ∂y²) [B, H, W], each map min-max normalised to [0, 1]."""
         check_batch(images, targets)
         grey = full_precision(images.detach()).mean(dim=1, keepdim=True)
         sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]).to(grey)

@@ -1,4 +1,4 @@
-"""EMP: the extremal mask of Fong and Vedaldi, found by plain Adam."""
+"""EMP: the extremal mask of Fong and Vedaldi, optimised by plain Adam."""
 
 from dataclasses import dataclass, field
 
@@ -28,7 +28,7 @@ class EMP:
     Adam's first steps move every cell by about `lr`, whatever the gradient's size: a starting mask of
     depth 0.15, as the paper's λ gives, can be gone after two of them.
 
-    Cost an image: 2·`iterations` evaluations.
+    Cost per image: 2·`iterations` evaluations.
 
     Attributes:
         iterations: Adam steps.
@@ -39,7 +39,7 @@ class EMP:
         tv_exponent: the power of the differences in it.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         baseline: the image without information.
-        align_corners: the mask is enlarged with aligned corners.
+        align_corners: the mask is upsampled with aligned corners.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
             for 32, or fewer where memory runs out.
     """

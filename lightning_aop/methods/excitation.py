@@ -31,8 +31,8 @@ class ExcitationBackprop(ActivationMap):
     A signal of one starts at the class logit. Each layer hands it on to its inputs in proportion to
     what they added to the output through positive weights, p_in = x ⊙ Wᵀ(p_out / (W x)) with W the
     positive part of the weights and no bias. The map is the signal at the target layer, summed over
-    the channels; what is negative becomes zero, and the map is stretched to [0, 1]. With inputs and
-    weights that are nowhere negative, the sum of the signal is one at every layer.
+    the channels; what is negative becomes zero, and the map is min-max normalised to [0, 1]. With inputs
+    and weights that are nowhere negative, the sum of the signal is one at every layer.
 
     The rules, which are those of the package TorchRay:
 
@@ -54,8 +54,8 @@ class ExcitationBackprop(ActivationMap):
 
     Functions inside TorchScript are not seen: they keep their ordinary derivatives.
 
-    Cost an image: one forward and one backward (2 evaluations), with one more forward of each layer
-    inside that backward; one more evaluation of one image where the layer has to be found in a model
+    Cost per image: one forward and one backward (2 evaluations), with one more forward of each layer
+    inside that backward; one more evaluation of one image where the layer has to be detected in a model
     not seen before. Memory is that of a whole backward, whatever the layer.
 
     Attributes:

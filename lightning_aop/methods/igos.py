@@ -79,7 +79,7 @@ class IGOS:
     Halfway, an image whose score moved by 1e-3 at most has its l1 divided by 10; at 4/5 of the
     iterations, one that moved by 1e-2 at most has it divided by 5.
 
-    Cost an image: `iterations` × (2·`samples` + 1 to 12) + 1 evaluations, one more with `warmup`.
+    Cost per image: `iterations` × (2·`samples` + 1 to 12) + 1 evaluations, one more with `warmup`.
 
     Attributes:
         iterations: all iterations, the warm-up included.
@@ -93,7 +93,7 @@ class IGOS:
         baseline: the image without information.
         warmup: iterations at the start that use `warmup_baseline`, a lighter blur.
         search: the line search.
-        align_corners: the mask is enlarged with aligned corners, as in I-GOS.
+        align_corners: the mask is upsampled with aligned corners, as in I-GOS.
         seed: one seed gives one answer.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
             for 32, or fewer where memory runs out.
@@ -193,7 +193,7 @@ class IGOS:
                 fraction * keep[rows], rows, None if noise is None else noise[sample]
             )
             total += torch.autograd.grad(scores.sum() / samples, keep)[0]
-        # Back through the enlargement once for all samples, not once for each chunk.
+        # Back through the upsampling once for all samples, not once for each chunk.
         return torch.autograd.grad(enlarged, leaf, total)[0]
 
     def _relaxed(

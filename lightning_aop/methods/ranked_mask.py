@@ -19,9 +19,9 @@ __all__ = ["RankedMask"]
 
 @dataclass(frozen=True)
 class RankedMask:
-    """A ranking of the pixels that plays deletion and insertion as their metrics do.
+    """A ranking of the pixels, optimised for deletion and insertion as the metrics measure them.
 
-    The mask's grid holds a ranking R. The game at a share q of the picture uses its soft top
+    The mask's grid holds a ranking R. At a share q of the image, the mask is the soft top of R,
 
         m_q = σ((R − R_q) / `temperature`),    R_q the value that a share q of the cells exceeds,
 
@@ -29,24 +29,24 @@ class RankedMask:
 
         F_c(Φ(1 − m_a)) − F_c(Φ(m_b)):
 
-    the score must fall when the top a is blurred, and hold when all but the top b is. Since q is
-    given, the area needs no price, and what is asked of the first pixels is asked of all that follow.
-    The shares a and b are the middles of equal parts of (0, 1), to the power `focus`, each in a random
-    order of its own: all sizes are played once, small ones in finer steps.
+    the score must fall when the top a is blurred (deletion), and hold when all but the top b is
+    (insertion). Since q is given, the mask needs no area penalty, and every part of the ranking is
+    optimised, not only its top. The shares a and b are the midpoints of equal parts of (0, 1), to the
+    power `focus`, each in its own random order: every size is used once, small ones in finer steps.
 
     The gradient is centred, for a ranking has no level, smoothed by a gaussian that narrows from
     `coarse` to `fine` cells, and divided by its largest absolute value; steps have a `momentum`. So
     no step depends on how sure the model is.
 
-    The map is R stretched to [0, 1] and squared, which sets its top off and keeps the order, times
-    its strength: twice the mean of [F_c(Φ(m_b)) − F_c(Φ(1 − m_a))] / F_c(x) over the iterations, at
-    most 1. A ranking that the score doesn't follow, as of a class that the model all but excludes,
+    The map is R min-max normalised to [0, 1], squared (which emphasises the top and keeps the order),
+    times its strength: twice the mean of [F_c(Φ(m_b)) − F_c(Φ(1 − m_a))] / F_c(x) over the iterations,
+    at most 1. A ranking that the score doesn't follow, as of a class that the model all but excludes,
     stays faint.
 
     The orders are drawn from `seed`, the same for every image of a batch, so that no image depends
-    on its batch. The two games are those of iGOS++ (Khorram, Lawson and Li 2021).
+    on its batch. The two terms are those of iGOS++ (Khorram, Lawson and Li 2021).
 
-    Cost an image: 4·`iterations` + 1 evaluations, in each iteration two perturbed images forward
+    Cost per image: 4·`iterations` + 1 evaluations, in each iteration two perturbed images forward
     and backward.
 
     Attributes:
@@ -55,13 +55,13 @@ class RankedMask:
         lr: the step of the cell with the largest gradient; the first R lies in [0, 1].
         momentum: what is left of a step in the next one.
         temperature: the width of the soft edge of m_q, in units of R.
-        focus: above 1, small shares are played more often than large ones.
+        focus: above 1, small shares are used more often than large ones.
         coarse: the gradient's smoothing in the first iteration, standard deviation in cells.
         fine: that in the last.
         score_floor: a score F_c(x) below this counts as this much in the map's strength.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         baseline: the image without information.
-        align_corners: the mask is enlarged with aligned corners.
+        align_corners: the mask is upsampled with aligned corners.
         seed: one seed gives one answer.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
             for 32, or fewer where memory runs out.

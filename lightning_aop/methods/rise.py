@@ -19,15 +19,15 @@ from lightning_aop.types import Images, Maps, Targets
 class RISE:
     """S = Σ_i F_c(x ⊙ M_i) · M_i / (N·p), the mean of random masks by score (Petsiuk et al. 2018).
 
-    A mask is a grid of cells × cells, each kept with probability p, enlarged bilinearly to
+    A mask is a grid of cells × cells, each kept with probability p, upsampled bilinearly to
     (cells + 1)·⌈H/cells⌉ × (cells + 1)·⌈W/cells⌉ and cropped to the image at a random offset of less
     than one cell. Removed pixels become 0, the mean of a normalised image. The saliency is min-max
     normalised.
 
     The masks are drawn from `seed`, the same for every image, so that no image depends on its
-    batch. They are enlarged as they are needed, and never held all at once.
+    batch. They are upsampled as they are needed, and never held all at once.
 
-    Cost an image: `masks` forwards, no backward.
+    Cost per image: `masks` forwards, no backward.
 
     Attributes:
         masks: N; the paper takes 4000 for VGG16 and 8000 for ResNet50.
@@ -58,7 +58,7 @@ class RISE:
         with explaining(model, images, targets, self.seed) as (classifier, x, t), torch.no_grad():
             saliency = torch.zeros_like(x[:, 0])
             masks = _RandomMasks.drawn(self, x)
-            # An image after the other for each mask, so that a pass has few masks to enlarge.
+            # An image after the other for each mask, so that a pass has few masks to upsample.
             count, first = len(x), 0
             for part in torch.arange(self.masks * count, device=x.device).split(
                 pass_size(self.eval_batch_size)
@@ -78,7 +78,7 @@ class RISE:
 
 @dataclass(frozen=True)
 class _RandomMasks:
-    """Small grids and where their enlargements are cropped."""
+    """Small grids and where they are cropped after upsampling."""
 
     grids: Float[Tensor, "n cells cells"]
     tops: Integer[Tensor, " n"]

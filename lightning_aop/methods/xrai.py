@@ -22,7 +22,7 @@ def superpixels(
 ) -> list[Integer[np.ndarray, "h w"]]:
     """Return one map of SLIC labels (Achanta et al. 2012) for each number of superpixels asked for.
 
-    SLIC stretches the image's own range to [0, 1], so normalised images will do, and may return fewer
+    SLIC rescales the image's own range to [0, 1], so normalised images will do, and may return fewer
     superpixels than asked for. Three channels are taken for RGB and compared in Lab colours. Any
     other number is compared as it is, with a compactness of 0.1 in place of 10: lightness in Lab
     has the range 100 and not 1, and with 10 the superpixels would be plain squares.
@@ -199,14 +199,14 @@ class XRAI:
     normalised map; a constant image has a map of zeros. The map is no continuous function of the
     attribution: where two overlapping segments are equal but for float noise, the noise decides.
 
-    Cost an image: 2·`steps` − 1 forwards and as many backwards.
+    Cost per image: 2·`steps` − 1 forwards and as many backwards.
 
     Attributes:
         steps: points on each of the two paths, 2 or more.
         segments: the number of superpixels of each SLIC run.
         fast: rank the segments once, by their means over all their pixels.
-        min_area: segments that would add fewer pixels than this to a picture of 224 × 224 are dropped;
-            in smaller pictures fewer in proportion, or none of their segments would be left.
+        min_area: segments that would add fewer pixels than this to an image of 224 × 224 are dropped;
+            in smaller images fewer in proportion, or none of their segments would be left.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
             for 32, or fewer where memory runs out.

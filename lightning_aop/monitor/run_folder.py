@@ -9,7 +9,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from lightning_aop.history.animation import write_film
+from lightning_aop.history.animation import write_animation
 from lightning_aop.history.report import add_to_report, write_report
 from lightning_aop.history.store import HistoryWriter, Record, stored
 from lightning_aop.metrics.similarity import rank_correlation
@@ -166,4 +166,4 @@ class RunFolder:
             OSError, ValueError: it can't be written.
         """
         if self.folder is not None:
-            write_film(self.folder)
+            write_animation(self.folder)

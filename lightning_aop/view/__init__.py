@@ -1,4 +1,4 @@
-"""Tensors in, picture out."""
+"""Draw images, maps and captions: tensors in, a picture out."""
 
 from lightning_aop.view.grid import heatmap_grid
 from lightning_aop.view.heat import displayable, overlay

@@ -76,7 +76,7 @@ def heatmap_grid(
         mean: see ``displayable``.
         std: see ``displayable``.
         cell: longer side of a panel in pixels, at least 32. By default larger images are reduced to
-            224, smaller ones are enlarged by the largest whole factor that stays within 224.
+            224, smaller ones are upsampled by the largest whole factor that stays within 224.
         outlines: (b, h, w), where the class of each sample is; its border is drawn on both panels
             and explained beside the colour bar. An empty mask has none, and none runs along the edge
             of the picture.
@@ -205,7 +205,7 @@ def colour_bar(
     """Draw the scale of the colours; its name stands to the left of `corner`."""
     (x, y), (width, height), draw = corner, size, ImageDraw.Draw(canvas)
     font, small = font_of("DejaVuSans.ttf", em), font_of("DejaVuSans.ttf", max(round(0.8 * em), 10))
-    # The bar is an overlay on mid-grey, so it shows the colours as they look on a picture.
+    # The bar is an overlay on mid-grey, so it shows the colours as they look on an image.
     ramp = torch.linspace(0, 1, width, device="cpu", dtype=torch.float32).expand(1, height, -1)
     bar = overlay(torch.full_like(ramp, 0.5)[:, None].expand(-1, 3, -1, -1), ramp)
     canvas.paste(Image.fromarray(as_bytes(bar)[0].permute(1, 2, 0).numpy()), (x, y))
@@ -264,7 +264,7 @@ def _check_layout(
     if isinstance(captions, str) or len(captions) != count:
         given = f"the text {captions!r}" if isinstance(captions, str) else len(captions)
         raise ValueError(
-            f"captions must hold {count} texts, one an image, got {given}: "
+            f"captions must hold {count} texts, one per image, got {given}: "
             "give a list of one text for each image, empty where there is nothing to say"
         )
     if images.numel() == 0:
@@ -284,11 +284,11 @@ def _check_layout(
     if outlines is not None and (list(outlines.shape) != expected or outlines.dtype != torch.bool):
         raise ValueError(
             f"outlines must be torch.bool of shape {expected}, got {outlines.dtype} of shape "
-            f"{list(outlines.shape)}: give one mask an image, resized to its height and width"
+            f"{list(outlines.shape)}: give one mask per image, resized to its height and width"
         )
     if groups is not None and len(groups) != count:
         raise ValueError(
-            f"groups must hold {count} numbers, one an image, got {len(groups)}: "
+            f"groups must hold {count} numbers, one per image, got {len(groups)}: "
             "give images that belong together the same number"
         )
     if groups is not None and columns is not None:
@@ -377,7 +377,7 @@ def panels_of(
     kinds = {"overlay": lambda: overlay(pictures, heat), "map": lambda: coloured(heat)}
     both = torch.stack([pictures, *(kinds[kind]() for kind in panels if kind in kinds)], 1)
     if outlines is not None:
-        # Whole pixels when enlarged; when reduced, a thin or small object does not vanish.
+        # Whole pixels when upsampled; when reduced, a thin or small object does not vanish.
         masks = F.adaptive_max_pool2d(outlines.to(heat), list(both.shape[-2:])) > 0
         group = [number for number, samples in enumerate(members) for _ in samples]
         where = torch.tensor(group, device=heat.device)

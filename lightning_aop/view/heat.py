@@ -36,7 +36,7 @@ LINE = (0.3, 0.95, 1.0)
 def displayable(
     images: Images, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> RGB:
-    """Turn network inputs into pictures to look at.
+    """Turn network inputs into images that can be shown.
 
     Args:
         images: (b, c, h, w), any range. One channel becomes grey, of two the first is shown as grey,
@@ -47,7 +47,7 @@ def displayable(
     Returns:
         (b, 3, h, w) float32 in [0, 1] on the device of ``images``. With ``mean`` and ``std`` the
         normalisation is undone and the rest is clipped. Without them an image that lies in [0, 1]
-        (give or take 1/255, which a resize may overshoot) is kept, and any other is stretched from
+        (give or take 1/255, which a resize may overshoot) is kept, and any other is normalised by
         its own minimum and maximum over all shown channels; a constant one becomes mid-grey. NaN and
         infinite pixels become 0.
 
@@ -103,7 +103,7 @@ def _colours() -> Float[Tensor, "256 3"]:
 
 
 def overlay(images: RGB, maps: Maps) -> RGB:
-    """Lay heat over pictures: equal values get equal colours, in every map and at every epoch.
+    """Draw maps as heat over images: equal values get equal colours, in every map and at every epoch.
 
     The colours are inferno. It is perceptually uniform (equal steps of value look like equal steps),
     its lightness only ever rises, so it still reads in grey print and with any colour blindness, and
@@ -117,7 +117,7 @@ def overlay(images: RGB, maps: Maps) -> RGB:
 
     Args:
         images: (b, 3, h, w) in [0, 1].
-        maps: (b, h, w) in [0, 1], never stretched here; values outside are clipped. NaN and
+        maps: (b, h, w) in [0, 1], never normalised here; values outside are clipped. NaN and
             infinite values are drawn as no heat.
 
     Returns:
@@ -129,7 +129,7 @@ def overlay(images: RGB, maps: Maps) -> RGB:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"images must have shape [B, 3, H, W], got {list(images.shape)}: "
-            "make pictures of network inputs with displayable()"
+            "turn network inputs into images with displayable()"
         )
     check_same_size(images, maps)
     heat = heat_of(maps)
@@ -150,7 +150,7 @@ def check_same_size(images: RGB, maps: Maps) -> None:
     if list(maps.shape) != expected:
         raise ValueError(
             f"maps must have shape {expected} for images of shape {list(images.shape)}, got "
-            f"{list(maps.shape)}: give one map an image, resized to the images' height and width"
+            f"{list(maps.shape)}: give one map per image, resized to the images' height and width"
         )
 
 
@@ -167,7 +167,7 @@ def outlined(
 ) -> Float[Tensor, "b p 3 y x"]:
     """Draw the inner border of each mask as a line with a dark halo, seen on any ground."""
     thick = max(round(max(masks.shape[2:]) / 112), 1)
-    inner = 1 - _dilated(1 - masks.to(pictures), thick)  # beyond the picture there is no border
+    inner = 1 - _dilated(1 - masks.to(pictures), thick)  # beyond the image there is no border
     line = masks & (inner < 0.5)
     halo = (_dilated(line.to(pictures), 1) > 0.5) & ~line
     colour = pictures.new_tensor(LINE).view(3, 1, 1)
@@ -184,7 +184,7 @@ def resized(x: Float[Tensor, "b c h w"], scale: float) -> Float[Tensor, "b c H W
     if size == list(x.shape[2:]):
         return x
     if x.shape[1] == 3 and scale == int(scale):
-        # Whole pixels stay what they are: smoothing a 32-pixel picture only blurs it.
+        # Whole pixels stay what they are: smoothing a 32-pixel image only blurs it.
         return F.interpolate(x, size, mode="nearest")
     # Not bicubic: its overshoot would invent heat beside a sharp edge.
     return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)

@@ -1,4 +1,4 @@
-"""The film of a run has a frame for each record, which shows what was found then."""
+"""The animation of a run has a frame for each record, with the maps of that time."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ import skimage
 import torch
 from PIL import Image
 
-from lightning_aop.history.animation import _BAR, _palette, film_frames, write_film
+from lightning_aop.history.animation import _BAR, _palette, animation_frames, write_animation
 from lightning_aop.history.store import History, HistoryWriter, Record
 
 
@@ -44,15 +44,15 @@ def run(folder: Path, records: int) -> History:
 
 def test_a_frame_for_each_record(tmp_path: Path) -> None:
     history = run(tmp_path, 5)
-    path = write_film(tmp_path, seconds=0.2, cell=48)[0]
+    path = write_animation(tmp_path, seconds=0.2, cell=48)[0]
     assert path == tmp_path / "evolution.gif"
-    frames = [frame.permute(1, 2, 0).numpy() for frame in film_frames(history, cell=48)]
-    with Image.open(path) as film:
-        assert (film.n_frames, film.info["loop"]) == (5, 0)
+    frames = [frame.permute(1, 2, 0).numpy() for frame in animation_frames(history, cell=48)]
+    with Image.open(path) as animation:
+        assert (animation.n_frames, animation.info["loop"]) == (5, 0)
         for n, frame in enumerate(frames):
-            film.seek(n)
-            assert film.info["duration"] == (3000 if n == 4 else 200)
-            seen = np.asarray(film.convert("RGB")).astype(float)
+            animation.seek(n)
+            assert animation.info["duration"] == (3000 if n == 4 else 200)
+            seen = np.asarray(animation.convert("RGB")).astype(float)
             assert np.abs(seen - frame).mean() < 12  # of 255, in noise of all colours
             # The colour bar, which has a hundredth of the pixels, has its colours.
             bar = np.abs(seen - frame)[-28:-18, -160:-24]
@@ -64,15 +64,17 @@ def test_a_frame_for_each_record(tmp_path: Path) -> None:
 
 def test_what_stays_the_same_does_not_flicker(tmp_path: Path) -> None:
     history = run(tmp_path, 4)
-    path = write_film(tmp_path, cell=48)[0]
-    first, *others = [frame.permute(1, 2, 0).numpy() for frame in film_frames(history, cell=48)]
-    with Image.open(path) as film:
-        begin = np.asarray(film.convert("RGB"))
+    path = write_animation(tmp_path, cell=48)[0]
+    first, *others = [
+        frame.permute(1, 2, 0).numpy() for frame in animation_frames(history, cell=48)
+    ]
+    with Image.open(path) as animation:
+        begin = np.asarray(animation.convert("RGB"))
         for n, frame in enumerate(others, start=1):
-            film.seek(n)
+            animation.seek(n)
             same = (frame == first).all(axis=2)
             assert 0.3 < same.mean() < 1
-            assert np.array_equal(np.asarray(film.convert("RGB"))[same], begin[same])
+            assert np.array_equal(np.asarray(animation.convert("RGB"))[same], begin[same])
 
 
 def test_the_colours_are_nearly_the_best(tmp_path: Path) -> None:
@@ -94,7 +96,8 @@ def test_masks_are_outlined(tmp_path: Path) -> None:
     mask = np.zeros((48, 48), dtype=bool)
     mask[10:30, 10:30] = True
     (bare,), (lined,) = (
-        list(film_frames(replace(plain, masks=masks), cell=48)) for masks in ({}, {(1, 7): mask})
+        list(animation_frames(replace(plain, masks=masks), cell=48))
+        for masks in ({}, {(1, 7): mask})
     )
     cyan = torch.tensor([76, 242, 255])[:, None, None]
     assert not (bare == cyan).all(0).any()
@@ -107,9 +110,9 @@ def test_the_mp4_holds_the_same_frames(tmp_path: Path) -> None:
     if shutil.which("ffmpeg") is None:
         pytest.skip("ffmpeg is not installed")
     history = run(tmp_path, 5)
-    _, path = write_film(tmp_path, seconds=0.5, cell=49)
+    _, path = write_animation(tmp_path, seconds=0.5, cell=49)
     assert path == tmp_path / "evolution.mp4"
-    frames = [frame.permute(1, 2, 0).numpy() for frame in film_frames(history, cell=49)]
+    frames = [frame.permute(1, 2, 0).numpy() for frame in animation_frames(history, cell=49)]
     height, width = (side + side % 2 for side in frames[0].shape[:2])
     command = ["ffmpeg", "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(list(map(str, command)), capture_output=True, check=True)
@@ -131,12 +134,12 @@ def test_without_h264_the_mp4_is_mpeg4(tmp_path: Path, monkeypatch: pytest.Monke
     lacking.chmod(0o755)
     monkeypatch.setenv("PATH", str(lacking.parent), prepend=":")
     history = run(tmp_path / "run", 2)
-    _, path = write_film(tmp_path / "run", seconds=1, cell=48)
+    _, path = write_animation(tmp_path / "run", seconds=1, cell=48)
     show = [probe, "-v", "error", "-show_entries", "stream=codec_name", "-of", "csv=p=0", str(path)]
     assert subprocess.run(show, capture_output=True, check=True).stdout.strip() == b"mpeg4"
     command = [real, "-v", "error", "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     pixels = subprocess.run(command, capture_output=True, check=True).stdout
-    frames = [frame.permute(1, 2, 0).numpy() for frame in film_frames(history, cell=48)]
+    frames = [frame.permute(1, 2, 0).numpy() for frame in animation_frames(history, cell=48)]
     rows, columns = frames[0].shape[:2]
     seen = (
         np.frombuffer(pixels, np.uint8)
@@ -149,7 +152,7 @@ def test_without_h264_the_mp4_is_mpeg4(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("script", ["echo no encoder >&2; exit 1", "exit 0"])
-def test_a_broken_encoder_costs_only_its_own_film(
+def test_a_broken_encoder_costs_only_its_own_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
     broken = tmp_path / "bin" / "ffmpeg"
@@ -158,8 +161,10 @@ def test_a_broken_encoder_costs_only_its_own_film(
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", str(broken.parent), prepend=":")
     run(tmp_path / "run", 2)
-    with pytest.warns(UserWarning, match="made no evolution.mp4.*(no encoder|No such file)"):
-        paths = write_film(tmp_path / "run", cell=48)
+    with pytest.warns(
+        UserWarning, match="could not write evolution.mp4.*(no encoder|No such file)"
+    ):
+        paths = write_animation(tmp_path / "run", cell=48)
     assert paths == [tmp_path / "run" / "evolution.gif"]
     assert not (tmp_path / "run" / "evolution.mp4").exists()
 
@@ -168,7 +173,7 @@ def test_what_was_not_explained_at_some_time_is_labelled(tmp_path: Path) -> None
     history = run(tmp_path, 2)
     history.records[0].images.pop()
     history.records[0].targets.pop()
-    first, last = film_frames(history, cell=48)
+    first, last = animation_frames(history, cell=48)
     assert first.shape == last.shape
     assert not torch.equal(first, last)
 
@@ -176,17 +181,17 @@ def test_what_was_not_explained_at_some_time_is_labelled(tmp_path: Path) -> None
 def test_a_long_run_is_thinned_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     history = run(tmp_path, 250)
-    with Image.open(write_film(tmp_path, cell=32)[0]) as film:
-        assert film.n_frames == 120
-        film.seek(119)
-        seen = np.asarray(film.convert("RGB")).astype(float)
-    last = list(film_frames(replace(history, records=history.records[-1:]), cell=32))
+    with Image.open(write_animation(tmp_path, cell=32)[0]) as animation:
+        assert animation.n_frames == 120
+        animation.seek(119)
+        seen = np.asarray(animation.convert("RGB")).astype(float)
+    last = list(animation_frames(replace(history, records=history.records[-1:]), cell=32))
     assert np.abs(seen - last[0].permute(1, 2, 0).numpy()).mean() < 12
     with pytest.raises(ValueError, match="seconds must be above 0"):
-        write_film(tmp_path, seconds=0)
+        write_animation(tmp_path, seconds=0)
 
 
 def test_a_run_without_records_is_an_error(tmp_path: Path) -> None:
     run(tmp_path, 0)
     with pytest.raises(ValueError, match="no record yet"):
-        write_film(tmp_path)
+        write_animation(tmp_path)

@@ -327,7 +327,7 @@ def test_a_page_grows_record_by_record(tmp_path: Path) -> None:
         add_to_report(tmp_path / "elsewhere", history.records[0], history.maps[:6])
 
 
-def test_the_command_makes_page_and_film(
+def test_the_command_makes_page_and_animation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for version in ("version_0", "version_1"):

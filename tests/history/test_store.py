@@ -349,8 +349,8 @@ def test_the_rows_of_the_table(tmp_path: Path) -> None:
     assert [row["epoch"] for row in found] == [0, 1, 1, 1, 2, 2, 3]
     assert [row["class"] for row in found][:3] == ["Käse", "Käse", "class 2"]
     assert found[-1]["map"] is None
-    assert found[0]["deletion AUC"] is found[0]["over-all AUC"] is None
-    assert [found[2][f"{name} AUC"] for name in ("deletion", "insertion", "over-all")] == [
+    assert found[0]["deletion AUC"] is found[0]["overall AUC"] is None
+    assert [found[2][f"{name} AUC"] for name in ("deletion", "insertion", "overall")] == [
         0.125,
         0.25,
         0.125,

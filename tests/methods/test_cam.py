@@ -68,10 +68,10 @@ def agrees_with_grad_cam(
     network: nn.Module, layer: str, images: Tensor, targets: Tensor, reshape: Any = None
 ) -> dict[str, float]:
     """Return the worst difference of each method's maps."""
-    import pytorch_grad_cam
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    pytorch_grad_cam = pytest.importorskip("pytorch_grad_cam")
+    targets_of = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
 
-    chosen = [ClassifierOutputTarget(int(t)) for t in targets]
+    chosen = [targets_of.ClassifierOutputTarget(int(t)) for t in targets]
     module, worst = dict(network.named_modules())[layer], {}
     for name, mine in PEERS.items():
         with getattr(pytorch_grad_cam, name)(network, [module], reshape_transform=reshape) as peer:

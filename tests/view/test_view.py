@@ -712,7 +712,7 @@ def test_verdicts_have_their_colours() -> None:
             r"outlines must be torch.bool of shape \[2, 8, 8\]",
         ),
         ({"outlines": torch.zeros(2, 8, 8)}, "got torch.float32"),
-        ({"groups": [1]}, "groups must hold 2 numbers, one an image, got 1: give"),
+        ({"groups": [1]}, "groups must hold 2 numbers, one per image, got 1: give"),
         ({"groups": [1, 1], "columns": 2}, "columns=2 counts pairs"),
         ({"groups": [1, 1], "headings": ["a", "b"]}, "headings must hold 1 texts, one a group"),
         (
