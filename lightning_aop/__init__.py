@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_aop._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lightning_aop._public import *
+    from lightning_aop._public import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:

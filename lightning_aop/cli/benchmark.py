@@ -11,10 +11,17 @@ from pytorch_lightning.cli import LightningArgumentParser
 from lightning_aop.cli.configs import resolved, shipped_configs
 from lightning_aop.cli.errors import CommandError
 from lightning_aop.cli.store import make_folder
+from lightning_aop.cli.trainer import tidy_run
 from lightning_aop.experiments import Network, Pictures, Rules, run
 from lightning_aop.experiments.tables import summary, written
 from lightning_aop.methods.names import MethodName
 from lightning_aop.types import SaliencyMethod
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    with tidy_run():
+        return benchmark(words[1:])
 
 
 def benchmark_parser() -> LightningArgumentParser:

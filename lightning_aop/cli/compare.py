@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
+from lightning_aop.cli.configs import with_shipped_configs
 from lightning_aop.cli.errors import CommandError
 from lightning_aop.cli.photos import Pairs, Recipe, load, photo_options, progress, read_pairs
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
@@ -23,6 +24,11 @@ from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
 
 _TOGETHER = 8  # pairs that a method explains at once; the results are written after each such group
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return compare(compare_parser().parse_args(with_shipped_configs(words[1:])))
 
 
 def compare_parser() -> ArgumentParser:

@@ -1,5 +1,6 @@
 """`lightning-aop cross-deletion`: blur one class away, and watch another (the paper's Figure 1)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
+from lightning_aop.cli.configs import with_shipped_configs
 from lightning_aop.cli.errors import CommandError
 from lightning_aop.cli.photos import load, photo_options, progress
 from lightning_aop.methods.names import METHODS
@@ -16,6 +18,11 @@ from lightning_aop.types import Images, Maps
 from lightning_aop.view.overlay import displayable, overlay
 
 _COLOURS = ("#c44536", "#2a6f97")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return cross_deletion(cross_deletion_parser().parse_args(with_shipped_configs(words[1:])))
 
 
 def cross_deletion_parser() -> ArgumentParser:

@@ -1,5 +1,6 @@
 """`lightning-aop curves`: the mean curves of a benchmark as a picture (the paper's Figure 4)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -7,6 +8,11 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning_aop.cli.errors import CommandError
 from lightning_aop.experiments.curves import draw, mean_curves
 from lightning_aop.experiments.results import Manifest
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return curves(curves_parser().parse_args(words[1:]))
 
 
 def curves_parser() -> ArgumentParser:

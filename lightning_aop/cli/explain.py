@@ -1,6 +1,7 @@
 """`lightning-aop explain`: show where in a photo a torchvision classifier sees a class."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,11 @@ from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.scores import softmax
 from lightning_aop.view.grid import heatmap_grid
 from lightning_aop.view.png import write_png
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return explain(explain_parser().parse_args(words[1:]))
 
 
 def explain_parser() -> ArgumentParser:

@@ -1,5 +1,6 @@
 """`lightning-aop report`: the page and the film of a run, made again from what it stored."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -8,6 +9,11 @@ from lightning_aop.cli.errors import CommandError
 from lightning_aop.history.animation import write_film
 from lightning_aop.history.report import write_report
 from lightning_aop.history.store import History
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return report(report_parser().parse_args(words[1:]))
 
 
 def report_parser() -> ArgumentParser:

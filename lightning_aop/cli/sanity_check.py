@@ -1,5 +1,6 @@
 """`lightning-aop sanity-check`: do a method's maps change when the network forgets what it learnt?"""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,11 @@ from lightning_aop.metrics.randomization import parameter_randomization, weighte
 from lightning_aop.scores import softmax
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return sanity_check(sanity_check_parser().parse_args(words[1:]))
 
 
 def sanity_check_parser() -> ArgumentParser:

@@ -1,11 +1,17 @@
 """`lightning-aop table`: the results of a benchmark as a table."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_aop.cli.errors import CommandError
 from lightning_aop.experiments.tables import summary, written
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return table(table_parser().parse_args(words[1:]))
 
 
 def table_parser() -> ArgumentParser:

@@ -1,6 +1,7 @@
 """The methods that the command line knows by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
 from lightning_aop.methods import captum as attribution
@@ -20,7 +21,7 @@ from lightning_aop.methods.excitation import ExcitationBackprop
 from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.rise import RISE
 from lightning_aop.methods.xrai import XRAI
-from lightning_aop.scores import Score
+from lightning_aop.scores import Score, sigmoid
 from lightning_aop.types import SaliencyMethod
 
 MethodName: TypeAlias = Literal[
@@ -87,6 +88,16 @@ METHODS: dict[str, Callable[[str | None, Score], SaliencyMethod]] = {
 """Each is made of the target layer (None for the last) and the score F_c."""
 
 assert set(get_args(MethodName)) == set(METHODS)
+
+
+def coco_method(name: MethodName) -> SaliencyMethod:
+    """Return a method with the paper's settings for COCO: θ = 0.6, λ = 0.25, a sigmoid score."""
+    method = METHODS[name](None, sigmoid)
+    if name in ("sigcam", "gradcam+igos", "gradcam+emp"):
+        assert isinstance(method, AOP)
+        return replace(method, threshold=0.6, scale=0.25)
+    return method
+
 
 FIGURE_5: tuple[MethodName, ...] = (
     "guided_backprop",

@@ -1,5 +1,4 @@
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 import skimage
 import torch
 import torchvision
-from conftest import finish
 from PIL import Image
 
 from lightning_aop.cli.main import main
@@ -98,9 +96,3 @@ def test_what_a_user_can_mend_is_said(
     common = [str(photo), "--model=squeezenet1_1", f"--weights={weights}"]
     assert main(["explain", *common, f"-o={tmp_path / 'x.png'}", *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)
-
-
-def test_the_module_is_the_command() -> None:
-    command = [sys.executable, "-m", "lightning_aop", "--help"]
-    text = finish(command)
-    assert "Explain photos and draw the maps" in text
