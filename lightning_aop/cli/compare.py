@@ -12,9 +12,9 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from lightning_aop.cli.configs import with_shipped_configs
-from lightning_aop.cli.errors import CommandError
 from lightning_aop.cli.photos import Pairs, Recipe, load, photo_options, progress, read_pairs
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
+from lightning_aop.errors import UserError
 from lightning_aop.methods.names import FIGURE_5, METHODS
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.model.passes import count_evaluations
@@ -74,7 +74,7 @@ def compare(options: Namespace) -> int:
     names = chosen_methods(options.methods)
     for name, value in (("steps", options.steps), ("cell", options.cell - 31)):
         if value < 1:
-            raise CommandError(f"--{name} {getattr(options, name)}: too small")
+            raise UserError(f"--{name} {getattr(options, name)}: too small")
     make_folder(options.output)
     recipe = load(options)
     pairs, failures = read_pairs(recipe, options)
@@ -127,12 +127,12 @@ def chosen_methods(words: Sequence[str]) -> list[str]:
     """Return the methods that are meant, each once, in the order of the words.
 
     Raises:
-        CommandError: there is no such method.
+        UserError: there is no such method.
     """
     names: dict[str, None] = {}
     for word in words:
         if word not in (*METHODS, "all", "figure5"):
-            raise CommandError(
+            raise UserError(
                 f"--methods {word}: there is no such method; there are {', '.join(METHODS)}, and "
                 "'figure5' and 'all' for several"
             )

@@ -9,8 +9,8 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from lightning_aop.cli.configs import with_shipped_configs
-from lightning_aop.cli.errors import CommandError
 from lightning_aop.cli.photos import load, photo_options, progress
+from lightning_aop.errors import UserError
 from lightning_aop.methods.names import METHODS
 from lightning_aop.metrics import deletion_curve
 from lightning_aop.scores import softmax
@@ -45,13 +45,13 @@ def cross_deletion_parser() -> ArgumentParser:
 def cross_deletion(options: Namespace) -> int:
     """Explain the first class of each photo, and judge its map by both classes' scores."""
     if options.target_class is None or len(options.target_class) != 2:
-        raise CommandError(
+        raise UserError(
             "cross-deletion: name two classes: --target-class REMOVED WATCHED, by index or name"
         )
     if options.steps < 1:
-        raise CommandError(f"--steps {options.steps}: too small")
+        raise UserError(f"--steps {options.steps}: too small")
     if options.output.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise CommandError(f"--output {options.output}: must end in .png, .pdf or .svg")
+        raise UserError(f"--output {options.output}: must end in .png, .pdf or .svg")
     recipe = load(options)
     classes = [recipe.class_index(name) for name in options.target_class]
     method = METHODS[options.method](options.target_layer, softmax)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.cli.errors import CommandError
+from lightning_aop.errors import UserError
 from lightning_aop.experiments.curves import draw, mean_curves
 from lightning_aop.experiments.results import Manifest
 
@@ -38,13 +38,13 @@ def curves(options: Namespace) -> int:
     """Draw the curves."""
     found = mean_curves(options.run, options.images)
     if not found:
-        raise CommandError(f"{options.run}: there are no curves yet")
+        raise UserError(f"{options.run}: there are no curves yet")
     manifest = Manifest.read(options.run)
     assert manifest is not None
     methods = list(dict.fromkeys(name for own in manifest.methods.values() for name in own))
     path = options.output or options.run / "curves.png"
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise CommandError(f"--output {path}: must end in .png, .pdf or .svg")
+        raise UserError(f"--output {path}: must end in .png, .pdf or .svg")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(found, list(manifest.folders), methods).savefig(path)
     print(f"wrote {path}")

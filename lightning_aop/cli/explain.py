@@ -8,8 +8,8 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-from lightning_aop.cli.errors import CommandError
 from lightning_aop.cli.photos import load, photo_options, progress
+from lightning_aop.errors import UserError
 from lightning_aop.methods.names import METHODS
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.scores import softmax
@@ -49,7 +49,7 @@ def explain(options: Namespace) -> int:
         for photo in options.photos:
             try:
                 images, targets, labels = recipe.pairs(photo, options.fit, chosen)
-            except CommandError as error:
+            except UserError as error:
                 bar.write(f"lightning-aop: {error}", file=sys.stderr)
                 bar.update(max(len(chosen), 1))
                 failures += 1

@@ -1,16 +1,13 @@
 """The `lightning-aop` command: the list of its commands, and what the user sees of an error."""
 
 import sys
-import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 from typing import NamedTuple
 
 from lightning_aop._version import __version__
 from lightning_aop.cli.configs import shipped_configs
-from lightning_aop.cli.errors import CommandError
+from lightning_aop.errors import UserError, did_you_mean
 
 
 class Command(NamedTuple):
@@ -70,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     modules = {command.name: command.module for command in COMMANDS}
     if words[0] not in modules:
-        near = get_close_matches(words[0], modules, 3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = did_you_mean(words[0], modules)
         print(
             f"lightning-aop: {words[0]}: there is no such command{hint}; choose from "
             f"{', '.join(modules)}",
@@ -83,13 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lightning-aop: stopped", file=sys.stderr)
         return 130
-    except CommandError as error:
-        if debug:
-            raise
-        print(f"lightning-aop: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, ImportError) as error:
-        if debug or not _is_ours(error):
+    except Exception as error:
+        # Anything else is a bug of this package or of the user's own code, and needs its traceback.
+        if debug or not isinstance(error, UserError):
             raise
         print(f"lightning-aop: {_message(error)}", file=sys.stderr)
         return 1
@@ -113,14 +105,6 @@ See what a PyTorch Lightning model looks at while it trains.
 fit, validate, test, predict and pointing-game take --config FILE or the name of a configuration that
 comes with the package ({", ".join(shipped_configs())}),
 and options that override it."""
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Tell an error that this package raised on purpose from a bug, whose traceback is needed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    here = str(Path(__file__).parents[1])
-    in_worker = "DataLoader worker process" in str(error) and "PictureError" in str(error)
-    return in_worker or (bool(frames) and frames[-1].filename.startswith(here))
 
 
 def _message(error: BaseException) -> str:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from lightning_aop.cli.errors import CommandError
 from lightning_aop.data.networks import undotted
+from lightning_aop.errors import UserError
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import Evaluations, count_evaluations
 from lightning_aop.types import Images, Targets
@@ -55,7 +55,7 @@ class Recipe:
             with Image.open(photo) as opened:
                 picture = ImageOps.exif_transpose(opened).convert("RGB")
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise CommandError(f"{photo}: no readable picture ({error})") from error
+            raise UserError(f"{photo}: no readable picture ({error})") from error
         shape = (
             [v2.Resize((self.size, self.size))]
             if fit == "squash"
@@ -87,7 +87,7 @@ class Recipe:
         if name.isdigit():
             if int(name) < len(self.classes):
                 return int(name)
-            raise CommandError(
+            raise UserError(
                 f"--target-class {name}: the model has classes 0..{len(self.classes) - 1}"
             )
         wanted = name.lower().replace("_", " ")
@@ -97,7 +97,7 @@ class Recipe:
         if len(found) == 1:
             return found[0]
         some = ", ".join(f"{i} {self.classes[i]}" for i in found[:5])
-        raise CommandError(
+        raise UserError(
             f"--target-class {name}: "
             + (
                 f"could be {some}; give the index"
@@ -124,7 +124,7 @@ def read_pairs(recipe: Recipe, options: Namespace) -> tuple[Pairs | None, int]:
     for photo in options.photos:
         try:
             pictures, chosen, names = recipe.pairs(photo, options.fit, classes)
-        except CommandError as error:
+        except UserError as error:
             print(f"lightning-aop: {error}", file=sys.stderr)
             failures += 1
             continue
@@ -154,7 +154,7 @@ def load(options: Namespace) -> Recipe:
     """Build the model, with published or local weights, and say what it wants of a photo."""
     name, file = options.model, options.weights
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise CommandError(
+        raise UserError(
             f"--model {name}: torchvision has no classifier of this name; it has resnet50, "
             "mobilenet_v3_large, efficientnet_b0, … (torchvision.models.list_models())"
         )
@@ -164,7 +164,7 @@ def load(options: Namespace) -> Recipe:
         try:
             model = torchvision.models.get_model(name, weights=published)
         except (urllib.error.URLError, OSError) as error:
-            raise CommandError(
+            raise UserError(
                 f"--model {name}: its published weights could not be downloaded ({error}); give a "
                 "local file with --weights"
             ) from error
@@ -186,14 +186,12 @@ def _from_file(name: str, file: Path, imagenet: list[str]) -> tuple[nn.Module, l
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CommandError(f"--weights {file}: no such file") from error
+        raise UserError(f"--weights {file}: no such file") from error
     except Exception as error:
-        raise CommandError(
-            f"--weights {file}: no state_dict can be read from it ({error})"
-        ) from error
+        raise UserError(f"--weights {file}: no state_dict can be read from it ({error})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CommandError(f"--weights {file}: holds no state_dict of tensors")
+        raise UserError(f"--weights {file}: holds no state_dict of tensors")
     state = undotted(state)
     classes = len(list(state.values())[-1])
     extra: dict[str, Any] = (
@@ -208,7 +206,7 @@ def _from_file(name: str, file: Path, imagenet: list[str]) -> tuple[nn.Module, l
         model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise CommandError(
+        raise UserError(
             f"--weights {file}: these are no weights of {name} ({reason}); name their architecture "
             "with --model"
         ) from error
@@ -221,4 +219,4 @@ def _device(name: str) -> torch.device:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {name}: not to be had here ({error})") from error
+        raise UserError(f"--device {name}: not to be had here ({error})") from error

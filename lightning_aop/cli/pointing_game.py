@@ -6,8 +6,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from lightning_aop.cli.errors import CommandError
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
+from lightning_aop.errors import UserError
 from lightning_aop.experiments.pointing_game import Rules, details, name_of, play, table
 from lightning_aop.methods.names import MethodName, coco_method
 from lightning_aop.types import SaliencyMethod
@@ -45,7 +45,7 @@ class Trainer(pl.Trainer):
         datamodule.setup("validate")
         assert ckpt_path is not None, "seen to by the command line"
         if method == []:
-            raise CommandError("pointing-game: no method is named; name one: --method sigcam")
+            raise UserError("pointing-game: no method is named; name one: --method sigcam")
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])

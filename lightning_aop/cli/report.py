@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.cli.errors import CommandError
+from lightning_aop.errors import UserError
 from lightning_aop.history.animation import write_film
 from lightning_aop.history.report import write_report
 from lightning_aop.history.store import History
@@ -35,12 +35,12 @@ def report(options: Namespace) -> int:
     """Write the page and the film into each folder that has a history."""
     for name in ("seconds", "explanations"):
         if getattr(options, name) <= 0:
-            raise CommandError(f"--{name} {getattr(options, name)}: must be above 0")
+            raise UserError(f"--{name} {getattr(options, name)}: must be above 0")
     if not options.run.is_dir():
-        raise CommandError(f"{options.run}: no such folder")
+        raise UserError(f"{options.run}: no such folder")
     folders = sorted(path.parent for path in options.run.rglob("run.json") if _is_ours(path.parent))
     if not folders:
-        raise CommandError(
+        raise UserError(
             f"{options.run} holds no explanations: name the folder of a run with an "
             "ExplanationMonitor, such as lightning_logs/version_0"
         )

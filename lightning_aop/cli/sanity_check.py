@@ -7,9 +7,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.cli.errors import CommandError
 from lightning_aop.cli.photos import load, photo_options, progress, read_pairs
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
+from lightning_aop.errors import UserError
 from lightning_aop.methods.names import METHODS
 from lightning_aop.metrics.randomization import parameter_randomization, weighted_layers
 from lightning_aop.scores import softmax
@@ -50,7 +50,7 @@ def sanity_check_parser() -> ArgumentParser:
 def sanity_check(options: Namespace) -> int:
     """Randomise, explain, compare and draw, layer by layer."""
     if options.cell < 32:
-        raise CommandError(f"--cell {options.cell}: must be 32 pixels or more")
+        raise UserError(f"--cell {options.cell}: must be 32 pixels or more")
     make_folder(options.output)
     recipe = load(options)
     pairs, failures = read_pairs(recipe, options)
@@ -60,7 +60,7 @@ def sanity_check(options: Namespace) -> int:
     known = weighted_layers(recipe.model, images)
     layers = options.layers or known
     if unknown := [layer for layer in layers if layer not in known]:
-        raise CommandError(
+        raise UserError(
             f"--layers {unknown[0]}: {options.model} has no such layer with weights; it has "
             f"{', '.join(known)}"
         )

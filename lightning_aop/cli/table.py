@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.cli.errors import CommandError
+from lightning_aop.errors import UserError
 from lightning_aop.experiments.tables import summary, written
 
 
@@ -42,7 +42,7 @@ def table_parser() -> ArgumentParser:
 def table(options: Namespace) -> int:
     """Print the table."""
     if options.resamples < 1:
-        raise CommandError(f"--resamples {options.resamples}: must be 1 or more")
+        raise UserError(f"--resamples {options.resamples}: must be 1 or more")
     found = summary(
         options.run,
         options.images,

@@ -9,11 +9,11 @@ import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_aop.cli.configs import shipped_configs, with_shipped_configs
-from lightning_aop.cli.errors import CommandError
 from lightning_aop.cli.pointing_game import Trainer
 from lightning_aop.cli.trainer import tidy_run
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
 from lightning_aop.coco.predictions import PredictionWriter
+from lightning_aop.errors import UserError
 
 
 def main(words: Sequence[str]) -> int:
@@ -79,12 +79,12 @@ class CommandLine(LightningCLI):
         command = str(self.subcommand)
         path = self.config[command].get("ckpt_path")
         if path is None and command in ("predict", "pointing-game"):
-            raise CommandError(f"{command}: the head is untrained; name a checkpoint: --ckpt_path")
+            raise UserError(f"{command}: the head is untrained; name a checkpoint: --ckpt_path")
         if path is None or (path in ("best", "last") and command != "pointing-game"):
             super().instantiate_classes()
             return
         if not Path(path).is_file():
-            raise CommandError(f"--ckpt_path {path}: no such file")
+            raise UserError(f"--ckpt_path {path}: no such file")
         saved = self.config
         if hasattr(self, "_dump_config"):  # Lightning 2.5 has done it before
             self._dump_config()

@@ -20,6 +20,7 @@ from lightning_aop._version import __version__
 from lightning_aop.data.digests import described, slug, update_with_weights
 from lightning_aop.data.images import PictureError, Preprocess, read_picture
 from lightning_aop.data.networks import Network
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_groups, unfinished
 from lightning_aop.experiments.pictures import Picture, Pictures, fingerprint
 from lightning_aop.experiments.results import Manifest, arrow, finished, write_part
@@ -63,7 +64,7 @@ class Rules:
         for name in ("steps", "pixels_per_step", "group_size", "eval_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"rules.{name} must be at least 1, got {value}")
+                raise InvalidValueError(f"rules.{name} must be at least 1, got {value}")
 
 
 def run(
@@ -96,7 +97,7 @@ def run(
     """
     arrow()
     if not networks or not methods:
-        raise ValueError("a benchmark needs at least one network and one method")
+        raise InvalidValueError("a benchmark needs at least one network and one method")
     pictures = data.listed()
     count = min(len(pictures), data.limit or len(pictures))
     if data.limit is not None and data.limit > len(pictures):
@@ -320,7 +321,9 @@ class _Judge(pl.LightningModule):
 def _made(method: MethodName | SaliencyMethod, layer: str, rules: Rules) -> SaliencyMethod:
     if isinstance(method, str):
         if method not in METHODS:
-            raise ValueError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+            raise InvalidValueError(
+                f"there is no method {method!r}; there are {', '.join(METHODS)}"
+            )
         method = METHODS[method](layer, softmax)
     return _with(
         _with(method, "target_layer", None, layer), "eval_batch_size", 32, rules.eval_batch_size

@@ -10,6 +10,7 @@ from conftest import finish
 from lightning_aop import __version__
 from lightning_aop.cli.configs import shipped_configs
 from lightning_aop.cli.main import COMMANDS, main
+from lightning_aop.errors import InvalidValueError, UserError
 
 NAMES = [command.name for command in COMMANDS]
 
@@ -51,3 +52,32 @@ def test_the_module_is_the_command() -> None:
     text = finish([sys.executable, "-m", "lightning_aop", "--help"])
     assert "Explain photos and draw the maps" in text
     assert finish([sys.executable, "-m", "lightning_aop", "--version"]).split()[-1] == __version__
+
+
+def run_demo_that_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lightning_aop.cli.demo.run", fail)
+    return main(["demo"])
+
+
+def test_an_error_of_the_user_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_demo_that_raises(monkeypatch, InvalidValueError("size must be at least 1")) == 1
+    assert capsys.readouterr().err == "lightning-aop: size must be at least 1\n"
+
+
+def test_debug_anywhere_shows_the_traceback_of_it(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none")
+    assert main(["report", missing]) == 1
+    for words in (["--debug", "report", missing], ["report", missing, "--debug"]):
+        with pytest.raises(UserError, match="no such folder"):
+            main(words)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError("x"), RuntimeError("x")])
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_demo_that_raises(monkeypatch, error)
