@@ -6,8 +6,6 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_aop.errors import UserError
-from lightning_aop.experiments.curves import draw, mean_curves
-from lightning_aop.experiments.results import Manifest
 
 
 def main(words: Sequence[str]) -> int:
@@ -36,6 +34,10 @@ def curves_parser() -> ArgumentParser:
 
 def curves(options: Namespace) -> int:
     """Draw the curves."""
+    # Imported here, so that --help does not wait for torch.
+    from lightning_aop.experiments.curves import draw, mean_curves
+    from lightning_aop.experiments.results import Manifest
+
     found = mean_curves(options.run, options.images)
     if not found:
         raise UserError(f"{options.run}: there are no curves yet")

@@ -6,9 +6,6 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_aop.errors import UserError
-from lightning_aop.history.animation import write_film
-from lightning_aop.history.report import write_report
-from lightning_aop.history.store import History
 
 
 def main(words: Sequence[str]) -> int:
@@ -33,6 +30,11 @@ def report_parser() -> ArgumentParser:
 
 def report(options: Namespace) -> int:
     """Write the page and the film into each folder that has a history."""
+    # Imported here, so that --help does not wait for torch.
+    from lightning_aop.history.animation import write_film
+    from lightning_aop.history.report import write_report
+    from lightning_aop.history.store import History
+
     for name in ("seconds", "explanations"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name} {getattr(options, name)}: must be above 0")

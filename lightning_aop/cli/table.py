@@ -6,7 +6,6 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_aop.errors import UserError
-from lightning_aop.experiments.tables import summary, written
 
 
 def main(words: Sequence[str]) -> int:
@@ -41,6 +40,9 @@ def table_parser() -> ArgumentParser:
 
 def table(options: Namespace) -> int:
     """Print the table."""
+    # Imported here, so that --help does not wait for torch.
+    from lightning_aop.experiments.tables import summary, written
+
     if options.resamples < 1:
         raise UserError(f"--resamples {options.resamples}: must be 1 or more")
     found = summary(

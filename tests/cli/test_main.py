@@ -54,6 +54,18 @@ def test_the_module_is_the_command() -> None:
     assert finish([sys.executable, "-m", "lightning_aop", "--version"]).split()[-1] == __version__
 
 
+@pytest.mark.parametrize("words", ["--help", "report --help", "table --help", "curves --help"])
+def test_help_that_needs_no_torch_does_not_wait_for_it(words: str) -> None:
+    script = (
+        "import sys\n"
+        "from lightning_aop.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('torch' in sys.modules)"
+    )
+    text = finish([sys.executable, "-c", script, *words.split()])
+    assert text.split()[-1] == "False"
+
+
 def run_demo_that_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
     def fail(*_: object) -> None:
         raise error
