@@ -11,9 +11,8 @@ from torch import Tensor
 from lightning_aop.cli.configs import with_shipped_configs
 from lightning_aop.cli.photos import load, photo_options, progress
 from lightning_aop.errors import UserError
-from lightning_aop.methods.names import METHODS
+from lightning_aop.methods.names import make_method, method_list
 from lightning_aop.metrics import deletion_curve
-from lightning_aop.scores import softmax
 from lightning_aop.types import Images, Maps
 from lightning_aop.view.overlay import displayable, overlay
 
@@ -36,7 +35,7 @@ def cross_deletion_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="options in a file, or figure1")
     photo_options(parser)
     add = parser.add_argument
-    add("--method", default="sigcam", choices=list(METHODS), help="how to explain")
+    add("--method", default="sigcam", help=f"how to explain: {method_list()}")
     add("--steps", type=int, default=112, help="of the deletion curves")
     add("-o", "--output", type=Path, default=Path("cross_deletion.png"), help="PNG, PDF or SVG")
     return parser
@@ -52,9 +51,9 @@ def cross_deletion(options: Namespace) -> int:
         raise UserError(f"--steps {options.steps}: too small")
     if options.output.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--output {options.output}: must end in .png, .pdf or .svg")
+    method = make_method(options.method, options.target_layer, option="--method")
     recipe = load(options)
     classes = [recipe.class_index(name) for name in options.target_class]
-    method = METHODS[options.method](options.target_layer, softmax)
     pictures, found, curves, labels = [], [], [], []
     with progress(recipe.model, len(options.photos)) as bar:
         for photo in options.photos:

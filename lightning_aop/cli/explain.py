@@ -10,9 +10,8 @@ from torch import Tensor
 
 from lightning_aop.cli.photos import load, photo_options, progress
 from lightning_aop.errors import UserError
-from lightning_aop.methods.names import METHODS
+from lightning_aop.methods.names import make_method, method_list
 from lightning_aop.metrics import auc, deletion_insertion_curves
-from lightning_aop.scores import softmax
 from lightning_aop.view.grid import heatmap_grid
 from lightning_aop.view.png import write_png
 
@@ -31,16 +30,16 @@ def explain_parser() -> ArgumentParser:
     )
     photo_options(parser)
     add = parser.add_argument
-    add("--method", default="sigcam", choices=list(METHODS), help="how to explain")
+    add("--method", default="sigcam", help=f"how to explain: {method_list()}")
     add("-o", "--output", type=Path, default=Path("explanation.png"), help="the picture to write")
     return parser
 
 
 def explain(options: Namespace) -> int:
     """Explain photos; one that can't be read is named and left out."""
+    method = make_method(options.method, options.target_layer, option="--method")
     recipe = load(options)
     chosen = [recipe.class_index(name) for name in options.target_class or []]
-    method = METHODS[options.method](options.target_layer, softmax)
     failures = 0
     pictures: list[Tensor] = []
     maps: list[Tensor] = []

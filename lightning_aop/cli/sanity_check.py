@@ -10,9 +10,8 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning_aop.cli.photos import load, photo_options, progress, read_pairs
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import UserError
-from lightning_aop.methods.names import METHODS
+from lightning_aop.methods.names import make_method, method_list
 from lightning_aop.metrics.randomization import parameter_randomization, weighted_layers
-from lightning_aop.scores import softmax
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
 
@@ -33,7 +32,7 @@ def sanity_check_parser() -> ArgumentParser:
     )
     photo_options(parser)
     add = parser.add_argument
-    add("--method", default="gradcam", choices=list(METHODS), help="what is put to the test")
+    add("--method", default="gradcam", help=f"what is put to the test: {method_list()}")
     add(
         "--mode",
         default="cascading",
@@ -51,6 +50,7 @@ def sanity_check(options: Namespace) -> int:
     """Randomise, explain, compare and draw, layer by layer."""
     if options.cell < 32:
         raise UserError(f"--cell {options.cell}: must be 32 pixels or more")
+    method = make_method(options.method, options.target_layer, option="--method")
     make_folder(options.output)
     recipe = load(options)
     pairs, failures = read_pairs(recipe, options)
@@ -67,7 +67,6 @@ def sanity_check(options: Namespace) -> int:
     # The weights of a layer depend on the seed and its name, and on those before it if cascading.
     settings = (options.method, options.target_layer, options.mode, options.seed, layers)
     store = MapStore(options.output / "maps", recipe.model, settings)
-    method = METHODS[options.method](options.target_layer, softmax)
     keys = [store.key(*pair, method) for pair in zip(images, targets, strict=True)]
     entries: dict[str, list[dict[str, Any]]] = {}
     for layer in layers:

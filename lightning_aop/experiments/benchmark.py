@@ -24,7 +24,7 @@ from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_groups, unfinished
 from lightning_aop.experiments.pictures import Picture, Pictures, fingerprint
 from lightning_aop.experiments.results import Manifest, arrow, finished, write_part
-from lightning_aop.methods.names import METHODS, MethodName
+from lightning_aop.methods.names import MethodName, make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.metrics.functional import BLUR
 from lightning_aop.model.adapter import predict
@@ -320,11 +320,7 @@ class _Judge(pl.LightningModule):
 
 def _made(method: MethodName | SaliencyMethod, layer: str, rules: Rules) -> SaliencyMethod:
     if isinstance(method, str):
-        if method not in METHODS:
-            raise InvalidValueError(
-                f"there is no method {method!r}; there are {', '.join(METHODS)}"
-            )
-        method = METHODS[method](layer, softmax)
+        method = make_method(method, layer)
     return _with(
         _with(method, "target_layer", None, layer), "eval_batch_size", 32, rules.eval_batch_size
     )
