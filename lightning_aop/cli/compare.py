@@ -12,7 +12,15 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from lightning_aop.cli.configs import with_shipped_configs
-from lightning_aop.cli.photos import Pairs, Recipe, load, photo_options, progress, read_pairs
+from lightning_aop.cli.photos import (
+    Pairs,
+    Recipe,
+    load,
+    photo_options,
+    photos_first,
+    progress,
+    read_pairs,
+)
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import UserError, did_you_mean
 from lightning_aop.methods.names import FIGURE_5, METHODS, make_method, method_list
@@ -27,7 +35,7 @@ _TOGETHER = 8  # pairs that a method explains at once; the results are written a
 
 def main(words: Sequence[str]) -> int:
     """Run the command on its words."""
-    return compare(compare_parser().parse_args(with_shipped_configs(words[1:])))
+    return compare(compare_parser().parse_args(photos_first(with_shipped_configs(words[1:]))))
 
 
 def compare_parser() -> ArgumentParser:

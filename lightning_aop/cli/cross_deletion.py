@@ -9,7 +9,8 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from lightning_aop.cli.configs import with_shipped_configs
-from lightning_aop.cli.photos import load, photo_options, progress
+from lightning_aop.cli.output import FIGURE, check_output
+from lightning_aop.cli.photos import load, photo_options, photos_first, progress
 from lightning_aop.errors import UserError
 from lightning_aop.methods.names import make_method, method_list
 from lightning_aop.metrics import deletion_curve
@@ -21,7 +22,9 @@ _COLOURS = ("#c44536", "#2a6f97")
 
 def main(words: Sequence[str]) -> int:
     """Run the command on its words."""
-    return cross_deletion(cross_deletion_parser().parse_args(with_shipped_configs(words[1:])))
+    return cross_deletion(
+        cross_deletion_parser().parse_args(photos_first(with_shipped_configs(words[1:])))
+    )
 
 
 def cross_deletion_parser() -> ArgumentParser:
@@ -49,8 +52,7 @@ def cross_deletion(options: Namespace) -> int:
         )
     if options.steps < 1:
         raise UserError(f"--steps {options.steps}: too small")
-    if options.output.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--output {options.output}: must end in .png, .pdf or .svg")
+    check_output(options.output, FIGURE)
     method = make_method(options.method, options.target_layer, option="--method")
     recipe = load(options)
     classes = [recipe.class_index(name) for name in options.target_class]
@@ -70,7 +72,6 @@ def cross_deletion(options: Namespace) -> int:
             curves.append(curve)
             labels.append(names)
             bar.update()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     _draw(torch.cat(pictures), torch.cat(found), curves, labels, options.output)
     print(f"wrote {options.output}")
     return 0

@@ -35,9 +35,12 @@ def curves_parser() -> ArgumentParser:
 def curves(options: Namespace) -> int:
     """Draw the curves."""
     # Imported here, so that --help does not wait for torch.
+    from lightning_aop.cli.output import FIGURE, check_output
     from lightning_aop.experiments.curves import draw, mean_curves
     from lightning_aop.experiments.results import Manifest
 
+    if options.output:
+        check_output(options.output, FIGURE)
     found = mean_curves(options.run, options.images)
     if not found:
         raise UserError(f"{options.run}: there are no curves yet")
@@ -45,9 +48,6 @@ def curves(options: Namespace) -> int:
     assert manifest is not None
     methods = list(dict.fromkeys(name for own in manifest.methods.values() for name in own))
     path = options.output or options.run / "curves.png"
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--output {path}: must end in .png, .pdf or .svg")
-    path.parent.mkdir(parents=True, exist_ok=True)
     draw(found, list(manifest.folders), methods).savefig(path)
     print(f"wrote {path}")
     return 0

@@ -11,13 +11,15 @@ from typing import Any, cast
 import torch
 import torchvision
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from lightning_aop.data.networks import undotted
-from lightning_aop.errors import UserError
+from lightning_aop.errors import UserError, did_you_mean
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import Evaluations, count_evaluations
 from lightning_aop.types import Images, Targets
@@ -32,10 +34,28 @@ def photo_options(parser: ArgumentParser) -> None:
     add("--target-class", nargs="+", help="index or name; default: the likeliest class")
     add("--target-layer", type=str | None, help="by name; default: the last feature map")
     add("--fit", choices=["crop", "squash"], default="crop", help="how a photo becomes square")
-    add("--size", type=int | None, help="pixels; default: what the model was published with")
+    add(
+        "--size", type=PositiveInt | None, help="pixels; default: what the model was published with"
+    )
     add("--mean", nargs=3, type=float, help="normalisation; default: the published weights'")
     add("--std", nargs=3, type=float, help="normalisation; default: the published weights'")
     add("--device", default="auto", help="cpu, cuda, cuda:1, …")
+
+
+def photos_first(words: Sequence[str]) -> list[str]:
+    """Put photos first that follow an option with several values, which would take them for its own.
+
+    `--target-class 281 cat.jpg` means the photo cat.jpg.
+    """
+    photos: list[str] = []
+    others: list[str] = []
+    several = False
+    for word in words:
+        if word.startswith("-"):
+            several = word in ("--target-class", "--methods", "--layers")
+        is_photo = several and word.lower().endswith(IMG_EXTENSIONS)
+        (photos if is_photo else others).append(word)
+    return photos + others
 
 
 @dataclass(frozen=True)
@@ -76,7 +96,15 @@ class Recipe:
     ) -> tuple[Images, Targets, list[str]]:
         """Return the photo once for each class, or for its likeliest one, with names and scores."""
         image = self.read(photo, fit).to(next(self.model.parameters()).device)
-        probabilities = predict(self.model, image).softmax(dim=1)[0].cpu()
+        try:
+            probabilities = predict(self.model, image).softmax(dim=1)[0].cpu()
+        except RuntimeError as error:
+            if "size" not in str(error):
+                raise
+            raise UserError(
+                f"--size {self.size}: too small or otherwise unfit for the model, which was published "
+                f"with larger images ({str(error).splitlines()[0]})"
+            ) from error
         chosen = list(classes) or [int(probabilities.argmax())]
         labels = [f"{self.classes[c]} {float(probabilities[c]):.2f}" for c in chosen]
         targets = torch.tensor(chosen, device=image.device)
@@ -102,7 +130,7 @@ class Recipe:
             + (
                 f"could be {some}; give the index"
                 if found
-                else "no class of the model has this name"
+                else f"no class of the model has this name{did_you_mean(wanted, self.classes)}"
             )
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.cli.photos import load, photo_options, progress, read_pairs
+from lightning_aop.cli.photos import load, photo_options, photos_first, progress, read_pairs
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import UserError
 from lightning_aop.methods.names import make_method, method_list
@@ -18,7 +18,7 @@ from lightning_aop.view.table import map_table
 
 def main(words: Sequence[str]) -> int:
     """Run the command on its words."""
-    return sanity_check(sanity_check_parser().parse_args(words[1:]))
+    return sanity_check(sanity_check_parser().parse_args(photos_first(words[1:])))
 
 
 def sanity_check_parser() -> ArgumentParser:
