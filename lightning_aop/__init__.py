@@ -1,51 +1,23 @@
 """See, while a model trains in PyTorch Lightning, what it looks at and whether that can be trusted."""
 
-from lightning_aop._version import __version__ as __version__
-from lightning_aop.methods.aop import AOP, Blank, fast_sigcam, sigcam
-from lightning_aop.methods.cam import (
-    CAM,
-    GradCAM,
-    GradCAMPlusPlus,
-    HiResCAM,
-    LayerCAM,
-    WGradCAM,
-    XGradCAM,
-)
-from lightning_aop.methods.captum import CaptumAttribution
-from lightning_aop.methods.controls import CentreGaussian, EdgeDetector, RandomMap
-from lightning_aop.methods.emp import EMP
-from lightning_aop.methods.excitation import ExcitationBackprop
-from lightning_aop.methods.igos import IGOS
-from lightning_aop.methods.ranked_mask import RankedMask
-from lightning_aop.methods.rise import RISE
-from lightning_aop.methods.xrai import XRAI
-from lightning_aop.monitor import ExplanationMonitor
-from lightning_aop.types import ActivationMethod, Perturbation, SaliencyMethod
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "AOP",
-    "CAM",
-    "EMP",
-    "IGOS",
-    "RISE",
-    "XRAI",
-    "ActivationMethod",
-    "Blank",
-    "CaptumAttribution",
-    "CentreGaussian",
-    "EdgeDetector",
-    "ExcitationBackprop",
-    "ExplanationMonitor",
-    "GradCAM",
-    "GradCAMPlusPlus",
-    "HiResCAM",
-    "LayerCAM",
-    "Perturbation",
-    "RandomMap",
-    "RankedMask",
-    "SaliencyMethod",
-    "WGradCAM",
-    "XGradCAM",
-    "fast_sigcam",
-    "sigcam",
-]
+from lightning_aop._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from lightning_aop._public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when the first is asked for; `lightning-aop --help` does without torch."""
+    if name == "__all__" or not name.startswith("_"):
+        from lightning_aop import _public
+
+        for place in (vars(_public), globals()):  # the second for modules, which are there by now
+            if name in place:
+                return place[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -1,53 +1,47 @@
-"""What is refused, with messages that name the value, what was expected and what to do."""
+"""What the user can fix, told from a bug: the command line shows a `UserError` in one line.
 
-import torch
-from torch import Tensor
+A library's user catches these as the built-in errors that they also are. Nothing is imported here, so
+that every module may.
+"""
 
-from lightning_aop.types import Targets
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
-class NonFiniteScoreError(ValueError):
+class UserError(Exception):
+    """An error that the user can fix; its message says what is wrong, what was expected, what to do."""
+
+
+class InvalidValueError(UserError, ValueError):
+    """A value that cannot be meant."""
+
+
+class InvalidTypeError(UserError, TypeError):
+    """A value of another type than what is needed."""
+
+
+class FileError(UserError, OSError):
+    """A file that cannot be read or written."""
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """A file that is not there."""
+
+
+class ExistingFileError(FileError, FileExistsError):
+    """A file or folder that is in the way."""
+
+
+class MissingPackageError(UserError, ImportError):
+    """A package that is not installed."""
+
+
+class NonFiniteScoreError(InvalidValueError):
     """The model gave NaN or infinity where a score was needed."""
 
 
-def check_batch(images: Tensor, targets: Tensor) -> None:
-    """Raise ValueError or TypeError unless `images` [B,C,H,W] and `targets` [B] fit each other."""
-    if images.ndim != 4:
-        hint = "; add a batch dimension with images[None]" if images.ndim == 3 else ""
-        raise ValueError(f"images must have shape [B, C, H, W], got {list(images.shape)}{hint}")
-    if not images.is_floating_point():
-        raise TypeError(
-            f"images must be floating point, got {images.dtype}: scale and normalise them as for "
-            "training (for uint8 pictures: images.float() / 255)"
-        )
-    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(
-            "targets must hold one class index an image, an integer tensor of shape [B], got "
-            f"{targets.dtype} of shape {list(targets.shape)}; for multilabel data repeat the image "
-            "once for each class that is explained"
-        )
-    if len(images) != len(targets):
-        raise ValueError(
-            f"images and targets must have the same length, got {len(images)} images and "
-            f"{len(targets)} targets: give one target for each image"
-        )
-    if len(images) == 0:
-        raise ValueError("the batch is empty: give at least one image")
-
-
-def require_finite(values: Tensor, targets: Targets, what: str) -> None:
-    """Raise NonFiniteScoreError that names the images whose value is NaN or infinite."""
-    bad = (~values.reshape(len(values), -1).isfinite().all(dim=1)).nonzero()[:, 0].tolist()
-    if bad:
-        classes = targets[bad].tolist()
-        raise NonFiniteScoreError(
-            f"{what} is NaN or infinite for image(s) {bad} (class(es) {classes}): check the model's "
-            "weights for NaN (a diverged training?) and the images' normalisation"
-        )
-
-
-def require_positive(owner: str, **values: float | None) -> None:
-    """Raise ValueError for a setting that must be above zero where it is given."""
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"{owner}: {name} must be above 0, got {value}")
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean …?" with the up to three nearest of the known names, or nothing."""
+    by_lower = {word.lower(): word for word in known}
+    near = [by_lower[word] for word in get_close_matches(name.lower(), by_lower, 3)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.scores import full_precision
 from lightning_aop.types import CoarseMaps, Images, Maps
 
@@ -70,13 +71,13 @@ class GaussianBlur:
 
     def __post_init__(self) -> None:
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(
+            raise InvalidValueError(
                 f"GaussianBlur: kernel must be a positive odd number of pixels, got {self.kernel}"
             )
         if self.sigma <= 0:
-            raise ValueError(f"GaussianBlur: sigma must be above 0 pixels, got {self.sigma}")
+            raise InvalidValueError(f"GaussianBlur: sigma must be above 0 pixels, got {self.sigma}")
         if self.padding not in ("reflect", "zeros"):
-            raise ValueError(
+            raise InvalidValueError(
                 f"GaussianBlur: padding must be 'reflect' or 'zeros', got {self.padding!r}"
             )
 

@@ -135,12 +135,28 @@ def test_no_vendor_is_imported_before_it_is_needed(tmp_path: Path) -> None:
         import sys
         import pytorch_lightning, torchmetrics, torchvision
         before = set(sys.modules)
-        import lightning_aop, lightning_aop.monitor.loggers, lightning_aop.metrics
+        import lightning_aop.monitor.loggers
+        from lightning_aop import *
         print(*sorted(set(sys.modules) - before))
         """,
         tmp_path,
     )
     assert not VENDORS & set(found.split())
+
+
+def test_the_package_is_imported_without_torch_until_a_name_is_asked_for(tmp_path: Path) -> None:
+    found = run(
+        """
+        import sys
+        import lightning_aop
+        print("torch" in sys.modules)
+        assert hasattr(lightning_aop.metrics, "auc") and not hasattr(lightning_aop, "none")
+        assert {*lightning_aop.__all__, "metrics"} <= {*dir(lightning_aop)}
+        print("torch" in sys.modules)
+        """,
+        tmp_path,
+    )
+    assert found.split() == ["False", "True"]
 
 
 @pytest.mark.slow
@@ -152,7 +168,7 @@ def test_the_import_takes_less_than_a_third_of_a_second(tmp_path: Path) -> None:
                 import time
                 import pytorch_lightning, torchmetrics, torchvision
                 start = time.perf_counter()
-                import lightning_aop
+                from lightning_aop import *
                 print(time.perf_counter() - start)
                 """,
                 tmp_path,

@@ -9,12 +9,19 @@ from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_aop.cli.configs import resolved, shipped_configs
-from lightning_aop.cli.errors import CommandError
 from lightning_aop.cli.store import make_folder
+from lightning_aop.cli.trainer import tidy_run
+from lightning_aop.errors import UserError
 from lightning_aop.experiments import Network, Pictures, Rules, run
 from lightning_aop.experiments.tables import summary, written
 from lightning_aop.methods.names import MethodName
 from lightning_aop.types import SaliencyMethod
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    with tidy_run():
+        return benchmark(words[1:])
 
 
 def benchmark_parser() -> LightningArgumentParser:
@@ -67,7 +74,7 @@ def benchmark(words: Sequence[str]) -> int:
     if isinstance(methods, list):
         methods = {name: name for name in methods}
     if not options.networks or not methods:
-        raise CommandError("benchmark: name networks and methods, in a configuration or as options")
+        raise UserError("benchmark: name networks and methods, in a configuration or as options")
     make_folder(options.output)
     zero = options.trainer.is_global_zero
     run(

@@ -11,18 +11,31 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-from lightning_aop.cli.errors import CommandError
-from lightning_aop.cli.photos import Pairs, Recipe, load, photo_options, progress, read_pairs
+from lightning_aop.cli.configs import with_shipped_configs
+from lightning_aop.cli.photos import (
+    Pairs,
+    Recipe,
+    load,
+    photo_options,
+    photos_first,
+    progress,
+    read_pairs,
+)
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
-from lightning_aop.methods.names import FIGURE_5, METHODS
+from lightning_aop.errors import UserError, did_you_mean
+from lightning_aop.methods.names import FIGURE_5, METHODS, make_method, method_list
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.model.passes import count_evaluations
-from lightning_aop.scores import softmax
 from lightning_aop.types import Images, SaliencyMethod, Targets
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
 
 _TOGETHER = 8  # pairs that a method explains at once; the results are written after each such group
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return compare(compare_parser().parse_args(photos_first(with_shipped_configs(words[1:]))))
 
 
 def compare_parser() -> ArgumentParser:
@@ -41,7 +54,7 @@ def compare_parser() -> ArgumentParser:
         "--methods",
         nargs="+",
         default=["figure5"],
-        help=f"names, 'figure5' for those of the paper's figure, or 'all': {', '.join(METHODS)}",
+        help=f"names, 'figure5' for those of the paper's figure, or 'all': {method_list()}",
     )
     add("--steps", type=int, default=28, help="of the deletion and insertion curves")
     add("--cell", type=int, default=160, help="pixels of a map's longer side in the picture")
@@ -68,7 +81,7 @@ def compare(options: Namespace) -> int:
     names = chosen_methods(options.methods)
     for name, value in (("steps", options.steps), ("cell", options.cell - 31)):
         if value < 1:
-            raise CommandError(f"--{name} {getattr(options, name)}: too small")
+            raise UserError(f"--{name} {getattr(options, name)}: too small")
     make_folder(options.output)
     recipe = load(options)
     pairs, failures = read_pairs(recipe, options)
@@ -90,7 +103,7 @@ def compare(options: Namespace) -> int:
             bar.set_description(name)
             missing = list(range(len(photos)))
             try:
-                method = METHODS[name](options.target_layer, softmax)
+                method = make_method(name, options.target_layer)
                 keys = [store.key(*pair, method) for pair in zip(images, targets, strict=True)]
                 for i, key in enumerate(keys):
                     if (entry := store.read(key, name)) is not None:
@@ -121,16 +134,16 @@ def chosen_methods(words: Sequence[str]) -> list[str]:
     """Return the methods that are meant, each once, in the order of the words.
 
     Raises:
-        CommandError: there is no such method.
+        UserError: there is no such method.
     """
+    several = {"all": tuple(METHODS), "figure5": FIGURE_5}
     names: dict[str, None] = {}
     for word in words:
-        if word not in (*METHODS, "all", "figure5"):
-            raise CommandError(
-                f"--methods {word}: there is no such method; there are {', '.join(METHODS)}, and "
-                "'figure5' and 'all' for several"
+        if word not in (*METHODS, *several):
+            raise UserError(
+                f"--methods {word}: there is no such method{did_you_mean(word, [*METHODS, *several])}; "
+                f"there are {', '.join(METHODS)}, and 'figure5' and 'all' for several"
             )
-        several = {"all": tuple(METHODS), "figure5": FIGURE_5}
         names |= dict.fromkeys(several.get(word, (word,)))
     return list(names)
 

@@ -1,5 +1,6 @@
 """`lightning-aop cross-deletion`: blur one class away, and watch another (the paper's Figure 1)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,15 +8,23 @@ from jaxtyping import Float
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-from lightning_aop.cli.errors import CommandError
-from lightning_aop.cli.photos import load, photo_options, progress
-from lightning_aop.methods.names import METHODS
+from lightning_aop.cli.configs import with_shipped_configs
+from lightning_aop.cli.output import FIGURE, check_output
+from lightning_aop.cli.photos import load, photo_options, photos_first, progress
+from lightning_aop.errors import UserError
+from lightning_aop.methods.names import make_method, method_list
 from lightning_aop.metrics import deletion_curve
-from lightning_aop.scores import softmax
 from lightning_aop.types import Images, Maps
 from lightning_aop.view.heat import displayable, overlay
 
 _COLOURS = ("#c44536", "#2a6f97")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return cross_deletion(
+        cross_deletion_parser().parse_args(photos_first(with_shipped_configs(words[1:])))
+    )
 
 
 def cross_deletion_parser() -> ArgumentParser:
@@ -29,7 +38,7 @@ def cross_deletion_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="options in a file, or figure1")
     photo_options(parser)
     add = parser.add_argument
-    add("--method", default="sigcam", choices=list(METHODS), help="how to explain")
+    add("--method", default="sigcam", help=f"how to explain: {method_list()}")
     add("--steps", type=int, default=112, help="of the deletion curves")
     add("-o", "--output", type=Path, default=Path("cross_deletion.png"), help="PNG, PDF or SVG")
     return parser
@@ -38,16 +47,15 @@ def cross_deletion_parser() -> ArgumentParser:
 def cross_deletion(options: Namespace) -> int:
     """Explain the first class of each photo, and judge its map by both classes' scores."""
     if options.target_class is None or len(options.target_class) != 2:
-        raise CommandError(
+        raise UserError(
             "cross-deletion: name two classes: --target-class REMOVED WATCHED, by index or name"
         )
     if options.steps < 1:
-        raise CommandError(f"--steps {options.steps}: too small")
-    if options.output.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise CommandError(f"--output {options.output}: must end in .png, .pdf or .svg")
+        raise UserError(f"--steps {options.steps}: too small")
+    check_output(options.output, FIGURE)
+    method = make_method(options.method, options.target_layer, option="--method")
     recipe = load(options)
     classes = [recipe.class_index(name) for name in options.target_class]
-    method = METHODS[options.method](options.target_layer, softmax)
     pictures, found, curves, labels = [], [], [], []
     with progress(recipe.model, len(options.photos)) as bar:
         for photo in options.photos:
@@ -64,7 +72,6 @@ def cross_deletion(options: Namespace) -> int:
             curves.append(curve)
             labels.append(names)
             bar.update()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     _draw(torch.cat(pictures), torch.cat(found), curves, labels, options.output)
     print(f"wrote {options.output}")
     return 0

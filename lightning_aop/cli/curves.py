@@ -1,12 +1,16 @@
 """`lightning-aop curves`: the mean curves of a benchmark as a picture (the paper's Figure 4)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.cli.errors import CommandError
-from lightning_aop.experiments.curves import draw, mean_curves
-from lightning_aop.experiments.results import Manifest
+from lightning_aop.errors import UserError
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return curves(curves_parser().parse_args(words[1:]))
 
 
 def curves_parser() -> ArgumentParser:
@@ -30,16 +34,20 @@ def curves_parser() -> ArgumentParser:
 
 def curves(options: Namespace) -> int:
     """Draw the curves."""
+    # Imported here, so that --help does not wait for torch.
+    from lightning_aop.cli.output import FIGURE, check_output
+    from lightning_aop.experiments.curves import draw, mean_curves
+    from lightning_aop.experiments.results import Manifest
+
+    if options.output:
+        check_output(options.output, FIGURE)
     found = mean_curves(options.run, options.images)
     if not found:
-        raise CommandError(f"{options.run}: there are no curves yet")
+        raise UserError(f"{options.run}: there are no curves yet")
     manifest = Manifest.read(options.run)
     assert manifest is not None
     methods = list(dict.fromkeys(name for own in manifest.methods.values() for name in own))
     path = options.output or options.run / "curves.png"
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise CommandError(f"--output {path}: must end in .png, .pdf or .svg")
-    path.parent.mkdir(parents=True, exist_ok=True)
     draw(found, list(manifest.folders), methods).savefig(path)
     print(f"wrote {path}")
     return 0

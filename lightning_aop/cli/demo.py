@@ -1,4 +1,4 @@
-"""The demo: a small network learns to find shapes, and an ExplanationMonitor shows it happen.
+"""`lightning-aop demo`: a small network learns to find shapes, and ExplanationMonitor shows how.
 
 Everything it needs is generated, so it runs offline, in about a minute on two CPU cores.
 """
@@ -16,6 +16,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
+from jsonargparse import ArgumentParser
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +30,23 @@ from lightning_aop.types import Images
 
 PROBE = 8
 """How many validation pictures are explained."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    run(demo_parser().parse_args(words[1:]).root)
+    return 0
+
+
+def demo_parser() -> ArgumentParser:
+    """Return the options of `lightning-aop demo`."""
+    parser = ArgumentParser(
+        prog="lightning-aop demo",
+        description="Train a small multilabel network on generated pictures, with an "
+        "ExplanationMonitor attached, and say where to look. About a minute on two CPU cores.",
+    )
+    parser.add_argument("--root", type=Path, default=Path("demo_run"), help="where to write")
+    return parser
 
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:

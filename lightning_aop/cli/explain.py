@@ -1,19 +1,25 @@
 """`lightning-aop explain`: show where in a photo a torchvision classifier sees a class."""
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-from lightning_aop.cli.errors import CommandError
-from lightning_aop.cli.photos import load, photo_options, progress
-from lightning_aop.methods.names import METHODS
+from lightning_aop.cli.output import RASTER, check_output, write_picture
+from lightning_aop.cli.photos import load, photo_options, photos_first, progress
+from lightning_aop.errors import UserError
+from lightning_aop.methods.names import make_method, method_list
 from lightning_aop.metrics import auc, deletion_insertion_curves
-from lightning_aop.scores import softmax
 from lightning_aop.view.grid import heatmap_grid
-from lightning_aop.view.png import write_png
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return explain(explain_parser().parse_args(photos_first(words[1:])))
 
 
 def explain_parser() -> ArgumentParser:
@@ -25,16 +31,18 @@ def explain_parser() -> ArgumentParser:
     )
     photo_options(parser)
     add = parser.add_argument
-    add("--method", default="sigcam", choices=list(METHODS), help="how to explain")
-    add("-o", "--output", type=Path, default=Path("explanation.png"), help="the picture to write")
+    add("--method", default="sigcam", help=f"how to explain: {method_list()}")
+    add("-o", "--output", type=Path, default=Path("explanation.png"), help="PNG, JPEG, WebP or PDF")
+    add("--json", action="store_true", help="print a line of JSON for each map instead of text")
     return parser
 
 
 def explain(options: Namespace) -> int:
     """Explain photos; one that can't be read is named and left out."""
+    method = make_method(options.method, options.target_layer, option="--method")
+    check_output(options.output, RASTER)
     recipe = load(options)
     chosen = [recipe.class_index(name) for name in options.target_class or []]
-    method = METHODS[options.method](options.target_layer, softmax)
     failures = 0
     pictures: list[Tensor] = []
     maps: list[Tensor] = []
@@ -43,7 +51,7 @@ def explain(options: Namespace) -> int:
         for photo in options.photos:
             try:
                 images, targets, labels = recipe.pairs(photo, options.fit, chosen)
-            except CommandError as error:
+            except UserError as error:
                 bar.write(f"lightning-aop: {error}", file=sys.stderr)
                 bar.update(max(len(chosen), 1))
                 failures += 1
@@ -54,10 +62,7 @@ def explain(options: Namespace) -> int:
                 labels, *(auc(curve).tolist() for curve in curves), strict=True
             ):
                 captions.append(f"{label}\nover-all AUC {insertion - deletion:.2f}")
-                bar.write(
-                    f"{photo}: {label}, deletion {deletion:.3f}, insertion {insertion:.3f}, "
-                    f"over-all {insertion - deletion:.3f}"
-                )
+                bar.write(_line(options, photo, label, deletion, insertion))
             pictures.append(images.cpu())
             maps.append(found.cpu())
             bar.update(len(targets))
@@ -70,7 +75,20 @@ def explain(options: Namespace) -> int:
                 mean=recipe.mean,
                 std=recipe.std,
             )
-            write_png(grid, options.output)
+            write_picture(grid, options.output)
     if pictures:
-        print(f"wrote {options.output}")
+        print(f"wrote {options.output}", file=sys.stderr if options.json else sys.stdout)
     return 1 if failures else 0
+
+
+def _line(options: Namespace, photo: Path, label: str, deletion: float, insertion: float) -> str:
+    overall = insertion - deletion
+    if not options.json:
+        return (
+            f"{photo}: {label}, deletion {deletion:.3f}, insertion {insertion:.3f}, "
+            f"over-all {overall:.3f}"
+        )
+    name, score = label.rsplit(" ", 1)
+    values = {"score": float(score), "deletion_auc": deletion, "insertion_auc": insertion}
+    found = {"photo": str(photo), "class": name, **values, "overall_auc": overall}
+    return json.dumps({**found, "method": options.method, "model": options.model})

@@ -11,13 +11,15 @@ from typing import Any, cast
 import torch
 import torchvision
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from lightning_aop.cli.errors import CommandError
 from lightning_aop.data.networks import undotted
+from lightning_aop.errors import UserError, did_you_mean
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import Evaluations, count_evaluations
 from lightning_aop.types import Images, Targets
@@ -32,10 +34,28 @@ def photo_options(parser: ArgumentParser) -> None:
     add("--target-class", nargs="+", help="index or name; default: the likeliest class")
     add("--target-layer", type=str | None, help="by name; default: the last feature map")
     add("--fit", choices=["crop", "squash"], default="crop", help="how a photo becomes square")
-    add("--size", type=int | None, help="pixels; default: what the model was published with")
+    add(
+        "--size", type=PositiveInt | None, help="pixels; default: what the model was published with"
+    )
     add("--mean", nargs=3, type=float, help="normalisation; default: the published weights'")
     add("--std", nargs=3, type=float, help="normalisation; default: the published weights'")
     add("--device", default="auto", help="cpu, cuda, cuda:1, …")
+
+
+def photos_first(words: Sequence[str]) -> list[str]:
+    """Put photos first that follow an option with several values, which would take them for its own.
+
+    `--target-class 281 cat.jpg` means the photo cat.jpg.
+    """
+    photos: list[str] = []
+    others: list[str] = []
+    several = False
+    for word in words:
+        if word.startswith("-"):
+            several = word in ("--target-class", "--methods", "--layers")
+        is_photo = several and word.lower().endswith(IMG_EXTENSIONS)
+        (photos if is_photo else others).append(word)
+    return photos + others
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,7 @@ class Recipe:
             with Image.open(photo) as opened:
                 picture = ImageOps.exif_transpose(opened).convert("RGB")
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise CommandError(f"{photo}: no readable picture ({error})") from error
+            raise UserError(f"{photo}: no readable picture ({error})") from error
         shape = (
             [v2.Resize((self.size, self.size))]
             if fit == "squash"
@@ -76,7 +96,15 @@ class Recipe:
     ) -> tuple[Images, Targets, list[str]]:
         """Return the photo once for each class, or for its likeliest one, with names and scores."""
         image = self.read(photo, fit).to(next(self.model.parameters()).device)
-        probabilities = predict(self.model, image).softmax(dim=1)[0].cpu()
+        try:
+            probabilities = predict(self.model, image).softmax(dim=1)[0].cpu()
+        except RuntimeError as error:
+            if "size" not in str(error):
+                raise
+            raise UserError(
+                f"--size {self.size}: too small or otherwise unfit for the model, which was published "
+                f"with larger images ({str(error).splitlines()[0]})"
+            ) from error
         chosen = list(classes) or [int(probabilities.argmax())]
         labels = [f"{self.classes[c]} {float(probabilities[c]):.2f}" for c in chosen]
         targets = torch.tensor(chosen, device=image.device)
@@ -87,7 +115,7 @@ class Recipe:
         if name.isdigit():
             if int(name) < len(self.classes):
                 return int(name)
-            raise CommandError(
+            raise UserError(
                 f"--target-class {name}: the model has classes 0..{len(self.classes) - 1}"
             )
         wanted = name.lower().replace("_", " ")
@@ -97,12 +125,12 @@ class Recipe:
         if len(found) == 1:
             return found[0]
         some = ", ".join(f"{i} {self.classes[i]}" for i in found[:5])
-        raise CommandError(
+        raise UserError(
             f"--target-class {name}: "
             + (
                 f"could be {some}; give the index"
                 if found
-                else "no class of the model has this name"
+                else f"no class of the model has this name{did_you_mean(wanted, self.classes)}"
             )
         )
 
@@ -124,7 +152,7 @@ def read_pairs(recipe: Recipe, options: Namespace) -> tuple[Pairs | None, int]:
     for photo in options.photos:
         try:
             pictures, chosen, names = recipe.pairs(photo, options.fit, classes)
-        except CommandError as error:
+        except UserError as error:
             print(f"lightning-aop: {error}", file=sys.stderr)
             failures += 1
             continue
@@ -154,7 +182,7 @@ def load(options: Namespace) -> Recipe:
     """Build the model, with published or local weights, and say what it wants of a photo."""
     name, file = options.model, options.weights
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise CommandError(
+        raise UserError(
             f"--model {name}: torchvision has no classifier of this name; it has resnet50, "
             "mobilenet_v3_large, efficientnet_b0, … (torchvision.models.list_models())"
         )
@@ -164,7 +192,7 @@ def load(options: Namespace) -> Recipe:
         try:
             model = torchvision.models.get_model(name, weights=published)
         except (urllib.error.URLError, OSError) as error:
-            raise CommandError(
+            raise UserError(
                 f"--model {name}: its published weights could not be downloaded ({error}); give a "
                 "local file with --weights"
             ) from error
@@ -186,14 +214,12 @@ def _from_file(name: str, file: Path, imagenet: list[str]) -> tuple[nn.Module, l
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CommandError(f"--weights {file}: no such file") from error
+        raise UserError(f"--weights {file}: no such file") from error
     except Exception as error:
-        raise CommandError(
-            f"--weights {file}: no state_dict can be read from it ({error})"
-        ) from error
+        raise UserError(f"--weights {file}: no state_dict can be read from it ({error})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CommandError(f"--weights {file}: holds no state_dict of tensors")
+        raise UserError(f"--weights {file}: holds no state_dict of tensors")
     state = undotted(state)
     classes = len(list(state.values())[-1])
     extra: dict[str, Any] = (
@@ -208,7 +234,7 @@ def _from_file(name: str, file: Path, imagenet: list[str]) -> tuple[nn.Module, l
         model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise CommandError(
+        raise UserError(
             f"--weights {file}: these are no weights of {name} ({reason}); name their architecture "
             "with --model"
         ) from error
@@ -221,4 +247,4 @@ def _device(name: str) -> torch.device:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {name}: not to be had here ({error})") from error
+        raise UserError(f"--device {name}: not to be had here ({error})") from error

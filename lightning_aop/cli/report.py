@@ -1,13 +1,16 @@
 """`lightning-aop report`: write the page and the animation of a run again, from its stored maps."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.cli.errors import CommandError
-from lightning_aop.history.animation import write_animation
-from lightning_aop.history.report import write_report
-from lightning_aop.history.store import History
+from lightning_aop.errors import UserError
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return report(report_parser().parse_args(words[1:]))
 
 
 def report_parser() -> ArgumentParser:
@@ -27,14 +30,19 @@ def report_parser() -> ArgumentParser:
 
 def report(options: Namespace) -> int:
     """Write the page and the animation into each folder that has a history."""
+    # Imported here, so that --help does not wait for torch.
+    from lightning_aop.history.animation import write_animation
+    from lightning_aop.history.report import write_report
+    from lightning_aop.history.store import History
+
     for name in ("seconds", "explanations"):
         if getattr(options, name) <= 0:
-            raise CommandError(f"--{name} {getattr(options, name)}: must be above 0")
+            raise UserError(f"--{name} {getattr(options, name)}: must be above 0")
     if not options.run.is_dir():
-        raise CommandError(f"{options.run}: no such folder")
+        raise UserError(f"{options.run}: no such folder")
     folders = sorted(path.parent for path in options.run.rglob("run.json") if _is_ours(path.parent))
     if not folders:
-        raise CommandError(
+        raise UserError(
             f"{options.run} holds no explanations: name the folder of a run with an "
             "ExplanationMonitor, such as lightning_logs/version_0"
         )

@@ -1,19 +1,24 @@
 """`lightning-aop sanity-check`: do a method's maps change when the network forgets what it learnt?"""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.cli.errors import CommandError
-from lightning_aop.cli.photos import load, photo_options, progress, read_pairs
+from lightning_aop.cli.photos import load, photo_options, photos_first, progress, read_pairs
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
-from lightning_aop.methods.names import METHODS
+from lightning_aop.errors import UserError
+from lightning_aop.methods.names import make_method, method_list
 from lightning_aop.metrics.randomization import parameter_randomization, weighted_layers
-from lightning_aop.scores import softmax
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return sanity_check(sanity_check_parser().parse_args(photos_first(words[1:])))
 
 
 def sanity_check_parser() -> ArgumentParser:
@@ -27,7 +32,7 @@ def sanity_check_parser() -> ArgumentParser:
     )
     photo_options(parser)
     add = parser.add_argument
-    add("--method", default="gradcam", choices=list(METHODS), help="what is put to the test")
+    add("--method", default="gradcam", help=f"what is put to the test: {method_list()}")
     add(
         "--mode",
         default="cascading",
@@ -44,7 +49,8 @@ def sanity_check_parser() -> ArgumentParser:
 def sanity_check(options: Namespace) -> int:
     """Randomise, explain, compare and draw, layer by layer."""
     if options.cell < 32:
-        raise CommandError(f"--cell {options.cell}: must be 32 pixels or more")
+        raise UserError(f"--cell {options.cell}: must be 32 pixels or more")
+    method = make_method(options.method, options.target_layer, option="--method")
     make_folder(options.output)
     recipe = load(options)
     pairs, failures = read_pairs(recipe, options)
@@ -54,14 +60,13 @@ def sanity_check(options: Namespace) -> int:
     known = weighted_layers(recipe.model, images)
     layers = options.layers or known
     if unknown := [layer for layer in layers if layer not in known]:
-        raise CommandError(
+        raise UserError(
             f"--layers {unknown[0]}: {options.model} has no such layer with weights; it has "
             f"{', '.join(known)}"
         )
     # The weights of a layer depend on the seed and its name, and on those before it if cascading.
     settings = (options.method, options.target_layer, options.mode, options.seed, layers)
     store = MapStore(options.output / "maps", recipe.model, settings)
-    method = METHODS[options.method](options.target_layer, softmax)
     keys = [store.key(*pair, method) for pair in zip(images, targets, strict=True)]
     entries: dict[str, list[dict[str, Any]]] = {}
     for layer in layers:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_aop._version import __version__
-from lightning_aop.cli.errors import CommandError
 from lightning_aop.data.digests import described, update_with_weights
+from lightning_aop.errors import UserError
 from lightning_aop.files import write_whole
 from lightning_aop.types import SaliencyMethod
 
@@ -60,12 +60,12 @@ def make_folder(path: Path) -> None:
     """Make the folder of the results, before hours are spent on them.
 
     Raises:
-        CommandError: it can't be made.
+        UserError: it can't be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f"--output {path}: no folder can be made there ({error})") from error
+        raise UserError(f"--output {path}: no folder can be made there ({error})") from error
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -1,11 +1,16 @@
 """`lightning-aop table`: the results of a benchmark as a table."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.cli.errors import CommandError
-from lightning_aop.experiments.tables import summary, written
+from lightning_aop.errors import UserError
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command on its words."""
+    return table(table_parser().parse_args(words[1:]))
 
 
 def table_parser() -> ArgumentParser:
@@ -35,8 +40,11 @@ def table_parser() -> ArgumentParser:
 
 def table(options: Namespace) -> int:
     """Print the table."""
+    # Imported here, so that --help does not wait for torch.
+    from lightning_aop.experiments.tables import summary, written
+
     if options.resamples < 1:
-        raise CommandError(f"--resamples {options.resamples}: must be 1 or more")
+        raise UserError(f"--resamples {options.resamples}: must be 1 or more")
     found = summary(
         options.run,
         options.images,

@@ -20,6 +20,7 @@ from torchmetrics.classification import (
 )
 
 from lightning_aop.data.networks import load_backbone
+from lightning_aop.errors import InvalidValueError
 
 OptimizerCallable: TypeAlias = Callable[[Iterable[Any]], Optimizer]
 LRSchedulerCallable: TypeAlias = Callable[[Optimizer], LRScheduler]
@@ -125,7 +126,7 @@ class MultilabelClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+            raise InvalidValueError(f"num_classes must be at least 1, got {num_classes}")
         # What it takes to make the network again, in plain values that load with weights_only. The
         # weights are in the checkpoint, and how it was trained is no matter of the network.
         self.save_hyperparameters(
@@ -151,7 +152,7 @@ class MultilabelClassifier(pl.LightningModule):
         classes = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
         if self.head is None:
             if classes is None:
-                raise ValueError(
+                raise InvalidValueError(
                     "MultilabelClassifier does not know its number of classes: give num_classes, or "
                     "a data module with `classes`"
                 )
@@ -163,14 +164,14 @@ class MultilabelClassifier(pl.LightningModule):
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raise ValueError unless the head was made for these classes; take over their names."""
         if len(classes) != len(self.classes):
-            raise ValueError(
+            raise InvalidValueError(
                 f"the head has {len(self.classes)} classes, the data has {len(classes)}: give the "
                 "data that it was trained with, or train a new head"
             )
         known = not all(name == f"class {i}" for i, name in enumerate(self.classes))
         for i, (own, other) in enumerate(zip(self.classes, classes, strict=True)):
             if known and own != other:
-                raise ValueError(
+                raise InvalidValueError(
                     f"class {i} of the head is {own!r}, of the data {other!r}: give the data that "
                     "it was trained with, or train a new head"
                 )
@@ -184,7 +185,7 @@ class MultilabelClassifier(pl.LightningModule):
         """Make the head that was saved."""
         classes = checkpoint.get("classes")
         if classes is None:
-            raise ValueError(
+            raise InvalidValueError(
                 "the checkpoint names no classes: it was not written by a MultilabelClassifier"
             )
         if self.head is None:

@@ -19,6 +19,7 @@ from lightning_aop.coco.features import (
 )
 from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from lightning_aop.data.shapes import write_shapes
+from lightning_aop.errors import InvalidValueError, MissingFileError
 
 _log = logging.getLogger(__name__)
 
@@ -87,12 +88,12 @@ class CocoClassification(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
-            raise ValueError(
+            raise InvalidValueError(
                 f"batch_size must be at least 1 and num_workers at least 0, got {batch_size} and "
                 f"{num_workers}"
             )
         if features == "cached" and horizontal_flip:
-            raise ValueError(
+            raise InvalidValueError(
                 "features='cached' keeps one result for each picture, horizontal_flip=True wants "
                 "another in every epoch: switch one of them off"
             )
@@ -123,7 +124,7 @@ class CocoClassification(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the splits that the stage needs."""
         if not self.root.is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"root {self.root} is no folder: give one in COCO's layout, with train2017/, "
                 "val2017/ and annotations/"
             )
@@ -131,11 +132,13 @@ class CocoClassification(pl.LightningDataModule):
         for name in needed:
             data = self.dataset(name)
             if not data.classes:
-                raise ValueError(f"{data.file} lists no categories: there is nothing to learn")
+                raise InvalidValueError(
+                    f"{data.file} lists no categories: there is nothing to learn"
+                )
             if not len(data):
-                raise ValueError(f"{data.file} lists no images: give a split that has some")
+                raise InvalidValueError(f"{data.file} lists no images: give a split that has some")
             if self.classes and data.classes != self.classes:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{data.file} has the classes {data.classes}, where another split of {self.root} "
                     f"has {self.classes}: the splits must share their categories"
                 )
@@ -208,12 +211,12 @@ class CocoClassification(pl.LightningDataModule):
         model = None if trainer is None else trainer.lightning_module
         backbone = getattr(model, "backbone", None)
         if trainer is None or model is None or not isinstance(backbone, nn.Module):
-            raise ValueError(
+            raise InvalidValueError(
                 "features='cached' needs a model with a `backbone` that gives features [B, D], such "
                 "as MultilabelClassifier, in a Trainer"
             )
         if any(p.requires_grad for p in backbone.parameters()):
-            raise ValueError(
+            raise InvalidValueError(
                 "features='cached' needs a frozen backbone, whose features stay the same: set "
                 "train_backbone to false, or features to live"
             )

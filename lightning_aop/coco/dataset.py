@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_aop.data.images import Picture, PictureError, read_picture, to_tensor
+from lightning_aop.errors import InvalidValueError, MissingFileError, MissingPackageError
 
 Transform: TypeAlias = Callable[[Picture], Tensor]
 
@@ -64,7 +65,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+            raise InvalidValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         self.folder, self.file = Path(images), Path(annotations)
         self.transform: Transform = transform or to_tensor
         self.crowds = crowds
@@ -219,7 +220,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
             followed: Tensor = follow(masks)
             return followed
         if self.transform is not to_tensor:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the masks can't follow the transform {self.transform!r}: give it a method "
                 "masks(array [K, h, w]) -> tensor [K, H, W], or take coco.Preprocess"
             )
@@ -231,22 +232,22 @@ def _read(folder: Path, file: Path) -> Any:
     try:
         coco_class = importlib.import_module("pycocotools.coco").COCO
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             'CocoMultilabel reads annotations with pycocotools: pip install "lightning-aop[coco]"'
         ) from error
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} is no folder: give the one that holds the pictures, such as train2017"
         )
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{file} is no file: give the annotations, such as instances_train2017.json"
         )
     try:
         # COCO() would read in the encoding of the system.
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise InvalidValueError(
             f"{file} is no valid JSON ({error}): it may be cut short, copy or export it again"
         ) from error
     _check(content, file, folder)
@@ -262,7 +263,7 @@ def _check(content: Any, file: Path, folder: Path) -> None:
     for name in _LISTS:
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{file} has no list '{name}' of objects: give an instances file, such as "
                 "instances_train2017.json"
             )
@@ -273,13 +274,13 @@ def _check(content: Any, file: Path, folder: Path) -> None:
         _check_inside(name, f"{where} file_name {name!r}, which", folder)
         sides = [image[key] for key in ("width", "height") if image.get(key) is not None]
         if not all(type(side) is int and 0 < side < 1 << 16 for side in sides):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{where} width and height {sides}, which must be whole numbers of pixels from 1 to "
                 "65535: correct them"
             )
         # Masks are made at the annotated size, and Pillow reads no larger picture.
         if math.prod(sides) > (limit := Image.MAX_IMAGE_PIXELS or math.inf) and len(sides) == 2:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{where} width and height {sides}, which is more than {limit} pixels: correct "
                 "them, or raise PIL.Image.MAX_IMAGE_PIXELS"
             )
@@ -291,7 +292,7 @@ def _check(content: Any, file: Path, folder: Path) -> None:
         for key, known in references.items():
             value = annotation.get(key)
             if not isinstance(value, (int, float, str)) or value not in known:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{file}: annotation {annotation['id']} has {key} {value!r}, which the file "
                     "does not list: add it, or take the annotation out"
                 )
@@ -302,14 +303,16 @@ def _check_ids(file: Path, name: str, ids: list[Any]) -> None:
     kinds = {type(i) for i in ids}
     if kinds - {int} and kinds - {str}:
         odd = next(i for i in ids if type(i) is not int)
-        raise ValueError(
+        raise InvalidValueError(
             f"{file}: the list '{name}' has the id {odd!r}, where ids are whole numbers: correct it"
         )
     # Merged files repeat the ids of annotations, to which nothing refers.
     if name != "annotations" and len(set(ids)) < len(ids):
         seen: set[Any] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise ValueError(f"{file}: the list '{name}' has the id {twice!r} twice: take one out")
+        raise InvalidValueError(
+            f"{file}: the list '{name}' has the id {twice!r} twice: take one out"
+        )
 
 
 def _check_inside(name: object, where: str, folder: Path) -> None:
@@ -317,7 +320,7 @@ def _check_inside(name: object, where: str, folder: Path) -> None:
     # Read as Windows does, which knows both kinds of slash and drives.
     path = PureWindowsPath(name if isinstance(name, str) else "")
     if path.anchor or ".." in path.parts or not path.parts or "\0" in str(name):
-        raise ValueError(
+        raise InvalidValueError(
             f"{where} must name a file inside {folder}: write it relative to that folder"
         )
 
@@ -329,7 +332,7 @@ def _decoded(
     segmentation = annotation.get("segmentation")
     where = f"{file}: annotation {annotation['id']} of image {annotation['image_id']}"
     if not segmentation:
-        raise ValueError(
+        raise InvalidValueError(
             f"{where} has no segmentation, only its box: masks need a file with instance "
             "segmentations"
         )
@@ -337,7 +340,7 @@ def _decoded(
     try:
         return decode(segmentation, height, width)
     except ValueError as error:
-        raise ValueError(
+        raise InvalidValueError(
             f"{where} has a broken segmentation: {error}; correct it, or take the annotation out"
         ) from error
 
@@ -346,23 +349,25 @@ def _filled(polygons: list[Any], height: int, width: int) -> Bool[np.ndarray, "h
     """Fill polygons, after checks that keep pycocotools' C code within bounds."""
     # Beyond, its code of a mask may outgrow the memory that it takes for it.
     if height * width > 1 << 26:
-        raise ValueError(f"{width} x {height} pixels are too many for polygons")
+        raise InvalidValueError(f"{width} x {height} pixels are too many for polygons")
     length = 0.0
     for polygon in polygons:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError("a polygon must list x and y of at least 3 corners")
+            raise InvalidValueError("a polygon must list x and y of at least 3 corners")
         odd = [value for value in polygon if type(value) not in (int, float)]
         if odd:
-            raise ValueError(f"a polygon has the coordinate {odd[0]!r}")
+            raise InvalidValueError(f"a polygon has the coordinate {odd[0]!r}")
         reach = 2 * max(height, width)
         # NaN compares as outside.
         if not all(-reach <= value <= 2 * reach for value in polygon):
-            raise ValueError(f"a polygon leaves the picture of {width} x {height} pixels by far")
+            raise InvalidValueError(
+                f"a polygon leaves the picture of {width} x {height} pixels by far"
+            )
         corners = np.array(polygon, dtype=np.float64).reshape(-1, 2)
         length += np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum()
     # It takes some 100 bytes for each pixel of the way round.
     if length > 1 << 22:
-        raise ValueError(f"its outline is {length:.0f} pixels long")
+        raise InvalidValueError(f"its outline is {length:.0f} pixels long")
     tool = importlib.import_module("pycocotools.mask")
     with warnings.catch_warnings():
         # pycocotools has not followed NumPy 2 here.
@@ -374,16 +379,18 @@ def _filled(polygons: list[Any], height: int, width: int) -> Bool[np.ndarray, "h
 def _unpacked(code: Any, height: int, width: int) -> Bool[np.ndarray, "h w"]:
     """Unpack a run-length code, plain or compressed: down the columns, background first."""
     if not isinstance(code, dict) or not {"size", "counts"} <= set(code):
-        raise ValueError("a run-length code must have size and counts")
+        raise InvalidValueError("a run-length code must have size and counts")
     if code["size"] != [height, width]:
-        raise ValueError(f"its size is {code['size']}, where the picture has {[height, width]}")
+        raise InvalidValueError(
+            f"its size is {code['size']}, where the picture has {[height, width]}"
+        )
     runs = code["counts"]
     if isinstance(runs, str):
         runs = _runs(runs)
     if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
-        raise ValueError("its counts are no run lengths")
+        raise InvalidValueError("its counts are no run lengths")
     if sum(runs) != height * width:
-        raise ValueError(
+        raise InvalidValueError(
             f"its runs cover {sum(runs)} pixels, where the picture has {height * width}"
         )
     pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lightning_aop.coco.dataset import CocoMultilabel
 from lightning_aop.data.digests import update_with_weights
+from lightning_aop.errors import FileError, InvalidValueError
 
 Precision: TypeAlias = Literal["float32", "float16"]
 
@@ -111,7 +112,7 @@ def cached_features(
         _create(folder, (len(dataset), size), precision, dataset)
     barrier()
     if not folder.is_dir():
-        raise OSError(
+        raise FileError(
             f"the feature cache {folder} is not to be seen by process {rank}: name a cache_dir that "
             "all processes share"
         )
@@ -147,7 +148,7 @@ def cached_features(
                     values = values.astype(precision)
                 if not np.isfinite(values).all():
                     row = rows[int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])]
-                    raise ValueError(
+                    raise InvalidValueError(
                         f"the features of {dataset.files[row]} are not finite in {precision}: check "
                         "the weights for NaN, or keep float32 features"
                     )
@@ -162,7 +163,7 @@ def cached_features(
     barrier()
     state = np.load(folder / "state.npy")
     if (state == _TODO).any():
-        raise OSError(
+        raise FileError(
             f"the feature cache {folder} lacks {int((state == _TODO).sum())} of {len(state)} images, "
             "which another process had to compute: run it again"
         )

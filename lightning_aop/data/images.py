@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
+from lightning_aop.errors import FileError, InvalidValueError
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Pillow's module and its class share a name.
@@ -21,7 +23,7 @@ Picture: TypeAlias = Image.Image
 _Shaped = TypeVar("_Shaped", Picture, Tensor)
 
 
-class PictureError(OSError):
+class PictureError(FileError):
     """A picture that can't be read, or is not the one that was annotated."""
 
 
@@ -109,18 +111,18 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"size must be at least 1 pixel, got {self.size}")
+            raise InvalidValueError(f"size must be at least 1 pixel, got {self.size}")
         if self.resize not in ("squash", "crop"):
-            raise ValueError(f"resize must be 'squash' or 'crop', got {self.resize!r}")
+            raise InvalidValueError(f"resize must be 'squash' or 'crop', got {self.resize!r}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{name} must hold 3 numbers, one for red, green and blue, got {list(values)}"
                 )
             if not all(math.isfinite(value) for value in values):
-                raise ValueError(f"{name} must be finite, got {list(values)}")
+                raise InvalidValueError(f"{name} must be finite, got {list(values)}")
         if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0 in every channel, got {list(self.std)}")
+            raise InvalidValueError(f"std must be above 0 in every channel, got {list(self.std)}")
 
     def __call__(self, picture: Picture) -> Float[Tensor, "3 size size"]:
         """Return the network's input."""

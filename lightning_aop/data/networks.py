@@ -14,6 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from lightning_aop.errors import FileError, InvalidValueError, MissingFileError, MissingPackageError
 
 
 def load_backbone(name: str, weights: str | None = "DEFAULT") -> tuple[nn.Module, int]:
@@ -51,7 +52,7 @@ def _load(name: str, weights: str | None, any_head: bool) -> nn.Module:
     elif name in torchvision.models.list_models(module=torchvision.models):
         network = _torchvision(name, published)
     else:
-        raise ValueError(
+        raise InvalidValueError(
             f"backbone {name!r} is no classifier of torchvision (resnet50, mobilenet_v2, …: "
             "torchvision.models.list_models()); timm's are named timm/NAME"
         )
@@ -68,7 +69,7 @@ def _file(weights: str | None) -> Path | None:
     if path.is_file():
         return path
     if path.suffix or len(path.parts) > 1:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"weights {weights}: no such file; name one, or published weights such as DEFAULT"
         )
     return None
@@ -88,12 +89,12 @@ def _torchvision(name: str, weights: str | None) -> nn.Module:
         network = torchvision.models.get_model(name, weights=weights, **options)
     except (KeyError, ValueError) as error:
         known = ", ".join(w.name for w in torchvision.models.get_model_weights(name))
-        raise ValueError(
+        raise InvalidValueError(
             f"weights {weights!r} of {name} are not published by torchvision; it has {known}, or "
             "name a local file"
         ) from error
     except (urllib.error.URLError, OSError) as error:
-        raise OSError(
+        raise FileError(
             f"the weights {weights!r} of {name} could not be downloaded ({error}): give a local file"
         ) from error
     if options:
@@ -108,15 +109,15 @@ def _timm(name: str, weights: str | None) -> nn.Module:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
-        raise ImportError(f"backbone timm/{name} needs timm: pip install timm") from error
+        raise MissingPackageError(f"backbone timm/{name} needs timm: pip install timm") from error
     if weights not in (None, "DEFAULT"):
         name = f"{name.split('.')[0]}.{weights}"  # timm's tag, as in resnet50.a1_in1k
     try:
         return cast("nn.Module", timm.create_model(name, pretrained=weights is not None))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"backbone timm/{name}: {error} (timm.list_models())") from error
+        raise InvalidValueError(f"backbone timm/{name}: {error} (timm.list_models())") from error
     except Exception as error:
-        raise OSError(
+        raise FileError(
             f"the weights of timm/{name} could not be downloaded ({error}): give a local file"
         ) from error
 
@@ -136,10 +137,12 @@ def fill(network: nn.Module, name: str, file: Path, any_head: bool = False) -> N
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"weights {file}: no state_dict can be read from it ({error})") from error
+        raise InvalidValueError(
+            f"weights {file}: no state_dict can be read from it ({error})"
+        ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"weights {file}: holds no state_dict of tensors")
+        raise InvalidValueError(f"weights {file}: holds no state_dict of tensors")
     extra = ("AuxLogits.", "aux1.", "aux2.")
     own = network.state_dict()
     state = undotted(state)
@@ -149,7 +152,7 @@ def fill(network: nn.Module, name: str, file: Path, any_head: bool = False) -> N
     head = [k for k in wrong if k.startswith(_head(network)[0] + ".")]
     if missing or alien or wrong != (head if any_head else []):
         first = next(iter([*missing, *alien, *wrong]))
-        raise ValueError(
+        raise InvalidValueError(
             f"weights {file} are none of {name}: {len(missing)} tensors are missing, {len(alien)} "
             f"are unknown and {len(wrong)} have another shape (such as {first}); name the network "
             "that they belong to"
@@ -173,7 +176,7 @@ def _head(network: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
         if isinstance(module, (nn.Linear, nn.Conv2d))
     ]
     if not layers:
-        raise ValueError(f"{type(network).__name__} has no linear or convolutional layer")
+        raise InvalidValueError(f"{type(network).__name__} has no linear or convolutional layer")
     return layers[-1]
 
 
@@ -231,7 +234,7 @@ class Network:
         if weights not in (None, "DEFAULT"):
             path = Path(str(weights)).expanduser()
             if not path.is_file():
-                raise FileNotFoundError(f"weights {path}: no such file")
+                raise MissingFileError(f"weights {path}: no such file")
             fill(network, str(self.model["class_path"]), path)
         return network.eval()
 
@@ -256,7 +259,7 @@ def efficientnet_lite0() -> nn.Module:
 def _called(recipe: dict[str, Any]) -> nn.Module:
     path = recipe.get("class_path")
     if not isinstance(path, str) or "." not in path or set(recipe) > {"class_path", "init_args"}:
-        raise ValueError(
+        raise InvalidValueError(
             f"model {recipe} must be a name or {{class_path: package.function, init_args: {{…}}}}"
         )
     # The name may be a class, or a function of one: the longest part that is a module is imported.
@@ -277,8 +280,10 @@ def _called(recipe: dict[str, Any]) -> nn.Module:
         for name in parts[end:]:
             found = getattr(found, name)
     except AttributeError as error:
-        raise ValueError(f"model {path}: there is nothing of this name ({error})") from error
+        raise InvalidValueError(f"model {path}: there is nothing of this name ({error})") from error
     network = found(**recipe.get("init_args", {}))
     if not isinstance(network, nn.Module):
-        raise ValueError(f"model {path} gave {type(network).__name__}, not a torch.nn.Module")
+        raise InvalidValueError(
+            f"model {path} gave {type(network).__name__}, not a torch.nn.Module"
+        )
     return network

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from lightning_aop.errors import ExistingFileError, InvalidValueError
 from lightning_aop.files import write_whole
 
 Array = npt.NDArray[np.float64]
@@ -311,7 +312,7 @@ def write_shapes(
         ("seed", seed, 0),
     ):
         if value < least:
-            raise ValueError(
+            raise InvalidValueError(
                 f"write_shapes got {name}={value}, but {name} must be a whole number of at least "
                 f"{least}; pass {name}={least} or more."
             )
@@ -329,7 +330,7 @@ def write_shapes(
     found = [_head(path, len(head)) for path in annotations]
     for path, start in zip(annotations, found, strict=True):
         if start and not start.startswith(ours):
-            raise FileExistsError(
+            raise ExistingFileError(
                 f"{path} was not written by write_shapes and would be overwritten; "
                 "pass an empty or a new folder as root."
             )

@@ -20,10 +20,11 @@ from lightning_aop._version import __version__
 from lightning_aop.data.digests import described, slug, update_with_weights
 from lightning_aop.data.images import PictureError, Preprocess, read_picture
 from lightning_aop.data.networks import Network
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_groups, unfinished
 from lightning_aop.experiments.pictures import Picture, Pictures, fingerprint
 from lightning_aop.experiments.results import Manifest, arrow, finished, write_part
-from lightning_aop.methods.names import METHODS, MethodName
+from lightning_aop.methods.names import MethodName, make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.metrics.functional import BLUR
 from lightning_aop.model.adapter import predict
@@ -62,7 +63,7 @@ class Rules:
         for name in ("steps", "pixels_per_step", "group_size", "eval_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"rules.{name} must be at least 1, got {value}")
+                raise InvalidValueError(f"rules.{name} must be at least 1, got {value}")
 
 
 def run(
@@ -95,7 +96,7 @@ def run(
     """
     arrow()
     if not networks or not methods:
-        raise ValueError("a benchmark needs at least one network and one method")
+        raise InvalidValueError("a benchmark needs at least one network and one method")
     pictures = data.listed()
     count = min(len(pictures), data.limit or len(pictures))
     if data.limit is not None and data.limit > len(pictures):
@@ -313,9 +314,7 @@ class _Judge(pl.LightningModule):
 
 def _made(method: MethodName | SaliencyMethod, layer: str) -> SaliencyMethod:
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-        method = METHODS[method](layer, softmax)
+        method = make_method(method, layer)
     return _with(method, "target_layer", None, layer)
 
 

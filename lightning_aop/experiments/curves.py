@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.results import MANIFEST, Manifest, arrow, parts
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def mean_curves(
     """
     manifest = Manifest.read(run)
     if manifest is None:
-        raise ValueError(f"{run} holds no {MANIFEST}: name the output folder of a benchmark")
+        raise InvalidValueError(f"{run} holds no {MANIFEST}: name the output folder of a benchmark")
     pa = arrow()
     found: dict[tuple[str, str, str], MeanCurve] = {}
     columns = ("image", "method_digest", "correct", "reason", *(f"{game}_curve" for game in GAMES))

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from lightning_aop.errors import InvalidValueError, MissingPackageError
+
 OFFICIAL = "ILSVRC2012_validation_ground_truth.txt"
 _WNID = re.compile(r"n\d{8}")
 _COLUMNS = ("class_index", "label", "class", "target")
@@ -62,7 +64,7 @@ class Pictures:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"data.limit must be at least 1, got {self.limit}")
+            raise InvalidValueError(f"data.limit must be at least 1, got {self.limit}")
         object.__setattr__(self, "folder", _folder(self.root))
 
     def listed(self) -> list[Picture]:
@@ -74,7 +76,9 @@ class Pictures:
         """
         found = self._by_labels() if (file := self._labels()) is None else self._labelled(file)
         if not found:
-            raise ValueError(f"{self.folder} holds no pictures ({', '.join(IMG_EXTENSIONS)})")
+            raise InvalidValueError(
+                f"{self.folder} holds no pictures ({', '.join(IMG_EXTENSIONS)})"
+            )
         if self.shuffle_seed is not None:
             random.Random(self.shuffle_seed).shuffle(found)
         return found
@@ -83,7 +87,7 @@ class Pictures:
         if self.labels is not None:
             path = _expanded(self.labels)
             if not path.is_file():
-                raise ValueError(f"data.labels {path}: no such file")
+                raise InvalidValueError(f"data.labels {path}: no such file")
             return path
         named = ("labels.csv", OFFICIAL, f"data/{OFFICIAL}", "val.txt")
         for folder in (self.folder, self.folder.parent):
@@ -96,7 +100,7 @@ class Pictures:
         """Return the pictures of folders named by class."""
         folders = sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir())
         if not folders:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.folder} has neither folders named by class nor labels: name a file with "
                 "data.labels, a CSV with the columns file and class_index, or ImageNet's "
                 f"{OFFICIAL}"
@@ -105,14 +109,16 @@ class Pictures:
             lines = _expanded(self.classes).read_text().splitlines()
             index = {line.split()[0].rstrip(","): i for i, line in enumerate(lines) if line.split()}
         elif len(folders) != 1000 and all(map(_WNID.fullmatch, folders)):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.folder} holds {len(folders)} of ImageNet's 1,000 classes: name a file that "
                 "lists all of them in order, with data.classes (such as LOC_synset_mapping.txt)"
             )
         else:
             index = {name: i for i, name in enumerate(folders)}
         if unknown := [name for name in folders if name not in index]:
-            raise ValueError(f"{self.folder / unknown[0]}: {self.classes} lists no such class")
+            raise InvalidValueError(
+                f"{self.folder / unknown[0]}: {self.classes} lists no such class"
+            )
         return [
             Picture(path.relative_to(self.folder).as_posix(), index[name])
             for name in folders
@@ -128,7 +134,7 @@ class Pictures:
             return [Picture(name, _whole(index, file)) for name, index in lines]
         files = _flat(self.folder)
         if len(files) != len(lines):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{file} has {len(lines)} labels for the {len(files)} pictures in {self.folder}: "
                 "they must be of one set"
             )
@@ -136,14 +142,16 @@ class Pictures:
         if all(map(_WNID.fullmatch, words)):
             known = sorted(set(words))
             if len(known) != 1000:
-                raise ValueError(f"{file} names {len(known)} of ImageNet's 1,000 classes, not all")
+                raise InvalidValueError(
+                    f"{file} names {len(known)} of ImageNet's 1,000 classes, not all"
+                )
             index = {wnid: i for i, wnid in enumerate(known)}
         else:
             index = _official_ids(file)
         try:
             return [Picture(name, index[word]) for name, word in zip(files, words, strict=True)]
         except KeyError as error:
-            raise ValueError(f"{file}: {error} is no class of ILSVRC2012's 1,000") from error
+            raise InvalidValueError(f"{file}: {error} is no class of ILSVRC2012's 1,000") from error
 
 
 def fingerprint(folder: Path, pictures: Sequence[Picture]) -> str:
@@ -163,7 +171,7 @@ def _expanded(path: str) -> Path:
 def _folder(root: str) -> Path:
     folder = _expanded(root)
     if not folder.is_dir():
-        raise ValueError(f"data.root {folder}: no such folder")
+        raise InvalidValueError(f"data.root {folder}: no such folder")
     return folder / "val" if (folder / "val").is_dir() else folder
 
 
@@ -178,7 +186,7 @@ def _from_csv(file: Path) -> list[Picture]:
     names = rows[0].keys() if rows else ()
     column = next((name for name in _COLUMNS if name in names), None)
     if "file" not in names or column is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"{file} must have the columns file and class_index, got {', '.join(names) or 'none'}"
         )
     return [Picture(row["file"], _whole(row[column], file)) for row in rows]
@@ -188,21 +196,21 @@ def _whole(text: str, file: Path) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise ValueError(f"{file}: {text!r} is no index of a class") from error
+        raise InvalidValueError(f"{file}: {text!r} is no index of a class") from error
 
 
 def _official_ids(file: Path) -> dict[str, int]:
     """Return the index of each ILSVRC2012_ID: its wnid's place in the sorted order of all 1,000."""
     meta = file.parent / "meta.mat"
     if not meta.is_file():
-        raise ValueError(
+        raise InvalidValueError(
             f"{file} needs the meta.mat of ILSVRC2012's development kit beside it, which says what "
             "its numbers stand for; or give lines of FILE INDEX, or wnids"
         )
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             'meta.mat needs scipy: install it with pip install "lightning-aop[benchmark]"'
         ) from error
     synsets: Any = loadmat(meta, squeeze_me=True)["synsets"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_aop.coco import CocoMultilabel
 from lightning_aop.data.digests import described, slug, update_with_weights
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_groups, unfinished
 from lightning_aop.metrics import energy_in_mask, pointing_hits
 from lightning_aop.model.adapter import predict
@@ -48,13 +49,15 @@ class Rules:
 
     def __post_init__(self) -> None:
         if not 0 <= self.score_threshold < 1:
-            raise ValueError(f"score_threshold must lie in [0, 1), got {self.score_threshold}")
+            raise InvalidValueError(
+                f"score_threshold must lie in [0, 1), got {self.score_threshold}"
+            )
         if self.group_size < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError(
+            raise InvalidValueError(
                 f"group_size and limit must be at least 1, got {self.group_size} and {self.limit}"
             )
         if not self.tolerances or min(self.tolerances) < 0:
-            raise ValueError(
+            raise InvalidValueError(
                 f"tolerances must name at least one distance of 0 or more, got {self.tolerances}"
             )
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_aop.errors import InvalidValueError, MissingPackageError
 from lightning_aop.experiments.groups import Group
 from lightning_aop.files import write_whole
 
@@ -38,7 +39,7 @@ def arrow() -> Any:
         import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             'the results of a benchmark need pyarrow: pip install "lightning-aop[benchmark]"'
         ) from error
     return pyarrow
@@ -149,7 +150,7 @@ class Manifest:
         try:
             return cls(**json.loads(path.read_text()))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not the work of this version: {error}") from error
+            raise InvalidValueError(f"{path} is not the work of this version: {error}") from error
 
     def write(self, folder: Path) -> None:
         """Write it, as a whole or not at all."""

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.paper import reported, reported_overall
 from lightning_aop.experiments.results import MANIFEST, Manifest, arrow, parts
 
@@ -97,7 +98,7 @@ def load(run: Path) -> tuple[Manifest, list[Column]]:
     """
     manifest = Manifest.read(run)
     if manifest is None:
-        raise ValueError(f"{run} holds no {MANIFEST}: name the output folder of a benchmark")
+        raise InvalidValueError(f"{run} holds no {MANIFEST}: name the output folder of a benchmark")
     columns: list[Column] = []
     for network, folder in manifest.folders.items():
         columns += _columns(run / folder, network, manifest)
@@ -204,7 +205,7 @@ def summary(
     methods = list(dict.fromkeys(column.method for column in columns))
     reference = methods[-1] if reference is None else reference
     if reference not in methods:
-        raise ValueError(
+        raise InvalidValueError(
             f"there is no method {reference!r} in {run}; there are {', '.join(methods)}"
         )
     networks = list(manifest.folders)

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lightning_aop.errors import require_positive
+from lightning_aop.checks import require_positive
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.files import write_whole
 from lightning_aop.history.store import History, Record
 from lightning_aop.view.grid import heatmap_grid
@@ -58,7 +59,9 @@ def write_animation(
     folder = Path(folder)
     history = History.load(folder)
     if not history.records:
-        raise ValueError(f"{folder} has no record yet: an animation needs at least one explanation")
+        raise InvalidValueError(
+            f"{folder} has no record yet: an animation needs at least one explanation"
+        )
     chosen = np.linspace(0, len(history.records) - 1, min(len(history.records), _FRAMES)).round()
     history = replace(history, records=[history.records[int(n)] for n in chosen])
     frames = [

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lightning_aop.errors import InvalidValueError, MissingFileError
 from lightning_aop.files import write_whole
 
 __all__ = ["History", "Record"]
@@ -118,7 +119,7 @@ class History:
         """
         folder = Path(folder)
         if not (folder / "run.json").exists():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{folder} has no run.json: name the folder `explanations` that a run with an "
                 "ExplanationMonitor has written"
             )
@@ -134,7 +135,9 @@ class History:
             names = {int(index): name for index, name in about["class_names"].items()}
             return cls(about["configuration"], names, images, objects, maps, records)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"{folder} can't be read. {type(error).__name__}: {error}") from error
+            raise InvalidValueError(
+                f"{folder} can't be read. {type(error).__name__}: {error}"
+            ) from error
 
 
 def _records(path: Path, maps: int) -> list[Record]:
@@ -192,7 +195,7 @@ class HistoryWriter:
         """
         earlier = History.load(source)
         if len(earlier.records) < count:
-            raise ValueError(f"{source} has {len(earlier.records)} records, not {count}")
+            raise InvalidValueError(f"{source} has {len(earlier.records)} records, not {count}")
         records = earlier.records[:count]
         self._first, self._last = (records[0], records[-1]) if records else (None, None)
         _save(self.folder / "maps.npy", np.array(earlier.maps[: self._next]))
@@ -279,7 +282,7 @@ def _extend(path: Path, first: int, maps: UInt8[np.ndarray, "p h w"]) -> None:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         if shape[1:] != maps.shape[1:] or dtype != maps.dtype:
-            raise ValueError(f"{path} has maps of {shape[1:]}, not of {maps.shape[1:]}")
+            raise InvalidValueError(f"{path} has maps of {shape[1:]}, not of {maps.shape[1:]}")
         start = file.tell()
         file.seek(start + first * math.prod(shape[1:]))
         file.write(maps.tobytes())

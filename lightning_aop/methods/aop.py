@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_aop.errors import check_batch
+from lightning_aop.checks import check_batch
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.cam import WGradCAM
 from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.ranked_mask import RankedMask
@@ -65,7 +66,7 @@ class AOP:
     def __post_init__(self) -> None:
         for name, value in (("threshold", self.threshold), ("scale", self.scale)):
             if not 0 <= value <= 1:
-                raise ValueError(f"AOP: {name} must lie in [0, 1], got {value}")
+                raise InvalidValueError(f"AOP: {name} must lie in [0, 1], got {value}")
 
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
         """Return the refined maps [B, H, W] in [0, 1]."""

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_aop.errors import require_finite, require_positive
+from lightning_aop.checks import require_finite, require_positive
 from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.model.layers import (
     Capture,

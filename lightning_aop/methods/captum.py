@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_aop.errors import require_finite, require_positive
+from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.errors import InvalidValueError, MissingPackageError
 from lightning_aop.methods.xrai import superpixels
 from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.model.isolation import isolated_rng
@@ -96,18 +97,18 @@ class CaptumAttribution:
     def __post_init__(self) -> None:
         require_positive("CaptumAttribution", eval_batch_size=self.eval_batch_size)
         if self.sign not in ("absolute", "positive"):
-            raise ValueError(
+            raise InvalidValueError(
                 f"CaptumAttribution: sign must be 'absolute' or 'positive', got {self.sign!r}"
             )
         wanted = inspect.signature(self._class().attribute).parameters
         for name in self.arguments:
             if name not in wanted and "kwargs" not in wanted:
-                raise ValueError(
+                raise InvalidValueError(
                     f"CaptumAttribution: {self.method}.attribute() takes no argument {name!r}; it "
                     f"takes {', '.join(list(wanted)[1:])}"
                 )
         if self.superpixels and "feature_mask" not in wanted:
-            raise ValueError(
+            raise InvalidValueError(
                 f"CaptumAttribution: {self.method} has no features to switch off; leave superpixels "
                 f"at 0, got {self.superpixels}"
             )
@@ -149,11 +150,11 @@ class CaptumAttribution:
         try:
             import captum.attr
         except ImportError as error:
-            raise ImportError(_MISSING) from error
+            raise MissingPackageError(_MISSING) from error
         found = getattr(captum.attr, self.method, None)
         if not (isinstance(found, type) and issubclass(found, captum.attr.Attribution)):
             some = [n for n, v in vars(captum.attr).items() if hasattr(v, "attribute")]
-            raise ValueError(
+            raise InvalidValueError(
                 f"CaptumAttribution: captum has no method {self.method!r}; it has "
                 f"{', '.join(sorted(some))}"
             )
@@ -198,7 +199,7 @@ class CaptumAttribution:
             )
             if not isinstance(found, Tensor) or found.ndim != 4:
                 got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise ValueError(
+                raise InvalidValueError(
                     f"CaptumAttribution: {self.method} must give attributions [B, C, h, w], got {got}"
                 )
             return found.detach()
@@ -350,7 +351,7 @@ def lime(
         from captum._utils.models.linear_model import SkLearnRidge
         from captum.attr._core.lime import get_exp_kernel_similarity_function
     except ImportError as error:
-        raise ImportError(_MISSING) from error
+        raise MissingPackageError(_MISSING) from error
     return CaptumAttribution(
         "Lime",
         {"n_samples": samples},

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_aop.errors import check_batch, require_positive
+from lightning_aop.checks import check_batch, require_positive
 from lightning_aop.ops import min_max
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images, Maps, Targets

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lightning_aop.errors import require_finite, require_positive
+from lightning_aop.checks import require_finite, require_positive
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
 from lightning_aop.model.passes import pass_size

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from lightning_aop.errors import require_finite
+from lightning_aop.checks import require_finite
 from lightning_aop.methods.cam import ActivationMap
 from lightning_aop.model.adapter import Classifier
 from lightning_aop.model.layers import Capture

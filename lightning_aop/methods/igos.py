@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lightning_aop.errors import require_finite, require_positive
+from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
 from lightning_aop.model.passes import pass_size
@@ -35,7 +36,9 @@ class ArmijoSearch:
     def __post_init__(self) -> None:
         require_positive("ArmijoSearch", first=self.first, smallest=self.smallest)
         if not 0 < self.decay < 1:
-            raise ValueError(f"ArmijoSearch: decay must lie between 0 and 1, got {self.decay}")
+            raise InvalidValueError(
+                f"ArmijoSearch: decay must lie between 0 and 1, got {self.decay}"
+            )
 
     def __call__(
         self,

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import Classifier
 from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import blend, resize
@@ -56,7 +57,7 @@ def starting_mask(
 ) -> Float[Tensor, "b n n"]:
     """Return M0 = 1 − start on the mask's grid."""
     if start.ndim != 3 or len(start) != len(images):
-        raise ValueError(
+        raise InvalidValueError(
             f"start must hold one map [h, w] for each of the {len(images)} images, got shape "
             f"{list(start.shape)}"
         )

@@ -1,8 +1,10 @@
 """The methods that the command line knows by name."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias, get_args
+from dataclasses import replace
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
+from lightning_aop.errors import InvalidValueError, did_you_mean
 from lightning_aop.methods import captum as attribution
 from lightning_aop.methods.aop import AOP, Blank, fast_sigcam, sigcam
 from lightning_aop.methods.cam import (
@@ -20,8 +22,8 @@ from lightning_aop.methods.excitation import ExcitationBackprop
 from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.rise import RISE
 from lightning_aop.methods.xrai import XRAI
-from lightning_aop.scores import Score
-from lightning_aop.types import SaliencyMethod
+from lightning_aop.scores import Score, sigmoid, softmax
+from lightning_aop.types import ActivationMethod, SaliencyMethod
 
 MethodName: TypeAlias = Literal[
     "sigcam",
@@ -54,39 +56,97 @@ MethodName: TypeAlias = Literal[
     "edges",
 ]
 
-METHODS: dict[str, Callable[[str | None, Score], SaliencyMethod]] = {
-    "sigcam": lambda layer, score: sigcam(layer, score=score),
-    "fast_sigcam": lambda layer, score: fast_sigcam(layer, score=score),
-    "gradcam+igos": lambda layer, score: AOP(GradCAM(layer), IGOS(score=score)),
-    "gradcam+emp": lambda layer, score: AOP(GradCAM(layer), EMP(score=score)),
-    "igos": lambda layer, score: AOP(Blank(), IGOS(score=score)),
-    "emp": lambda layer, score: AOP(Blank(), EMP(score=score)),
-    "cam": lambda layer, score: CAM(layer),
-    "gradcam": lambda layer, score: GradCAM(layer),
-    "wgradcam": lambda layer, score: WGradCAM(layer),
-    "gradcam++": lambda layer, score: GradCAMPlusPlus(layer),
-    "xgradcam": lambda layer, score: XGradCAM(layer),
-    "hirescam": lambda layer, score: HiResCAM(layer),
-    "layercam": lambda layer, score: LayerCAM(layer),
-    "excitation_backprop": lambda layer, score: ExcitationBackprop(layer),
-    "gradient": lambda layer, score: attribution.gradient(),
-    "input_x_gradient": lambda layer, score: attribution.input_x_gradient(),
-    "integrated_gradients": lambda layer, score: attribution.integrated_gradients(),
-    "smoothgrad": lambda layer, score: attribution.smoothgrad(),
-    "vargrad": lambda layer, score: attribution.vargrad(),
-    "guided_backprop": lambda layer, score: attribution.guided_backprop(),
-    "deeplift": lambda layer, score: attribution.deeplift(),
-    "lime": lambda layer, score: attribution.lime(score=score),
-    "xrai": lambda layer, score: XRAI(score=score),
-    "fast_xrai": lambda layer, score: XRAI(score=score, fast=True),
-    "rise": lambda layer, score: RISE(score=score),
-    "random": lambda layer, score: RandomMap(),
-    "centre": lambda layer, score: CentreGaussian(),
-    "edges": lambda layer, score: EdgeDetector(),
+
+class Row(NamedTuple):
+    """A method that has a name: its cost, and how it is made.
+
+    Attributes:
+        evaluations: of the model, for one image; a forward with its backward counts as two.
+        build: makes the method for a target layer (None for the last) and a class score.
+    """
+
+    evaluations: str
+    build: Callable[[str | None, Score], SaliencyMethod]
+
+
+METHODS: dict[str, Row] = {
+    "sigcam": Row("about 720", lambda layer, score: sigcam(layer, score=score)),
+    "fast_sigcam": Row("39", lambda layer, score: fast_sigcam(layer, score=score)),
+    "gradcam+igos": Row("about 720", lambda layer, score: AOP(GradCAM(layer), IGOS(score=score))),
+    "gradcam+emp": Row("1,002", lambda layer, score: AOP(GradCAM(layer), EMP(score=score))),
+    "igos": Row("about 720", lambda layer, score: AOP(Blank(), IGOS(score=score))),
+    "emp": Row("1,000", lambda layer, score: AOP(Blank(), EMP(score=score))),
+    "cam": Row("1", lambda layer, score: CAM(layer)),
+    "gradcam": Row("2", lambda layer, score: GradCAM(layer)),
+    "wgradcam": Row("2", lambda layer, score: WGradCAM(layer)),
+    "gradcam++": Row("2", lambda layer, score: GradCAMPlusPlus(layer)),
+    "xgradcam": Row("2", lambda layer, score: XGradCAM(layer)),
+    "hirescam": Row("2", lambda layer, score: HiResCAM(layer)),
+    "layercam": Row("2", lambda layer, score: LayerCAM(layer)),
+    "excitation_backprop": Row("2", lambda layer, score: ExcitationBackprop(layer)),
+    "gradient": Row("2", lambda layer, score: attribution.gradient()),
+    "input_x_gradient": Row("2", lambda layer, score: attribution.input_x_gradient()),
+    "integrated_gradients": Row("100", lambda layer, score: attribution.integrated_gradients()),
+    "smoothgrad": Row("100", lambda layer, score: attribution.smoothgrad()),
+    "vargrad": Row("100", lambda layer, score: attribution.vargrad()),
+    "guided_backprop": Row("2", lambda layer, score: attribution.guided_backprop()),
+    "deeplift": Row("4", lambda layer, score: attribution.deeplift()),
+    "lime": Row("1,000", lambda layer, score: attribution.lime(score=score)),
+    "xrai": Row("398", lambda layer, score: XRAI(score=score)),
+    "fast_xrai": Row("398", lambda layer, score: XRAI(score=score, fast=True)),
+    "rise": Row("4,000", lambda layer, score: RISE(score=score)),
+    "random": Row("0", lambda layer, score: RandomMap()),
+    "centre": Row("0", lambda layer, score: CentreGaussian()),
+    "edges": Row("0", lambda layer, score: EdgeDetector()),
 }
-"""Each is made of the target layer (None for the last) and the score F_c."""
+"""The one table of names. A new one is a row here, and a word in `MethodName`."""
 
 assert set(get_args(MethodName)) == set(METHODS)
+
+
+def make_method(
+    name: str, target_layer: str | None = None, score: Score = softmax, option: str = "method"
+) -> SaliencyMethod:
+    """Return the method of a name.
+
+    Args:
+        name: one of `METHODS`.
+        target_layer: of the methods that take one; None for the last feature map.
+        score: of the methods that take one.
+        option: where the name comes from, for the message.
+
+    Raises:
+        InvalidValueError: there is no such method.
+    """
+    if name not in METHODS:
+        raise InvalidValueError(
+            f"{option} {name}: there is no such method{did_you_mean(name, METHODS)}; there are "
+            f"{', '.join(METHODS)}"
+        )
+    return METHODS[name].build(target_layer, score)
+
+
+def coco_method(name: str) -> SaliencyMethod:
+    """Return a method with the paper's settings for COCO: a sigmoid score, θ = 0.6 and λ = 0.25.
+
+    θ and λ take the place of those for ImageNet, AOP's defaults, wherever an activation map starts the
+    perturbation. A method with a θ and λ of its own, such as `fast_sigcam`, keeps them.
+    """
+    method = make_method(name, score=sigmoid)
+    if (
+        isinstance(method, AOP)
+        and isinstance(method.activation, ActivationMethod)
+        and (method.threshold, method.scale) == (AOP.threshold, AOP.scale)
+    ):
+        return replace(method, threshold=0.6, scale=0.25)
+    return method
+
+
+def method_list() -> str:
+    """Return the names with their costs, for the help of a command."""
+    names = ", ".join(f"{name} ({row.evaluations})" for name, row in METHODS.items())
+    return f"{names}; in brackets the model evaluations per image"
+
 
 FIGURE_5: tuple[MethodName, ...] = (
     "guided_backprop",

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_aop.errors import require_finite, require_positive
+from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
 from lightning_aop.model.passes import pass_size
@@ -96,7 +97,7 @@ class RankedMask:
             eval_batch_size=self.eval_batch_size,
         )
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"RankedMask: momentum must lie in [0, 1), got {self.momentum}")
+            raise InvalidValueError(f"RankedMask: momentum must lie in [0, 1), got {self.momentum}")
 
     def refine(self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps) -> Maps:
         """Return the map of the last iterate, from R = start, at the images' size."""

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from lightning_aop.errors import require_finite, require_positive
+from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import explaining
 from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max, resize
@@ -51,7 +52,9 @@ class RISE:
             "RISE", masks=self.masks, cells=self.cells, eval_batch_size=self.eval_batch_size
         )
         if not 0 < self.probability < 1:
-            raise ValueError(f"RISE: probability must lie between 0 and 1, got {self.probability}")
+            raise InvalidValueError(
+                f"RISE: probability must lie between 0 and 1, got {self.probability}"
+            )
 
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
         """Return the maps [B, H, W] in [0, 1]."""

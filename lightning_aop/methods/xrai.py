@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from lightning_aop.errors import require_finite, require_positive
+from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.errors import InvalidValueError, MissingPackageError
 from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max
@@ -43,7 +44,7 @@ def _slic() -> Callable[..., Any]:
     try:
         from skimage.segmentation import slic
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             'XRAI needs scikit-image: install it with pip install "lightning-aop[methods]"'
         ) from error
     return slic  # type: ignore[no-any-return]
@@ -79,12 +80,12 @@ def merge_segments(
     require_positive("merge_segments", min_area=min_area)
     values = np.asarray(attribution, dtype=np.float64).ravel()
     if not np.isfinite(values).all():
-        raise ValueError("merge_segments: attribution holds NaN or infinity")
+        raise InvalidValueError("merge_segments: attribution holds NaN or infinity")
     if not labels:
-        raise ValueError("merge_segments: labels must hold at least one label map")
+        raise InvalidValueError("merge_segments: labels must hold at least one label map")
     for label_map in labels:
         if label_map.shape != attribution.shape:
-            raise ValueError(
+            raise InvalidValueError(
                 f"merge_segments: labels must have the attribution's shape {attribution.shape}, got "
                 f"{label_map.shape}"
             )
@@ -222,11 +223,11 @@ class XRAI:
     def __post_init__(self) -> None:
         require_positive("XRAI", min_area=self.min_area, eval_batch_size=self.eval_batch_size)
         if self.steps < 2:
-            raise ValueError(
+            raise InvalidValueError(
                 f"XRAI: steps must be 2 or more, the ends of the path, got {self.steps}"
             )
         if not self.segments or min(self.segments) <= 0:
-            raise ValueError(
+            raise InvalidValueError(
                 "XRAI: segments must be numbers of superpixels above 0, at least one, got "
                 f"{self.segments}"
             )

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_aop.errors import require_finite, require_positive
+from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import Baseline, GaussianBlur
@@ -174,9 +175,9 @@ def estimate_curves(  # noqa: D417
         One estimate for each game.
     """
     if games not in (_BOTH, _BOTH[:1], _BOTH[1:]):
-        raise ValueError(f"games must be {_BOTH}, or one of them in a tuple, got {games}")
+        raise InvalidValueError(f"games must be {_BOTH}, or one of them in a tuple, got {games}")
     if evaluations < 8 * len(games):
-        raise ValueError(
+        raise InvalidValueError(
             f"evaluations must be 8 or more for each game, {8 * len(games)} for {' and '.join(games)}, "
             f"got {evaluations}: give more"
         )
@@ -360,7 +361,7 @@ def _game(
     require_positive("deletion and insertion", steps=steps, pixels_per_step=pixels_per_step or 1)
     with explaining(model, images, targets) as (classifier, x, t), torch.no_grad():
         if tuple(maps.shape) != (len(x), *x.shape[-2:]):
-            raise ValueError(
+            raise InvalidValueError(
                 f"maps must be one [H, W] map for each image, {[len(x), *x.shape[-2:]]}, got "
                 f"{list(maps.shape)}: enlarge them to the images' size first"
             )
@@ -373,7 +374,7 @@ def saliency_ranks(maps: Maps) -> Int[Tensor, "b h w"]:
     """Return the place of each pixel in the order of falling saliency, 0 first; ties row by row."""
     values = full_precision(maps).flatten(1)
     if values.isnan().any():
-        raise ValueError("maps hold NaN: a map without an order can't be tested")
+        raise InvalidValueError("maps hold NaN: a map without an order can't be tested")
     order = values.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places).view_as(maps)

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Maps, Targets
 
@@ -100,14 +101,14 @@ class _PairGame(Metric, ABC):
     ) -> None:
         super().__init__(**kwargs)
         if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+            raise InvalidValueError(f"num_classes must be at least 1, got {num_classes}")
         if score_threshold is not None and not 0 <= score_threshold <= 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"score_threshold must be a probability in [0, 1], got {score_threshold}: give None "
                 "to test all pairs"
             )
         if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(
+            raise InvalidValueError(
                 f"class_names must name each of the {num_classes} classes, got {len(class_names)} "
                 "names: give one for each class, in the order of the targets"
             )
@@ -150,12 +151,12 @@ class _PairGame(Metric, ABC):
         _check_shapes(maps, masks)
         for name, values in (("targets", targets), ("scores", scores)):
             if values is not None and values.shape != maps.shape[:1]:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{name} must have shape {[len(maps)]}, got {list(values.shape)}: give one for "
                     "each map"
                 )
         if targets.is_floating_point() or targets.dtype == torch.bool:
-            raise ValueError(
+            raise InvalidValueError(
                 f"targets must be class indices, got {targets.dtype}: give one integer for each map"
             )
         maps, masks, classes = maps.detach(), masks.to(maps.device), targets.to(maps.device).long()
@@ -409,7 +410,7 @@ def _refuse(*faults: _Fault) -> None:
         bad = rows.nonzero()[:, 0].tolist()
         if bad:
             shown = None if values is None else values[rows].tolist()
-            raise ValueError(message.format(rows=bad, values=shown))
+            raise InvalidValueError(message.format(rows=bad, values=shown))
 
 
 def _pointing_fault(maps: Maps) -> _Fault:
@@ -448,21 +449,23 @@ def _score_fault(scores: Float[Tensor, " b"]) -> _Fault:
 
 def _check_shapes(maps: Tensor, masks: Tensor) -> None:
     if maps.ndim != 3 or 0 in maps.shape[1:]:
-        raise ValueError(
+        raise InvalidValueError(
             f"maps must have shape [B, H, W], got {list(maps.shape)}: give one map for each pair"
         )
     if masks.shape != maps.shape:
-        raise ValueError(
+        raise InvalidValueError(
             f"masks must have the shape of the maps, {list(maps.shape)}, got {list(masks.shape)}: "
             "bring both to the size of the image first"
         )
     if masks.dtype != torch.bool:
-        raise TypeError(f"masks must be bool, got {masks.dtype}: compare them, as masks > 0.5")
+        raise InvalidTypeError(
+            f"masks must be bool, got {masks.dtype}: compare them, as masks > 0.5"
+        )
 
 
 def _check_tolerance(tolerance: float) -> None:
     if not 0 <= tolerance < inf:
-        raise ValueError(
+        raise InvalidValueError(
             f"tolerance must be a finite distance in pixels, 0 or more, got {tolerance}: give 0 for "
             "the pixel itself, 15 for TorchRay's rule"
         )

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_aop.errors import check_batch
+from lightning_aop.checks import check_batch
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.metrics.similarity import rank_correlation, require_room, ssim
 from lightning_aop.model.adapter import explaining
 from lightning_aop.model.isolation import holding, undisturbed, unwrap
@@ -95,7 +96,7 @@ def parameter_randomization(
         ValueError: at once, if a setting or a layer is unknown or the images are too small.
     """
     if mode not in get_args(Mode):
-        raise ValueError(
+        raise InvalidValueError(
             f"parameter_randomization: mode must be 'cascading' or 'independent', got {mode!r}"
         )
     check_batch(images, targets)
@@ -104,13 +105,15 @@ def parameter_randomization(
     chosen = list(known) if layers is None else list(layers)
     for name in chosen:
         if name not in known:
-            raise ValueError(
+            raise InvalidValueError(
                 f"parameter_randomization: layers names '{name}', which is no layer of "
                 f"{type(unwrap(model)).__name__} whose weights are randomised; those are "
                 f"{', '.join(known) or 'none'}"
             )
     if len(set(chosen)) < len(chosen):
-        raise ValueError(f"parameter_randomization: layers names a layer twice, got {chosen}")
+        raise InvalidValueError(
+            f"parameter_randomization: layers names a layer twice, got {chosen}"
+        )
 
     def steps() -> Iterator[RandomizedLayer]:
         if set(chosen) <= set(skip):

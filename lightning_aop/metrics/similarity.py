@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.ops import GaussianBlur
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Maps
@@ -55,7 +56,7 @@ _WINDOW = 11
 def require_room(size: tuple[int, int]) -> None:
     """Raise ValueError for maps that are smaller than the window of SSIM."""
     if min(size) < _WINDOW:
-        raise ValueError(
+        raise InvalidValueError(
             f"the structural similarity needs maps of {_WINDOW} by {_WINDOW} pixels or more, its "
             f"window, got {size[0]} by {size[1]}: enlarge the images"
         )
@@ -63,7 +64,7 @@ def require_room(size: tuple[int, int]) -> None:
 
 def _require_same_shape(a: Maps, b: Maps) -> None:
     if a.shape != b.shape:
-        raise ValueError(
+        raise InvalidValueError(
             f"maps must have the same shape to be compared, got {list(a.shape)} and {list(b.shape)}"
         )
 

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_aop.errors import check_batch
+from lightning_aop.checks import check_batch
+from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.model.isolation import device_of, undisturbed, unwrap
 from lightning_aop.model.passes import pass_size
 from lightning_aop.scores import Score, full_precision
@@ -35,13 +36,13 @@ class Classifier:
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(
+            raise InvalidValueError(
                 f"{type(self.model).__name__} must map images [B, C, H, W] to logits [B, K], got "
                 f"{got} for {len(images)} images: wrap it in a module whose forward returns the "
                 "logits"
             )
         if self.highest >= logits.shape[1]:
-            raise ValueError(
+            raise InvalidValueError(
                 f"targets must lie in 0..{logits.shape[1] - 1}, the classes of "
                 f"{type(self.model).__name__}, got {self.highest}"
             )
@@ -63,14 +64,14 @@ def explaining(
     """
     check_batch(images, targets)
     if not callable(getattr(model, "forward", None)) or not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrap(model)
     with undisturbed(model, seed):
         device = device_of(model)
         targets = targets.detach().clone().to(device)
         low, high = (int(value) for value in torch.stack(targets.aminmax()).tolist())
         if low < 0:
-            raise ValueError(f"targets must be class indices of 0 or more, got {low}")
+            raise InvalidValueError(f"targets must be class indices of 0 or more, got {low}")
         yield Classifier(model, high), full_precision(images.detach().clone().to(device)), targets
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import Classifier
 from lightning_aop.model.isolation import undisturbed, unwrap
 from lightning_aop.scores import full_precision
@@ -21,7 +22,7 @@ from lightning_aop.types import Images
 __all__ = ["Capture", "TargetLayerError", "capture", "find_target_layer"]
 
 
-class TargetLayerError(ValueError):
+class TargetLayerError(InvalidValueError):
     """The layer to look at is missing, ambiguous, or no feature map."""
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_aop.errors import require_positive
+from lightning_aop.checks import require_positive
 from lightning_aop.model.isolation import unwrap
 
 __all__ = ["Evaluations", "Passes", "count_evaluations", "pass_size"]

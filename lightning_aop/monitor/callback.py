@@ -380,8 +380,7 @@ class ExplanationMonitor(Callback):
         run = _Run(
             Judge(self.metrics, self.controls), Budget(self.max_overhead), warn, RunFolder(warn)
         )
-        if self.metrics is True:
-            run.held |= _WORST
+        run.held |= {name: _WORST[name] for name in run.judge.names if name in _WORST}
         return run
 
     @property

@@ -56,6 +56,15 @@ class Judge:
         return None if self.metrics is False else self.metrics
 
     @property
+    def names(self) -> set[str]:
+        """The values that are there from the first explanation on, as far as that is known before."""
+        metric = Faithfulness() if self.metrics is True else self.metrics
+        if isinstance(metric, bool):
+            return set()
+        kinds = {Faithfulness: {"deletion_auc", "insertion_auc", "overall_auc"}}
+        return set().union(*(kinds.get(type(part), {_name(part)}) for part in _parts(metric)))
+
+    @property
     def controls_due(self) -> bool:
         """Whether the next explanation measures the controls.
 
@@ -127,8 +136,7 @@ def computed(metric: Judging) -> dict[str, float]:
     """Return the metric's values by name."""
     result = metric.compute()
     if not isinstance(result, Mapping):
-        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(metric).__name__).lower()
-        result = {name: result}
+        result = {_name(metric): result}
     return {name: float(value) for name, value in result.items()}
 
 
@@ -152,6 +160,10 @@ def located(
         metric.update(maps.cpu(), masks, targets.cpu())  # in float64, which not every device has
         result[name] = float(metric.compute()["mean"])
     return result
+
+
+def _name(metric: object) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(metric).__name__).lower()
 
 
 def _parts(metric: Judging) -> Iterator[Metric]:

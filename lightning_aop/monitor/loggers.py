@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.view.png import write_png
 
 __all__ = ["log_image"]
@@ -56,7 +57,7 @@ def log_image(
         return None
     directory = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or fallback
     if directory is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"{type(logger).__name__} can't hold pictures and has no directory to write them to: "
             "give it a save_dir, or add a TensorBoardLogger or CSVLogger to the trainer"
         )
@@ -89,7 +90,7 @@ def log_table(
     if not has_tables(logger):
         return False
     if wrong := [row for row in rows if len(row) != len(columns)]:
-        raise ValueError(
+        raise InvalidValueError(
             f"a row of table {tag} has {len(wrong[0])} cells for {len(columns)} columns: "
             "give each row one cell for each column"
         )

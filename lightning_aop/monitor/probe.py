@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.types import Images
 
 ProbeSource: TypeAlias = (
@@ -74,7 +75,7 @@ class Probe:
         if not isinstance(images, Tensor) or images.ndim != 4:
             keys = f" with keys {list(batch)}" if isinstance(batch, Mapping) else ""
             shape = f" [{', '.join(map(str, images.shape))}]" if isinstance(images, Tensor) else ""
-            raise ValueError(
+            raise InvalidValueError(
                 f"no image batch [B, C, H, W] found in a {type(batch).__name__}{keys}{shape}: pass "
                 "probe=(images, labels), or a callable that returns them"
             )
@@ -125,7 +126,7 @@ class Probe:
             return self
         found = torch.cat(masks)
         if found.shape[1:] != self.images.shape[2:] or len(found) != len(pairs):
-            raise ValueError(
+            raise InvalidValueError(
                 f"the masks must have the size of the images, {list(self.images.shape[2:])}, one for "
                 f"each class, got {list(found.shape)}: let them take the way of the images, resizing "
                 "by nearest neighbour"
@@ -160,7 +161,7 @@ class Probe:
             rows = torch.arange(len(self.images)).repeat_interleave(len(targets))
             return rows, torch.tensor(list(targets)).repeat(len(self.images))
         if self.labels is None:
-            raise ValueError(
+            raise InvalidValueError(
                 "targets='label' needs labels, an integer tensor [B] or a multi-hot one [B, K], and "
                 "the probe has none: pass probe=(images, labels), or targets='predicted'"
             )
@@ -170,7 +171,7 @@ class Probe:
         positive &= positive.cumsum(dim=1) <= max_classes_per_image
         rows, classes = positive.nonzero(as_tuple=True)
         if len(rows) == 0:
-            raise ValueError(
+            raise InvalidValueError(
                 f"none of the probe's {len(self.labels)} images has a positive label: choose others "
                 "with probe=…, or targets='predicted' or a list of classes"
             )
@@ -263,7 +264,7 @@ def collect(source: ProbeSource, loaders: Any) -> Collected:
     if callable(source):
         return Collected(source())
     if not isinstance(source, Sized):
-        raise TypeError(
+        raise InvalidTypeError(
             f"probe must be a number, a batch, a dataset with a length or a callable, got "
             f"{type(source).__name__}"
         )
@@ -318,7 +319,7 @@ def first_samples(loader: Any, count: int) -> Any:
     """
     dataset: Any = getattr(loader, "dataset", None)
     if dataset is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"a {type(loader).__name__} has no dataset to take {count} samples from: pass the probe "
             "itself, probe=(images, labels)"
         )
@@ -334,7 +335,9 @@ def first_samples(loader: Any, count: int) -> Any:
         stream: Iterable[Any] = copy.deepcopy(dataset)
         samples = list(itertools.islice(stream, count))
     if not samples:
-        raise ValueError("the dataset is empty: pass the probe itself, probe=(images, labels)")
+        raise InvalidValueError(
+            "the dataset is empty: pass the probe itself, probe=(images, labels)"
+        )
     if isinstance(loader, DataLoader) and loader.batch_sampler is None:
         return samples[0]  # The dataset makes its own batches.
     return collate(samples)
@@ -345,7 +348,7 @@ def _first_loader(loaders: Any) -> Any:
     while isinstance(loaders, (list, tuple, Mapping)) and loaders:
         loaders = next(iter(loaders.values())) if isinstance(loaders, Mapping) else loaders[0]
     if loaders is None or isinstance(loaders, (list, tuple, Mapping)):
-        raise ValueError(
+        raise InvalidValueError(
             "there is no data loader to take the probe from: pass the probe itself, "
             "probe=(images, labels)"
         )

@@ -13,10 +13,12 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lightning_aop.errors import UserError
+
 T = TypeVar("T")
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError, RuntimeError):
     """What went wrong on another process."""
 
 

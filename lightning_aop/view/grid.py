@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.types import Images, Maps
 from lightning_aop.view.heat import (
     LINE,
@@ -263,47 +264,49 @@ def _check_layout(
     count = len(images)
     if isinstance(captions, str) or len(captions) != count:
         given = f"the text {captions!r}" if isinstance(captions, str) else len(captions)
-        raise ValueError(
+        raise InvalidValueError(
             f"captions must hold {count} texts, one per image, got {given}: "
             "give a list of one text for each image, empty where there is nothing to say"
         )
     if images.numel() == 0:
-        raise ValueError(
+        raise InvalidValueError(
             f"images must hold at least one image of at least one pixel, got {list(images.shape)}: "
             "draw nothing when there is nothing to draw"
         )
     if columns is not None and columns < 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"columns must be 1 or more, got {columns}: leave it out to have it chosen"
         )
     if cell is not None and cell < _SMALLEST:
-        raise ValueError(
+        raise InvalidValueError(
             f"cell must be {_SMALLEST} pixels or more, got {cell}: leave it out to have it chosen"
         )
     expected = [count, *images.shape[2:]]
     if outlines is not None and (list(outlines.shape) != expected or outlines.dtype != torch.bool):
-        raise ValueError(
+        raise InvalidValueError(
             f"outlines must be torch.bool of shape {expected}, got {outlines.dtype} of shape "
             f"{list(outlines.shape)}: give one mask per image, resized to its height and width"
         )
     if groups is not None and len(groups) != count:
-        raise ValueError(
+        raise InvalidValueError(
             f"groups must hold {count} numbers, one per image, got {len(groups)}: "
             "give images that belong together the same number"
         )
     if groups is not None and columns is not None:
-        raise ValueError(f"columns={columns} counts pairs, and groups have none: leave it out")
+        raise InvalidValueError(
+            f"columns={columns} counts pairs, and groups have none: leave it out"
+        )
     if headings is None:
         return
     if groups is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"headings must come with groups, got {len(headings)} but no groups: "
             "give groups too, or write the texts into captions"
         )
     wanted = len(_runs(groups))
     if isinstance(headings, str) or len(headings) != wanted:
         given = f"the text {headings!r}" if isinstance(headings, str) else len(headings)
-        raise ValueError(
+        raise InvalidValueError(
             f"headings must hold {wanted} texts, one a group, got {given}: "
             "give a list of one text for each group, empty where there is nothing to say"
         )
@@ -312,12 +315,12 @@ def _check_layout(
 def _check_panels(panels: Sequence[str], curves: Tensor | None, count: int) -> None:
     wrong = [panel for panel in panels if panel not in PANELS]
     if wrong or not panels or isinstance(panels, str):
-        raise ValueError(
+        raise InvalidValueError(
             f"panels must be one or more of {', '.join(map(repr, PANELS))}, got {panels!r}: "
             'give a list such as ["overlay", "map"]'
         )
     if "curves" in panels and (curves is None or list(curves.shape[:2]) != [count, 2]):
-        raise ValueError(
+        raise InvalidValueError(
             f"curves must have shape [{count}, 2, points] to be drawn, got "
             f"{None if curves is None else list(curves.shape)}: give deletion and insertion of each "
             "image, NaN where there are none"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.types import Images, Maps
 
 __all__ = ["overlay"]
@@ -56,7 +57,7 @@ def displayable(
             is given, their length is not c, or a ``std`` is not positive.
     """
     if images.ndim != 4 or images.shape[1] == 0:
-        raise ValueError(
+        raise InvalidValueError(
             f"images must have shape [B, C, H, W] with C above 0, got {list(images.shape)}: "
             "add what is missing, a single image becomes a batch with images[None]"
         )
@@ -66,20 +67,20 @@ def displayable(
     if mean is not None and std is not None:
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != x.shape[1]:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{name} must hold one number for each of the images' {x.shape[1]} channels, "
                     f"got {len(values)}, {list(values)}: give the {name} the images were normalised "
                     "with"
                 )
         if min(std) <= 0:
-            raise ValueError(
+            raise InvalidValueError(
                 f"std must be above 0 in every channel, got {list(std)}: give the std the images "
                 "were normalised with, or neither mean nor std"
             )
         x = x * x.new_tensor(std).view(-1, 1, 1) + x.new_tensor(mean).view(-1, 1, 1)
     elif mean is not None or std is not None:
         given, missing = ("mean", "std") if std is None else ("std", "mean")
-        raise ValueError(
+        raise InvalidValueError(
             f"mean and std must come together, got {given} but no {missing}: "
             f"give {missing} too, or neither"
         )
@@ -127,7 +128,7 @@ def overlay(images: RGB, maps: Maps) -> RGB:
         ValueError: ``images`` and ``maps`` differ in b, h or w, or have other dimensions.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(
+        raise InvalidValueError(
             f"images must have shape [B, 3, H, W], got {list(images.shape)}: "
             "turn network inputs into images with displayable()"
         )
@@ -148,7 +149,7 @@ def coloured(heat: Maps) -> RGB:
 def check_same_size(images: RGB, maps: Maps) -> None:
     expected = [images.shape[0], *images.shape[2:]]
     if list(maps.shape) != expected:
-        raise ValueError(
+        raise InvalidValueError(
             f"maps must have shape {expected} for images of shape {list(images.shape)}, got "
             f"{list(maps.shape)}: give one map per image, resized to the images' height and width"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.files import write_whole
 from lightning_aop.view.heat import Picture
 
@@ -27,7 +28,7 @@ def write_png(image: Picture, path: str | Path) -> Path:
         OSError: the file cannot be written; an existing one is left as it was.
     """
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
-        raise ValueError(
+        raise InvalidValueError(
             f"image must be torch.uint8 of shape [3, H, W], got {image.dtype} of shape "
             f"{list(image.shape)}: give what heatmap_grid() returned"
         )

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.types import Images
 from lightning_aop.view.grid import colour_bar, panels_of
 from lightning_aop.view.heat import Picture, displayable
@@ -61,12 +62,12 @@ def map_table(
     count, many = len(images), len(columns)
     for name, rows in (("maps", maps), ("captions", captions)):
         if len(rows) != count or any(len(row) != many for row in rows):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name} must hold {many} entries, one a column, for each of the {count} images, got "
                 f"{[len(row) for row in rows]}"
             )
     if len(headings) != count or count == 0 or many == 0:
-        raise ValueError(
+        raise InvalidValueError(
             f"headings must hold a text for each of the {count} images (1 or more), of {many} columns "
             f"(1 or more), got {len(headings)}"
         )

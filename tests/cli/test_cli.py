@@ -1,5 +1,5 @@
+import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,10 @@ import pytest
 import skimage
 import torch
 import torchvision
-from conftest import finish
 from PIL import Image
 
 from lightning_aop.cli.main import main
+from lightning_aop.cli.photos import photos_first
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,9 @@ def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> No
         (["--target-class=1000"], r"the model has classes 0\.\.999"),
         (["--target-class=terrier"], r"could be .*; give the index"),
         (["--target-class=zzz"], "no class of the model has this name"),
+        (["--target-class=tabbi"], "has this name; did you mean .*tabby"),
+        (["--method=gradcan"], "--method gradcan: .*did you mean gradcam"),
+        (["--size=16"], "--size 16: too small"),
         (["--weights=nowhere.pth"], "nowhere.pth: no such file"),
         (["--model=alexnet"], r"these are no weights of alexnet.*with --model"),
         (["--model=resnet999"], "torchvision has no classifier of this name"),
@@ -100,7 +103,53 @@ def test_what_a_user_can_mend_is_said(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_module_is_the_command() -> None:
-    command = [sys.executable, "-m", "lightning_aop", "--help"]
-    text = finish(command)
-    assert "Explain photos and draw the maps" in text
+@pytest.mark.parametrize(
+    ("suffix", "start"), [("pdf", b"%PDF"), ("jpg", b"\xff\xd8"), ("png", b"\x89PNG")]
+)
+def test_the_suffix_decides_the_format(
+    suffix: str, start: bytes, weights: Path, photo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / f"out.{suffix}"
+    assert explain(photo, f"--weights={weights}", "--method=gradcam", "--size=64", "-o", out) == 0
+    assert out.read_bytes().startswith(start)
+
+
+def test_where_nothing_can_be_written_is_refused_before_the_work(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out, message in {
+        tmp_path: "is a folder; name a file in it",
+        tmp_path / "out.tiff3": r"must end in .png, .jpg, .jpeg, .webp or .pdf",
+        tmp_path / "file" / "out.png": "its folder can't be made",
+    }.items():
+        assert explain(photo, "--weights=none.pth", "-o", out) == 1  # which is not looked for
+        assert message in capsys.readouterr().err
+
+
+def test_a_photo_behind_the_classes_is_no_class(
+    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--weights={weights}", "--method=gradcam", "--size=64", "-o", tmp_path / "out.png"]
+    assert explain(*words, "--json", "--target-class", "tabby", "7", photo) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["class"], second["class"]) == ("tabby", "cock")
+    assert first["photo"] == str(photo)
+    assert first["overall_auc"] == pytest.approx(first["insertion_auc"] - first["deletion_auc"])
+
+
+def test_only_what_ends_like_an_image_comes_first() -> None:
+    words = [
+        "--target-class",
+        "281",
+        "tiger cat",
+        "a.JPG",
+        "-o",
+        "out.png",
+        "--methods",
+        "cam",
+        "b.png",
+    ]
+    first = ["a.JPG", "b.png"]
+    assert photos_first(words) == first + [word for word in words if word not in first]
+    assert photos_first(["a.jpg", "--target-class=5"]) == ["a.jpg", "--target-class=5"]

@@ -322,7 +322,7 @@ def test_failures_are_entries_with_a_reason(
     assert len(by) == 3 * 6
     reasons = {key: row["reason"] for key, row in by.items() if row["reason"]}
     assert reasons["picky", 1] == "RuntimeError: not this one"
-    assert reasons["picky", 2].startswith("ValueError: maps hold NaN")
+    assert reasons["picky", 2].startswith("InvalidValueError: maps hold NaN")
     for method in ("GradCAM", "CAM", "picky"):
         assert "can't be used: it can't be read" in reasons.pop((method, 4))
         assert reasons.pop((method, 5)) == "the picture can't be used: the file is missing"

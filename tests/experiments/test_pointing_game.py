@@ -18,12 +18,12 @@ import torch
 from conftest import finish
 
 from lightning_aop import GradCAM
-from lightning_aop.cli.main import coco_method, main
+from lightning_aop.cli.main import main
 from lightning_aop.coco import CocoMultilabel, MultilabelClassifier, Preprocess
 from lightning_aop.data.digests import described, slug
 from lightning_aop.data.shapes import CLASSES, write_shapes
 from lightning_aop.experiments.pointing_game import Rules
-from lightning_aop.methods.names import METHODS
+from lightning_aop.methods.names import METHODS, coco_method
 
 pytest.importorskip("pycocotools")
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.logger=false", "--data.num_workers=0")

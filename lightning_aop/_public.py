@@ -1,0 +1,50 @@
+"""The names that `import lightning_aop` offers, each from where it is defined."""
+
+from lightning_aop.methods.aop import AOP, Blank, fast_sigcam, sigcam
+from lightning_aop.methods.cam import (
+    CAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    WGradCAM,
+    XGradCAM,
+)
+from lightning_aop.methods.captum import CaptumAttribution
+from lightning_aop.methods.controls import CentreGaussian, EdgeDetector, RandomMap
+from lightning_aop.methods.emp import EMP
+from lightning_aop.methods.excitation import ExcitationBackprop
+from lightning_aop.methods.igos import IGOS
+from lightning_aop.methods.ranked_mask import RankedMask
+from lightning_aop.methods.rise import RISE
+from lightning_aop.methods.xrai import XRAI
+from lightning_aop.monitor import ExplanationMonitor
+from lightning_aop.types import ActivationMethod, Perturbation, SaliencyMethod
+
+__all__ = [
+    "AOP",
+    "CAM",
+    "EMP",
+    "IGOS",
+    "RISE",
+    "XRAI",
+    "ActivationMethod",
+    "Blank",
+    "CaptumAttribution",
+    "CentreGaussian",
+    "EdgeDetector",
+    "ExcitationBackprop",
+    "ExplanationMonitor",
+    "GradCAM",
+    "GradCAMPlusPlus",
+    "HiResCAM",
+    "LayerCAM",
+    "Perturbation",
+    "RandomMap",
+    "RankedMask",
+    "SaliencyMethod",
+    "WGradCAM",
+    "XGradCAM",
+    "fast_sigcam",
+    "sigcam",
+]

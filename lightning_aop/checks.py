@@ -1,0 +1,52 @@
+"""What is refused at the public edge: messages name the value, what was expected and what to do."""
+
+import torch
+from torch import Tensor
+
+from lightning_aop.errors import InvalidTypeError, InvalidValueError, NonFiniteScoreError
+from lightning_aop.types import Targets
+
+
+def check_batch(images: Tensor, targets: Tensor) -> None:
+    """Raise ValueError or TypeError unless `images` [B,C,H,W] and `targets` [B] fit each other."""
+    if images.ndim != 4:
+        hint = "; add a batch dimension with images[None]" if images.ndim == 3 else ""
+        raise InvalidValueError(
+            f"images must have shape [B, C, H, W], got {list(images.shape)}{hint}"
+        )
+    if not images.is_floating_point():
+        raise InvalidTypeError(
+            f"images must be floating point, got {images.dtype}: scale and normalise them as for "
+            "training (for uint8 pictures: images.float() / 255)"
+        )
+    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+        raise InvalidValueError(
+            "targets must hold one class index an image, an integer tensor of shape [B], got "
+            f"{targets.dtype} of shape {list(targets.shape)}; for multilabel data repeat the image "
+            "once for each class that is explained"
+        )
+    if len(images) != len(targets):
+        raise InvalidValueError(
+            f"images and targets must have the same length, got {len(images)} images and "
+            f"{len(targets)} targets: give one target for each image"
+        )
+    if len(images) == 0:
+        raise InvalidValueError("the batch is empty: give at least one image")
+
+
+def require_finite(values: Tensor, targets: Targets, what: str) -> None:
+    """Raise NonFiniteScoreError that names the images whose value is NaN or infinite."""
+    bad = (~values.reshape(len(values), -1).isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if bad:
+        classes = targets[bad].tolist()
+        raise NonFiniteScoreError(
+            f"{what} is NaN or infinite for image(s) {bad} (class(es) {classes}): check the model's "
+            "weights for NaN (a diverged training?) and the images' normalisation"
+        )
+
+
+def require_positive(owner: str, **values: float | None) -> None:
+    """Raise ValueError for a setting that must be above zero where it is given."""
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise InvalidValueError(f"{owner}: {name} must be above 0, got {value}")

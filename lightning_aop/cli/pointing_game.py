@@ -1,0 +1,71 @@
+"""`lightning-aop pointing-game`: does the heat of a class lie on its objects, over a whole data set?"""
+
+import json
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_aop.coco import CocoClassification, MultilabelClassifier
+from lightning_aop.errors import UserError
+from lightning_aop.experiments.pointing_game import Rules, details, name_of, play, table
+from lightning_aop.methods.names import MethodName, coco_method
+from lightning_aop.types import SaliencyMethod
+
+
+class Trainer(pl.Trainer):
+    """Lightning's trainer, with one more thing to do."""
+
+    def pointing_game(
+        self,
+        model: MultilabelClassifier,
+        datamodule: CocoClassification,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = True,
+        method: MethodName | SaliencyMethod | list[MethodName | SaliencyMethod] = "fast_sigcam",
+        rules: Rules = Rules(),  # noqa: B008
+        output: Path = Path("pointing_game"),
+    ) -> None:
+        """Play the pointing game: does the heat of a class lie on its objects?
+
+        A run that was stopped goes on where it was when it is started again. Writes a table and
+        the figures of each class to `output`.
+
+        Args:
+            model: what is explained.
+            datamodule: its validation split is played on.
+            ckpt_path: the checkpoint of the trained model.
+            weights_only: load nothing but tensors and plain values from it.
+            method: how to explain: a name, a class with its arguments, or a list of these. By name,
+                the methods have the paper's settings for COCO.
+            rules: what is counted.
+            output: the folder of the results.
+        """
+        datamodule.prepare_data()
+        datamodule.setup("validate")
+        assert ckpt_path is not None, "seen to by the command line"
+        if method == []:
+            raise UserError("pointing-game: no method is named; name one: --method sigcam")
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        data = datamodule.dataset("val")
+        model.check_classes(data.classes)
+        results = []
+        for chosen in method if isinstance(method, list) else [method]:
+            name = chosen if isinstance(chosen, str) else name_of(chosen)
+            way = coco_method(chosen) if isinstance(chosen, str) else chosen
+            workers = datamodule.num_workers
+            results.append(play(self, model, data, way, name, output, rules, workers))
+            if self.is_global_zero:
+                text = table(results, rules.tolerances)
+                (output / "table.md").write_text(text + "\n")
+                every = [details(result, rules.tolerances) for result in results]
+                (output / "results.json").write_text(json.dumps(every, indent=1))
+        datamodule.teardown("validate")
+        if self.is_global_zero:
+            print(f"\n{text}\n\nwrote {output / 'table.md'} and {output / 'results.json'}")
+
+
+# What the subcommand is called, beside what Python allows.
+setattr(Trainer, "pointing-game", Trainer.pointing_game)

@@ -1,0 +1,30 @@
+"""What the commands with a Trainer share: fewer warnings, and an end of the process group."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+# What Lightning warns of, and what is meant or none of the user's business.
+_MEANT = (
+    ".*in eval mode at the start of training",
+    ".*LeafSpec",
+    ".*does not have many workers",
+    ".*replicates",  # the data module's blank images take the place of repeated ones
+    ".*sync_dist=True",  # every process explains the same probe
+    "The dirpath has changed",
+)
+
+
+@contextmanager
+def tidy_run() -> Iterator[None]:
+    """Leave out the warnings that a run means to cause, and leave its process group at the end."""
+    for message in _MEANT:
+        warnings.filterwarnings("ignore", message)
+    try:
+        yield
+    finally:
+        # Gloo's threads may still hold tensors when the interpreter ends, which then aborts.
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

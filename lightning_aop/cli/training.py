@@ -1,0 +1,118 @@
+"""`lightning-aop fit`, `validate`, `test`, `predict` and `pointing-game`, by LightningCLI."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lightning_aop.cli.configs import shipped_configs, with_shipped_configs
+from lightning_aop.cli.pointing_game import Trainer
+from lightning_aop.cli.trainer import tidy_run
+from lightning_aop.coco import CocoClassification, MultilabelClassifier
+from lightning_aop.coco.predictions import PredictionWriter
+from lightning_aop.errors import UserError
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command that the first word names."""
+    with tidy_run():
+        CommandLine(with_shipped_configs(words))
+    return 0
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the configuration of a training run with its logs, and never in the working folder."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write it, where there is a folder of the run's own."""
+        if stage == "fit" and trainer.loggers:
+            folder = trainer.log_dir
+            if folder is not None and Path(folder).resolve() != Path.cwd():
+                super().setup(trainer, pl_module, stage)
+
+
+class CommandLine(LightningCLI):
+    """The parsers of fit, validate, test, predict and pointing-game, and what they run."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+        super().__init__(
+            MultilabelClassifier,
+            CocoClassification,
+            trainer_class=Trainer,
+            trainer_defaults={"max_epochs": 10},
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "lightning-aop",
+                "description": f"--config takes a file or one of {', '.join(shipped_configs())}.",
+            },
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Add the pointing game to what Lightning has."""
+        return LightningCLI.subcommands() | {"pointing-game": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if "weights_only" in self._subcommand_method_arguments[subcommand]:
+            parser.set_defaults({"weights_only": True})
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words given, not those of the process."""
+        self.config = parser.parse_args(self.words)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave alone what the user has set: Lightning would let the checkpoint override it."""
+
+    def instantiate_classes(self) -> None:
+        """Make the network that the checkpoint holds, without looking for weights elsewhere."""
+        command = str(self.subcommand)
+        path = self.config[command].get("ckpt_path")
+        if path is None and command in ("predict", "pointing-game"):
+            raise UserError(f"{command}: the head is untrained; name a checkpoint: --ckpt_path")
+        if path is None or (path in ("best", "last") and command != "pointing-game"):
+            super().instantiate_classes()
+            return
+        if not Path(path).is_file():
+            raise UserError(f"--ckpt_path {path}: no such file")
+        saved = self.config
+        if hasattr(self, "_dump_config"):  # Lightning 2.5 has done it before
+            self._dump_config()
+        self.config = saved.clone()
+        options = self.config[command].model
+        network = torch.load(path, map_location="cpu", weights_only=True).get(
+            "hyper_parameters", {}
+        )
+        for key in {"backbone", "num_classes"} & set(network):
+            options[key] = network[key]
+        options.weights = None
+        super().instantiate_classes()
+        self.config = saved
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfig):
+                callback.config = saved[command]
+
+    def after_fit(self) -> None:
+        """Say where things are."""
+        if not self.trainer.is_global_zero:
+            return
+        checkpoints = [c.best_model_path for c in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
+        print(f"\ncheckpoint   {', '.join(filter(None, checkpoints)) or 'none'}")
+        # Not trainer.log_dir, which every process would have to ask for.
+        folders = [getattr(logger, "root_dir", None) for logger in self.trainer.loggers]
+        if folder := next(filter(None, folders), None):
+            print(f"TensorBoard  tensorboard --logdir {folder}")
+
+    def before_predict(self) -> None:
+        """Write the predictions to a file."""
+        self.trainer.callbacks.append(PredictionWriter())  # type: ignore[attr-defined]

@@ -1,0 +1,95 @@
+"""One list of commands, for the help, the dispatch and the messages."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import finish
+
+from lightning_aop import __version__
+from lightning_aop.cli.configs import shipped_configs
+from lightning_aop.cli.main import COMMANDS, main
+from lightning_aop.errors import InvalidValueError, UserError
+
+NAMES = [command.name for command in COMMANDS]
+
+
+def test_the_help_lists_each_command_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("--help", "-h"):
+        assert main([word]) == 0
+        text = capsys.readouterr().out
+        assert re.findall(r"^  ([a-z][-a-z]*)  ", text, re.MULTILINE) == NAMES
+        assert all(command.help in text for command in COMMANDS)
+        assert all(name in text for name in shipped_configs())
+    assert main([]) == 2
+    assert capsys.readouterr().err == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"lightning-aop {name}" in " ".join(capsys.readouterr().out.split())[:100].replace(
+        "[options] ", ""
+    )
+
+
+def test_an_unknown_command_gets_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reprot", "x"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lightning-aop: reprot: there is no such command; did you mean report")
+    assert said.rstrip().endswith(f"choose from {', '.join(NAMES)}")
+
+
+def test_every_module_of_a_command_is_a_file() -> None:
+    folder = Path(sys.modules["lightning_aop.cli.main"].__file__ or "").parent
+    assert {c.module for c in COMMANDS} <= {path.stem for path in folder.glob("*.py")}
+
+
+def test_the_module_is_the_command() -> None:
+    text = finish([sys.executable, "-m", "lightning_aop", "--help"])
+    assert "Explain photos and draw the maps" in text
+    assert finish([sys.executable, "-m", "lightning_aop", "--version"]).split()[-1] == __version__
+
+
+@pytest.mark.parametrize("words", ["--help", "report --help", "table --help", "curves --help"])
+def test_help_that_needs_no_torch_does_not_wait_for_it(words: str) -> None:
+    script = (
+        "import sys\n"
+        "from lightning_aop.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('torch' in sys.modules)"
+    )
+    text = finish([sys.executable, "-c", script, *words.split()])
+    assert text.split()[-1] == "False"
+
+
+def run_demo_that_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lightning_aop.cli.demo.run", fail)
+    return main(["demo"])
+
+
+def test_an_error_of_the_user_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_demo_that_raises(monkeypatch, InvalidValueError("size must be at least 1")) == 1
+    assert capsys.readouterr().err == "lightning-aop: size must be at least 1\n"
+
+
+def test_debug_anywhere_shows_the_traceback_of_it(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none")
+    assert main(["report", missing]) == 1
+    for words in (["--debug", "report", missing], ["report", missing, "--debug"]):
+        with pytest.raises(UserError, match="no such folder"):
+            main(words)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError("x"), RuntimeError("x")])
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_demo_that_raises(monkeypatch, error)
