@@ -1,6 +1,5 @@
 """What the commands keep while they work, so that a stopped run goes on where it was."""
 
-import csv
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from lightning_aop._version import __version__
 from lightning_aop.cli.errors import CommandError
 from lightning_aop.data.digests import described, update_with_weights
 from lightning_aop.files import write_whole
+from lightning_aop.tables import csv_text
 from lightning_aop.types import SaliencyMethod
 
 
@@ -70,8 +70,5 @@ def make_folder(path: Path) -> None:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows with the same keys as a table with a heading."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    heading = [list(rows[0])] if rows else []
+    write_whole(path, csv_text([*heading, *(list(row.values()) for row in rows)]).encode())

@@ -13,7 +13,7 @@ def table_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="lightning-aop table",
         description="Print what a benchmark has found, also while it runs: the mean deletion, insertion "
-        "and over-all AUC of each method on each network with 95 % intervals (bootstrap over the "
+        "and overall AUC of each method on each network with 95 % intervals (bootstrap over the "
         "images), the paired difference to a reference method, the paper's figures where they are "
         "known, and what the maps cost.",
     )

@@ -1,4 +1,4 @@
-"""What the paper reports (Zhang, Rao and Yang, AAAI 2021), in % as (deletion, insertion, over-all)."""
+"""What the paper reports (Zhang, Rao and Yang, AAAI 2021), in % as (deletion, insertion, overall)."""
 
 import re
 
@@ -37,7 +37,7 @@ def reported(table: str | None, network: str, method: str) -> Figures | None:
 
 
 def reported_overall(table: str | None, method: str) -> float | None:
-    """Return the over-all score of Table 2, the mean over its three networks, or None."""
+    """Return the overall score of Table 2, the mean over its three networks, or None."""
     return _OVERALL.get(_key(method)) if table == "table2" else None
 
 

@@ -26,6 +26,7 @@ from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_gr
 from lightning_aop.metrics import energy_in_mask, pointing_hits
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import count_evaluations
+from lightning_aop.tables import Format, formatted
 from lightning_aop.types import SaliencyMethod
 
 
@@ -271,24 +272,23 @@ def _result(name: str, folder: Path, classes: Sequence[str], rules: Rules) -> Re
     )
 
 
-def table(results: Sequence[Result], tolerances: Sequence[float]) -> str:
-    """Return the figures as a Markdown table, a row for each method."""
+def table(results: Sequence[Result], tolerances: Sequence[float], form: Format = "markdown") -> str:
+    """Return the figures as a table, a row for each method."""
     names = ["exact" if t <= 1 else f"within {t:g} px" for t in tolerances]
     header = ["method", *names, "energy in mask", "classes", "pairs", "evaluations", "seconds"]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for result in results:
-        rows.append(
-            [
-                result.method,
-                *(_percent(result.accuracy(t)) for t in tolerances),
-                _percent(result.energy),
-                str(len(result.classes)),
-                str(result.pairs),
-                str(result.evaluations),
-                f"{result.seconds:.0f}",
-            ]
-        )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    rows = [
+        [
+            result.method,
+            *(_percent(result.accuracy(t)) for t in tolerances),
+            _percent(result.energy),
+            str(len(result.classes)),
+            str(result.pairs),
+            str(result.evaluations),
+            f"{result.seconds:.0f}",
+        ]
+        for result in results
+    ]
+    return formatted(header, rows, form)
 
 
 def details(result: Result, tolerances: Sequence[float]) -> dict[str, Any]:

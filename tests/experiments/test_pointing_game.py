@@ -118,9 +118,8 @@ def test_the_figures_are_those_of_a_slow_loop(
         assert (found["hits"][f"{tolerance:g}"], found["tested"]) == pytest.approx(counts)
     mean = np.mean([hits / tested for hits, tested in expected.values()])
     assert result["accuracy"][f"{tolerance:g}"] == pytest.approx(mean)
-    assert (
-        f"| gradcam | {100 * result['accuracy']['0']:.1f} %" in (tmp_path / "table.md").read_text()
-    )
+    line = (tmp_path / "table.md").read_text().splitlines()[2].replace(" ", "")
+    assert line.startswith(f"|gradcam|{100 * result['accuracy']['0']:.1f}%|")
 
 
 def test_several_methods_by_name_and_by_class(
@@ -173,7 +172,7 @@ def test_nothing_tested_is_said(root: Path, checkpoint: Path, tmp_path: Path) ->
         root, checkpoint, tmp_path, "--method=gradcam", "--rules.score_threshold=0.99999999"
     )
     assert result["accuracy"] == {"0": None, "15": None}
-    assert "| gradcam | - | - | - | 0 | 0 |" in (tmp_path / "table.md").read_text()
+    assert "|gradcam|-|-|-|0|0|" in (tmp_path / "table.md").read_text().replace(" ", "")
 
 
 @pytest.mark.parametrize(
