@@ -1,5 +1,8 @@
 """The pointing game over a whole data set, as a run that can be stopped, resumed and shared out.
 
+Maps are brought to the size of the photo and compared with its masks there, as TorchRay does: a distance
+of 15 pixels is 15 pixels of the photo, whatever the size of the network's input.
+
 The images are cut into fixed groups. A group is explained as a whole, by whichever process gets it,
 and becomes one line of a file; groups that have a line are never explained again. So the figures
 don't depend on the number of processes, or on how often the run was stopped; but each process counts
@@ -18,16 +21,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_aop.coco import CocoMultilabel
+from lightning_aop.coco.dataset import Transform
 from lightning_aop.data.digests import described, slug, update_with_weights
+from lightning_aop.data.images import to_tensor
 from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_groups, unfinished
 from lightning_aop.metrics import energy_in_mask, pointing_hits
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import count_evaluations
 from lightning_aop.tables import Format, formatted
-from lightning_aop.types import SaliencyMethod
+from lightning_aop.types import Maps, SaliencyMethod
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ class Rules:
     """What is counted.
 
     Attributes:
-        tolerances: how far from the mask, in pixels, a maximum still hits; 0 for the exact pixel, 15
-            for TorchRay's rule.
+        tolerances: how far from the mask, in pixels of the photo, a maximum still hits; 0 for the
+            exact pixel, 15 for TorchRay's rule.
         score_threshold: classes with a score F_c (sigmoid) above it are tested.
         group_size: images that are explained together. Methods that draw noise draw it for a group.
         limit: the first images of the split only; None for all.
@@ -115,7 +121,8 @@ def play(
     Args:
         trainer: shares the groups out to its processes.
         model: gives logits [B, K].
-        data: images with labels and masks, from `input_masks`.
+        data: images with labels and masks. Its transform must know the way back from the network's
+            input to the photo, a method `photo_maps(maps, size)`, as `coco.Preprocess` does.
         method: how to explain.
         name: of the method, for folders and tables.
         output: a folder for the files of all runs.
@@ -125,6 +132,7 @@ def play(
     Returns:
         The figures of all groups, those of earlier runs included.
     """
+    _on_photo(data.transform, torch.zeros(1, 1, 1), (1, 1))  # refused before hours are spent
     digest = _digest(model, data, method, rules, str(trainer.precision))
     folder = output / f"{slug(name)}-{digest}"
     count = min(len(data), rules.limit or len(data))
@@ -180,21 +188,15 @@ class _Player(pl.LightningModule):
             pairs = []
             if len(at):
                 maps = self.method.explain(self.model, images[at], targets)
-                masks = torch.cat(
+                columns = torch.cat(
                     [
-                        self.data.input_masks(rows[row], columns.nonzero()[:, 0].tolist())
-                        for row, columns in enumerate(tested.cpu())
-                        if columns.any()
+                        self._judged(rows[row], target, found)
+                        for row, target, found in zip(
+                            at.tolist(), targets.tolist(), maps.split(1), strict=True
+                        )
                     ]
-                ).to(maps.device)
-                columns = torch.stack(
-                    [
-                        *(pointing_hits(maps, masks, t).double() for t in self.rules.tolerances),
-                        energy_in_mask(maps, masks).double(),
-                        scores[at, targets].double(),
-                    ],
-                    dim=1,
                 )
+                columns = torch.cat([columns, scores[at, targets, None].to(columns)], dim=1)
                 for row, target, values in zip(
                     at.tolist(), targets.tolist(), columns.tolist(), strict=True
                 ):
@@ -217,9 +219,41 @@ class _Player(pl.LightningModule):
         _append(self.folder / f"groups-{self.global_rank}.jsonl", line)
         return len(pairs)
 
+    def _judged(self, row: int, target: int, found: Maps) -> Float[Tensor, "1 values"]:
+        """Return what one map scores: its hits, and the share of its heat in the mask.
+
+        Photos differ in size, and are judged one by one.
+        """
+        found = found.cpu() if found.device.type == "mps" else found  # MPS has no float64
+        mask = torch.from_numpy(self.data.masks(row, [target])).to(found.device)
+        found = _on_photo(self.data.transform, found, (mask.shape[1], mask.shape[2]))
+        values = [pointing_hits(found, mask, t).double() for t in self.rules.tolerances]
+        return torch.stack([*values, energy_in_mask(found, mask).double()], dim=1)
+
     def on_predict_end(self) -> None:
         """Wait for the other processes, whose lines are read next."""
         self.trainer.strategy.barrier()
+
+
+def _on_photo(
+    transform: Transform, maps: Maps, size: tuple[int, int]
+) -> Float[Tensor, "b height width"]:
+    """Return maps of the network's input at the photo's own size, where pixels are counted.
+
+    Raises:
+        ValueError: the transform has no way back.
+    """
+    if transform is to_tensor:
+        return maps
+    back = getattr(transform, "photo_maps", None)
+    if back is None:
+        raise ValueError(
+            f"no map can be brought back to the photo's own size through {transform!r}: give it a "
+            "method photo_maps(maps [B, H, W], (height, width)) -> maps [B, height, width], or take "
+            "coco.Preprocess"
+        )
+    placed: Tensor = back(maps, size)
+    return placed
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
@@ -311,7 +345,10 @@ def _digest(
     model: nn.Module, data: CocoMultilabel, method: SaliencyMethod, rules: Rules, precision: str
 ) -> str:
     """Return a name for all that the lines of a run depend on."""
-    settings = described([method, rules, data.transform, data.crowds, data.on_error, precision])
+    where = "compared at the photo's own size"
+    settings = described(
+        [method, rules, where, data.transform, data.crowds, data.on_error, precision]
+    )
     digest = hashlib.sha256(settings.encode())
     update_with_weights(digest, model)
     digest.update(data.file.read_bytes())

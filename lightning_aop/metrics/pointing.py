@@ -39,7 +39,8 @@ def pointing_hits(maps: Maps, masks: Masks, tolerance: float = 0) -> Float[Tenso
     Args:
         maps: saliency; only the places of its maximum count.
         masks: the objects of the explained class.
-        tolerance: in pixels; TorchRay's rule, which publishes with 15.
+        tolerance: in pixels of the maps; TorchRay's rule, which publishes with 15 and takes maps and
+            masks at the photo's own size.
 
     Raises:
         TypeError: the masks are not bool.
@@ -288,8 +289,8 @@ class PointingGame(_PairGame):
 
     Args:
         num_classes: K.
-        tolerance: how far, in pixels, a maximum may lie from the mask; see `pointing_hits`. The
-            paper names none; TorchRay publishes with 15.
+        tolerance: how far, in pixels of the maps, a maximum may lie from the mask; see
+            `pointing_hits`. The paper names none; TorchRay publishes with 15 pixels of the photo.
         score_threshold: pairs whose score is not above it are not tested, the paper's rule; None
             tests all.
         untested_as_zero: count classes without a tested pair as 0 in the mean, as TorchRay does;
