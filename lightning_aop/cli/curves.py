@@ -40,6 +40,6 @@ def curves(options: Namespace) -> int:
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise CommandError(f"--output {path}: must end in .png, .pdf or .svg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(found, list(manifest.folders), methods).savefig(path)
+    draw(found, list(manifest.folders), methods, manifest.reference()).savefig(path)
     print(f"wrote {path}")
     return 0

@@ -26,7 +26,11 @@ def table_parser() -> ArgumentParser:
         help="of the table",
     )
     add("--images", default="all", choices=["all", "correct"], help="what the means are over")
-    add("--reference", type=str | None, help="compare with this method; default: the last")
+    add(
+        "--reference",
+        type=str | None,
+        help="compare with this method; default: sigcam, or the last that is no control",
+    )
     add("--resamples", type=int, default=1000, help="of the bootstrap")
     add("--seed", type=int, default=0, help="of the bootstrap")
     add("--project", type=int | None, help="say how long this many images would take on one device")

@@ -190,7 +190,8 @@ def summary(
     Args:
         run: the output folder of a benchmark.
         images: average over all images with figures, or over those that are classified as labelled.
-        reference: the method that the others are compared with; the last by default.
+        reference: the method that the others are compared with; by default SIGCAM where it is there,
+            else the last that is no control.
         resamples: of the bootstrap.
         seed: of the bootstrap.
         project: say how long this many images would take on one device like those of the run.
@@ -200,7 +201,7 @@ def summary(
     """
     manifest, columns = load(run)
     methods = list(dict.fromkeys(column.method for column in columns))
-    reference = methods[-1] if reference is None else reference
+    reference = manifest.reference() if reference is None else reference
     if reference not in methods:
         raise ValueError(
             f"there is no method {reference!r} in {run}; there are {', '.join(methods)}"

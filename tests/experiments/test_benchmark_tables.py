@@ -12,9 +12,12 @@ import pytest
 from conftest import finish
 
 from lightning_aop.cli.main import main
+from lightning_aop.data.digests import described
 from lightning_aop.experiments.paper import reported, reported_overall
 from lightning_aop.experiments.results import Manifest, write_part
 from lightning_aop.experiments.tables import Interval, Row, Table, bootstrap, summary, written
+from lightning_aop.methods.names import METHODS
+from lightning_aop.scores import softmax
 
 pytest.importorskip("pyarrow")
 POINTS = 9
@@ -145,6 +148,30 @@ def test_means_differences_and_the_paper_s_figures(
     )
     with pytest.raises(ValueError, match=r"no method .IGOS. in .*; there are GradCAM, SIGCAM"):
         summary(tmp_path, reference="IGOS")
+
+
+@pytest.mark.parametrize(
+    ("methods", "reference"),
+    [
+        (("SIGCAM", "GradCAM"), "SIGCAM"),
+        (("gradcam", "sigcam", "random", "centre"), "sigcam"),
+        (("I-GOS", "XRAI", "edges"), "XRAI"),
+        (("random", "centre"), "centre"),
+    ],
+)
+def test_the_reference_is_the_paper_s_method_and_no_control(
+    methods: tuple[str, ...], reference: str, tmp_path: Path
+) -> None:
+    synthetic(tmp_path, 4, methods=methods)
+    assert summary(tmp_path, resamples=10).reference == reference
+
+
+def test_a_control_is_known_by_its_settings_whatever_its_name(tmp_path: Path) -> None:
+    told = {"mine": described(METHODS["gradcam"](None, softmax))}
+    told["chance"] = described(METHODS["random"](None, softmax))
+    settings = {"data": "photos", "net": {"network": "a network", "methods": told}}
+    every = {"net": dict.fromkeys(told, "a digest")}
+    assert Manifest("0", 1, "all", None, {}, every, settings).reference() == "mine"
 
 
 def test_what_a_difference_knows_that_two_intervals_do_not(tmp_path: Path) -> None:
