@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_aop.errors import require_tensors
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Maps, Targets
 
@@ -145,12 +146,14 @@ class _PairGame(Metric, ABC):
             scores: F_c, the model's probability in [0, 1] of that class; all pairs are tested without.
 
         Raises:
-            TypeError: the masks are not bool.
+            TypeError: an argument is no tensor, or the masks are not bool.
             ValueError: the shapes don't fit each other, or a map, target or score is out of range.
         """
         _check_shapes(maps, masks)
-        for name, values in (("targets", targets), ("scores", scores)):
-            if values is not None and values.shape != maps.shape[:1]:
+        given = {"targets": targets} | ({} if scores is None else {"scores": scores})
+        require_tensors(**given)
+        for name, values in given.items():
+            if values.shape != maps.shape[:1]:
                 raise ValueError(
                     f"{name} must have shape {[len(maps)]}, got {list(values.shape)}: give one for "
                     "each map"
@@ -448,6 +451,7 @@ def _score_fault(scores: Float[Tensor, " b"]) -> _Fault:
 
 
 def _check_shapes(maps: Tensor, masks: Tensor) -> None:
+    require_tensors(maps=maps, masks=masks)
     if maps.ndim != 3 or 0 in maps.shape[1:]:
         raise ValueError(
             f"maps must have shape [B, H, W], got {list(maps.shape)}: give one map for each pair"
