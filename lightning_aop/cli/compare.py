@@ -64,6 +64,9 @@ class Row:
     seconds: float
 
 
+_FIELDS = ("map", "deletion", "insertion", "overall", "evaluations", "seconds")
+
+
 def compare(options: Namespace) -> int:
     """Explain, judge and draw; what can't be read or explained is named and left out."""
     names = chosen_methods(options.methods)
@@ -76,7 +79,8 @@ def compare(options: Namespace) -> int:
     if pairs is None:
         return 1
     images, targets, labels, photos = pairs.images, pairs.targets, pairs.labels, pairs.photos
-    store = MapStore(options.output / "maps", recipe.model, (options.target_layer, options.steps))
+    settings = (options.target_layer, options.steps)
+    store = MapStore(options.output / "maps", recipe.model, settings, _FIELDS)
     rows: dict[tuple[int, str], Row] = {}
     maps: dict[tuple[int, str], Tensor] = {}
 

@@ -61,7 +61,8 @@ def sanity_check(options: Namespace) -> int:
         )
     # The weights of a layer depend on the seed and its name, and on those before it if cascading.
     settings = (options.method, options.target_layer, options.mode, options.seed, layers)
-    store = MapStore(options.output / "maps", recipe.model, settings)
+    fields = ("map", "original", "rank_correlation", "ssim")
+    store = MapStore(options.output / "maps", recipe.model, settings, fields)
     method = METHODS[options.method](options.target_layer, softmax)
     keys = [store.key(*pair, method) for pair in zip(images, targets, strict=True)]
     entries: dict[str, list[dict[str, Any]]] = {}

@@ -4,15 +4,13 @@ Maps are brought to the size of the photo and compared with its masks there, as 
 of 15 pixels is 15 pixels of the photo, whatever the size of the network's input.
 
 The images are cut into fixed groups. A group is explained as a whole, by whichever process gets it,
-and becomes one line of a file; groups that have a line are never explained again. So the figures
+and becomes one entry of the folder; groups that have an entry are never explained again. So the figures
 don't depend on the number of processes, or on how often the run was stopped; but each process counts
 the evaluation that finds the target layer.
 """
 
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from lightning_aop.coco.dataset import Transform
 from lightning_aop.data.digests import described, slug, update_with_weights
 from lightning_aop.data.images import to_tensor
 from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_groups, unfinished
+from lightning_aop.experiments.store import Store
 from lightning_aop.metrics import energy_in_mask, pointing_hits
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import count_evaluations
@@ -134,16 +133,18 @@ def play(
     """
     _on_photo(data.transform, torch.zeros(1, 1, 1), (1, 1))  # refused before hours are spent
     digest = _digest(model, data, method, rules, str(trainer.precision))
-    folder = output / f"{slug(name)}-{digest}"
-    count = min(len(data), rules.limit or len(data))
+    store = Store(output / f"{slug(name)}-{digest}", ("process", "pairs", "evaluations", "seconds"))
+    groups = in_groups(min(len(data), rules.limit or len(data)), rules.group_size)
     # Every process sees the same: none writes before all have come to predict().
-    groups = unfinished(in_groups(count, rules.group_size), _read(folder), trainer.world_size)
-    if groups:
-        folder.mkdir(parents=True, exist_ok=True)
-        player = _Player(model, data, method, rules, folder)
-        loader = group_loader(groups, _Reader(data), num_workers)
+    done = {number for number, _ in groups if store.read(_name(number)) is not None}
+    missing = unfinished(groups, done, trainer.world_size)
+    if missing:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        player = _Player(model, data, method, rules, store)
+        loader = group_loader(missing, _Reader(data), num_workers)
         trainer.predict(player, loader, return_predictions=False)
-    return _result(name, folder, data.classes, rules)
+    entries = [store.read(_name(number)) for number, _ in groups]
+    return _result(name, [entry for entry in entries if entry], data.classes, rules)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class _Reader:
 
 
 class _Player(pl.LightningModule):
-    """Explains groups, and writes a line for each."""
+    """Explains groups, and keeps an entry for each."""
 
     def __init__(
         self,
@@ -169,11 +170,11 @@ class _Player(pl.LightningModule):
         data: CocoMultilabel,
         method: SaliencyMethod,
         rules: Rules,
-        folder: Path,
+        store: Store,
     ) -> None:
         super().__init__()
         self.model, self.data, self.method = model, data, method
-        self.rules, self.folder = rules, folder
+        self.rules, self.store = rules, store
 
     def predict_step(self, batch: tuple[int, list[int], Tensor, Tensor], batch_idx: int) -> int:
         """Explain a group, and return how many pairs were tested."""
@@ -210,13 +211,13 @@ class _Player(pl.LightningModule):
                             "energy": round(energy, 9),
                         }
                     )
-        line = {
-            "group": number,
+        entry = {
+            "process": self.global_rank,
             "pairs": pairs,
             "evaluations": evaluations.total,
             "seconds": round(time.perf_counter() - started, 3),
         }
-        _append(self.folder / f"groups-{self.global_rank}.jsonl", line)
+        self.store.write(_name(number), entry)
         return len(pairs)
 
     def _judged(self, row: int, target: int, found: Maps) -> Float[Tensor, "1 values"]:
@@ -231,7 +232,7 @@ class _Player(pl.LightningModule):
         return torch.stack([*values, energy_in_mask(found, mask).double()], dim=1)
 
     def on_predict_end(self) -> None:
-        """Wait for the other processes, whose lines are read next."""
+        """Wait for the other processes, whose entries are read next."""
         self.trainer.strategy.barrier()
 
 
@@ -256,37 +257,16 @@ def _on_photo(
     return placed
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line that is on the disk when this returns."""
-    with path.open("ab+") as file:
-        # A process that was killed while writing leaves half a line, which stays one of its own.
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _name(group: int) -> str:
+    return f"group-{group:06d}"
 
 
-def _read(folder: Path) -> dict[int, dict[str, Any]]:
-    """Return the finished groups by number."""
-    groups: dict[int, dict[str, Any]] = {}
-    for path in sorted(folder.glob("groups-*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                group = json.loads(line)
-            except ValueError:
-                continue  # half a line, of a process that was killed
-            groups.setdefault(group["group"], group)
-    return groups
-
-
-def _result(name: str, folder: Path, classes: Sequence[str], rules: Rules) -> Result:
-    groups = _read(folder)
+def _result(
+    name: str, groups: Sequence[dict[str, Any]], classes: Sequence[str], rules: Rules
+) -> Result:
     by_class: dict[int, list[dict[str, Any]]] = {}
-    for number in sorted(groups):
-        for pair in groups[number]["pairs"]:
+    for group in groups:
+        for pair in group["pairs"]:
             by_class.setdefault(pair["class"], []).append(pair)
     results = {
         classes[index]: ClassResult(
@@ -301,8 +281,8 @@ def _result(name: str, folder: Path, classes: Sequence[str], rules: Rules) -> Re
     return Result(
         method=name,
         classes=results,
-        evaluations=sum(group["evaluations"] for group in groups.values()),
-        seconds=sum(group["seconds"] for group in groups.values()),
+        evaluations=sum(group["evaluations"] for group in groups),
+        seconds=sum(group["seconds"] for group in groups),
     )
 
 
@@ -344,7 +324,7 @@ def details(result: Result, tolerances: Sequence[float]) -> dict[str, Any]:
 def _digest(
     model: nn.Module, data: CocoMultilabel, method: SaliencyMethod, rules: Rules, precision: str
 ) -> str:
-    """Return a name for all that the lines of a run depend on."""
+    """Return a name for all that the entries of a run depend on."""
     where = "compared at the photo's own size"
     settings = described(
         [method, rules, where, data.transform, data.crowds, data.on_error, precision]

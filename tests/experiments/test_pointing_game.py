@@ -74,9 +74,10 @@ def play(*arguments: Any) -> list[dict[str, Any]]:
     return results
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted(folder.rglob("groups-*.jsonl"))
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+def kept(folder: Path) -> dict[str, Any]:
+    """Return the finished groups by the names of their files."""
+    paths = sorted(folder.rglob("group-*.pt"))
+    return {path.stem: torch.load(path, weights_only=True) for path in paths}
 
 
 def triangles(n: int, size: int) -> np.ndarray:
@@ -190,9 +191,9 @@ def test_several_methods_by_name_and_by_class(
     assert results[0]["accuracy"] == results[2]["accuracy"]
     assert "| wgradcam |" in capsys.readouterr().out
     # Nothing is explained again.
-    before = lines(tmp_path)
+    before = kept(tmp_path)
     assert play(root, checkpoint, tmp_path, "--method=[gradcam, wgradcam]") == results[:2]
-    assert lines(tmp_path) == before
+    assert kept(tmp_path) == before
 
 
 def test_methods_by_name_have_the_settings_of_the_paper() -> None:
@@ -203,18 +204,21 @@ def test_methods_by_name_have_the_settings_of_the_paper() -> None:
         assert hasattr(coco_method(name), "explain")  # type: ignore[arg-type]
 
 
-def test_half_a_line_is_no_result_and_spoils_no_other(
-    root: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_what_is_damaged_is_done_again(root: Path, checkpoint: Path, tmp_path: Path) -> None:
     first = play(root, checkpoint, tmp_path, "--method=gradcam", "--rules.group_size=2")
-    (path,) = tmp_path.rglob("groups-0.jsonl")
-    text = path.read_text().splitlines()
-    path.write_text("\n".join(text[:3]) + "\n" + text[3][:20])
+    before = kept(tmp_path)
+    paths = sorted(tmp_path.rglob("group-*.pt"))
+    paths[0].write_bytes(paths[0].read_bytes()[:100])
+    paths[1].write_bytes(b"")
+    torch.save({"pairs": []}, paths[2])
+    torch.save([1], paths[3])
     again = play(root, checkpoint, tmp_path, "--method=gradcam", "--rules.group_size=2")
     # Finding the layer costs one evaluation for each run of a model.
     changes = {"seconds": 0, "evaluations": 0}
     assert again[0] | changes == first[0] | changes
-    assert len(path.read_text().splitlines()) == len(text) + 1
+    after = kept(tmp_path)
+    assert len(after) == len(before) == 7
+    assert [after[path.stem] for path in paths[4:]] == [before[path.stem] for path in paths[4:]]
 
 
 def test_other_rules_weights_or_data_are_another_run(
@@ -292,25 +296,23 @@ def test_a_killed_run_that_two_processes_finish_gives_the_same_figures(
     words = process(root, checkpoint, tmp_path / "two", *options)
     with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as running:
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "two").rglob("groups-0.jsonl")):
+        while not list((tmp_path / "two").rglob("group-*.pt")):
             assert time.monotonic() < deadline
             assert running.poll() is None
             time.sleep(0.02)
         running.send_signal(signal.SIGKILL)
-    done = lines(tmp_path / "two")
+    done = kept(tmp_path / "two")
     assert 0 < len(done) < 7
 
     shared = [*words, "--trainer.devices=2", "--trainer.strategy=ddp"]
     finish(shared, env=ENVIRONMENT)
-    assert lines(tmp_path / "two")[: len(done)] == done
-    assert len(list((tmp_path / "two").rglob("groups-*.jsonl"))) == 2
+    groups = kept(tmp_path / "two")
+    assert {name: groups[name] for name in done} == done
+    assert {entry["process"] for name, entry in groups.items() if name not in done} == {0, 1}
     # One group is missing: fewer than there are processes.
-    (path,) = (tmp_path / "two").rglob("groups-1.jsonl")
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert len(lines(tmp_path / "two")) == 6
+    sorted((tmp_path / "two").rglob("group-*.pt"))[-1].unlink()
     finish(shared, env=ENVIRONMENT)
-    groups = [line["group"] for line in lines(tmp_path / "two")]
-    assert sorted(groups) == list(range(7)), "each group once"
+    assert list(kept(tmp_path / "two")) == [f"group-{number:06d}" for number in range(7)]
     (two,) = json.loads((tmp_path / "two" / "results.json").read_text())
     same = {"seconds": 0, "evaluations": 0}  # each process looks for the layer
     assert_close(two | same, one | same)
