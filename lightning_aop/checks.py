@@ -7,6 +7,15 @@ from lightning_aop.errors import InvalidTypeError, InvalidValueError, NonFiniteS
 from lightning_aop.types import Targets
 
 
+def require_tensors(**values: object) -> None:
+    """Raise TypeError for an argument that is no tensor: an array, a list, a number, or None."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            given = "None" if value is None else type(value).__name__
+            remedy = "give one" if value is None else f"convert it with torch.as_tensor({name})"
+            raise InvalidTypeError(f"{name} must be a torch.Tensor, got {given}: {remedy}")
+
+
 def check_batch(images: Tensor, targets: Tensor) -> None:
     """Raise ValueError or TypeError unless `images` [B,C,H,W] and `targets` [B] fit each other."""
     if images.ndim != 4:

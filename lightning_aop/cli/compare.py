@@ -26,6 +26,7 @@ from lightning_aop.errors import UserError, did_you_mean
 from lightning_aop.methods.names import FIGURE_5, METHODS, make_method, method_list
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.model.passes import count_evaluations
+from lightning_aop.tables import formatted
 from lightning_aop.types import Images, SaliencyMethod, Targets
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
@@ -76,6 +77,9 @@ class Row:
     seconds: float
 
 
+_FIELDS = ("map", "deletion", "insertion", "overall", "evaluations", "seconds")
+
+
 def compare(options: Namespace) -> int:
     """Explain, judge and draw; what can't be read or explained is named and left out."""
     names = chosen_methods(options.methods)
@@ -88,7 +92,8 @@ def compare(options: Namespace) -> int:
     if pairs is None:
         return 1
     images, targets, labels, photos = pairs.images, pairs.targets, pairs.labels, pairs.photos
-    store = MapStore(options.output / "maps", recipe.model, (options.target_layer, options.steps))
+    settings = (options.target_layer, options.steps)
+    store = MapStore(options.output / "maps", recipe.model, settings, _FIELDS)
     rows: dict[tuple[int, str], Row] = {}
     maps: dict[tuple[int, str], Tensor] = {}
 
@@ -215,18 +220,15 @@ def _write(
 
 def _summary(names: Sequence[str], rows: Sequence[Row]) -> str:
     """Return the means over the photos as a table."""
-    lines = [
-        f"{'method':<21} deletion  insertion  over-all  evaluations  seconds   (mean of a photo)"
-    ]
+    lines = []
     for name in names:
         own = [row for row in rows if row.method == name]
         if own:
-            deletion, insertion, overall, evaluations, seconds = (
-                fmean(getattr(row, key) for row in own)
+            means = {
+                key: fmean(getattr(row, key) for row in own)
                 for key in ("deletion", "insertion", "overall", "evaluations", "seconds")
-            )
-            lines.append(
-                f"{name:<21} {deletion:8.3f}  {insertion:9.3f}  {overall:8.3f}  {evaluations:11,.0f}"
-                f"  {seconds:7.2f}"
-            )
-    return "\n".join(lines)
+            }
+            forms = (".3f", ".3f", ".3f", ",.0f", ".2f")
+            lines.append([name, *map(format, means.values(), forms)])
+    header = ["method", "deletion", "insertion", "overall", "evaluations", "seconds"]
+    return formatted(header, lines, notes=["Each value is the mean over the photos."])

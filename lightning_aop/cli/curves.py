@@ -48,6 +48,6 @@ def curves(options: Namespace) -> int:
     assert manifest is not None
     methods = list(dict.fromkeys(name for own in manifest.methods.values() for name in own))
     path = options.output or options.run / "curves.png"
-    draw(found, list(manifest.folders), methods).savefig(path)
+    draw(found, list(manifest.folders), methods, manifest.reference()).savefig(path)
     print(f"wrote {path}")
     return 0

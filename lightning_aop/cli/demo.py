@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MultilabelAveragePrecision
 
-from lightning_aop import ExplanationMonitor
 from lightning_aop.coco import CocoMultilabel
 from lightning_aop.data.shapes import CLASSES, write_shapes
 from lightning_aop.model.isolation import isolated_rng
+from lightning_aop.monitor import ExplanationMonitor
 from lightning_aop.types import Images
 
 PROBE = 8

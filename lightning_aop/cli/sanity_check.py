@@ -12,6 +12,7 @@ from lightning_aop.cli.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import UserError
 from lightning_aop.methods.names import make_method, method_list
 from lightning_aop.metrics.randomization import parameter_randomization, weighted_layers
+from lightning_aop.tables import formatted
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
 
@@ -66,7 +67,8 @@ def sanity_check(options: Namespace) -> int:
         )
     # The weights of a layer depend on the seed and its name, and on those before it if cascading.
     settings = (options.method, options.target_layer, options.mode, options.seed, layers)
-    store = MapStore(options.output / "maps", recipe.model, settings)
+    fields = ("map", "original", "rank_correlation", "ssim")
+    store = MapStore(options.output / "maps", recipe.model, settings, fields)
     keys = [store.key(*pair, method) for pair in zip(images, targets, strict=True)]
     entries: dict[str, list[dict[str, Any]]] = {}
     for layer in layers:
@@ -121,12 +123,13 @@ def sanity_check(options: Namespace) -> int:
     )
     write_png(picture, options.output / "sanity_check.png")
     _write_rows(options.output, pairs.labels, pairs.photos, layers, entries)
-    print(f"{'randomised ' + options.mode:<32} rank correlation   SSIM   (mean of a photo)")
+    lines = []
     for layer in done:
-        correlation, similarity = (
-            fmean(entry[name] for entry in entries[layer]) for name in ("rank_correlation", "ssim")
-        )
-        print(f"{layer:<32} {correlation:16.2f}  {similarity:5.2f}")
+        own = entries[layer]
+        means = (fmean(entry[name] for entry in own) for name in ("rank_correlation", "ssim"))
+        lines.append([layer, *(f"{mean:.2f}" for mean in means)])
+    header = [f"randomised {options.mode}", "rank correlation", "SSIM"]
+    print(formatted(header, lines, notes=["Each value is the mean over the photos."]))
     print(f"\nwrote {options.output / 'sanity_check.png'} and {options.output / 'results.csv'}")
     return 1 if failures else 0
 

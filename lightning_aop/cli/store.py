@@ -1,28 +1,29 @@
 """What the commands keep while they work, so that a stopped run goes on where it was."""
 
-import csv
 import hashlib
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_aop._version import __version__
 from lightning_aop.data.digests import described, update_with_weights
 from lightning_aop.errors import UserError
+from lightning_aop.experiments.store import Store
 from lightning_aop.files import write_whole
+from lightning_aop.tables import csv_text
 from lightning_aop.types import SaliencyMethod
 
 
 class MapStore:
-    """Maps and their figures, each in a file that goes with just this input, network and version."""
+    """Maps and their figures, each in an entry that goes with just this input, network and version."""
 
-    def __init__(self, folder: Path, model: nn.Module, settings: object) -> None:
-        """Keep files in `folder`; `settings` is what else the maps hang on, told by its repr."""
-        self.folder = folder
+    def __init__(
+        self, folder: Path, model: nn.Module, settings: object, fields: Collection[str]
+    ) -> None:
+        """Keep entries with these fields; `settings` is what else they hang on, told by its repr."""
+        self._store = Store(folder, fields)
         self._digest = hashlib.sha256(f"{__version__} {settings!r}".encode())
         update_with_weights(self._digest, model)
 
@@ -36,24 +37,11 @@ class MapStore:
 
     def read(self, key: str, name: str) -> dict[str, Any] | None:
         """Return what was kept under this name, or None, also if the file is damaged."""
-        path = self._path(key, name)
-        if not path.is_file():
-            return None
-        try:
-            entry: dict[str, Any] = torch.load(path, weights_only=True)
-        except Exception:  # whatever the unpickler makes of other bytes
-            return None
-        return entry if isinstance(entry, dict) else None
+        return self._store.read(f"{key}-{name}")
 
     def write(self, key: str, name: str, entry: Mapping[str, Any]) -> None:
-        """Keep tensors and plain values; a tensor is copied out of the batch that it is a view of."""
-        content = io.BytesIO()
-        whole = {k: v.cpu().clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
-        torch.save(whole, content)
-        write_whole(self._path(key, name), content.getvalue())
-
-    def _path(self, key: str, name: str) -> Path:
-        return self.folder / f"{key}-{name}.pt"
+        """Keep the fields of an entry."""
+        self._store.write(f"{key}-{name}", entry)
 
 
 def make_folder(path: Path) -> None:
@@ -70,8 +58,5 @@ def make_folder(path: Path) -> None:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows with the same keys as a table with a heading."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    heading = [list(rows[0])] if rows else []
+    write_whole(path, csv_text([*heading, *(list(row.values()) for row in rows)]).encode())

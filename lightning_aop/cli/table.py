@@ -18,7 +18,7 @@ def table_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="lightning-aop table",
         description="Print what a benchmark has found, also while it runs: the mean deletion, insertion "
-        "and over-all AUC of each method on each network with 95 % intervals (bootstrap over the "
+        "and overall AUC of each method on each network with 95 % intervals (bootstrap over the "
         "images), the paired difference to a reference method, the paper's figures where they are "
         "known, and what the maps cost.",
     )
@@ -31,7 +31,11 @@ def table_parser() -> ArgumentParser:
         help="of the table",
     )
     add("--images", default="all", choices=["all", "correct"], help="what the means are over")
-    add("--reference", type=str | None, help="compare with this method; default: the last")
+    add(
+        "--reference",
+        type=str | None,
+        help="compare with this method; default: sigcam, or the last that is no control",
+    )
     add("--resamples", type=int, default=1000, help="of the bootstrap")
     add("--seed", type=int, default=0, help="of the bootstrap")
     add("--project", type=int | None, help="say how long this many images would take on one device")

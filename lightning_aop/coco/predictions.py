@@ -1,6 +1,5 @@
 """Write the scores of every image to a CSV file."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
+
+from lightning_aop.tables import csv_text
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -32,8 +33,8 @@ class PredictionWriter(BasePredictionWriter):
         suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         self._path = folder / f"predictions{suffix}.csv"
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        with self._path.open("w", newline="") as file:
-            csv.writer(file).writerow(["file", *data.classes])
+        with self._path.open("w", newline="", encoding="utf-8") as file:
+            file.write(csv_text([["file", *data.classes]]))
 
     def write_on_batch_end(
         self,
@@ -50,13 +51,15 @@ class PredictionWriter(BasePredictionWriter):
         assert batch_indices is not None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         files = data.dataset("val").files
-        with self._path.open("a", newline="") as file:
-            csv.writer(file).writerows(
-                [files[index], *(f"{score:.6f}" for score in scores)]
-                for index, scores, label in zip(
-                    batch_indices, prediction.tolist(), batch[1][:, 0].tolist(), strict=True
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            file.write(
+                csv_text(
+                    [files[index], *(f"{score:.6f}" for score in scores)]
+                    for index, scores, label in zip(
+                        batch_indices, prediction.tolist(), batch[1][:, 0].tolist(), strict=True
+                    )
+                    if label >= 0  # else the picture could not be read
                 )
-                if label >= 0  # else the picture could not be read
             )
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from lightning_aop.errors import FileError, InvalidValueError
+from lightning_aop.ops import resize
+from lightning_aop.scores import full_precision
+from lightning_aop.types import Maps
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -134,6 +137,21 @@ class Preprocess:
         """Return masks of a picture as they lie on the network's input, by nearest neighbour."""
         shaped = self._shaped(torch.from_numpy(masks).byte(), v2.InterpolationMode.NEAREST_EXACT)
         return shaped.bool()
+
+    def photo_maps(self, maps: Maps, size: tuple[int, int]) -> Float[Tensor, "b height width"]:
+        """Return maps of the network's input as they lie on a picture of `size` = (height, width).
+
+        Bilinearly, anti-aliased where the picture is smaller than the input; what a crop leaves out
+        has 0. Computed in float64 and then rounded, so that equal values stay equal.
+        """
+        precise = maps.double()
+        if self.resize == "squash":
+            return resize(precise, size).to(full_precision(maps))
+        side = max(1, round(min(size) * self.size / round(self.size * 8 / 7)))
+        top, left = ((whole - side) // 2 for whole in size)
+        placed = full_precision(maps).new_zeros(len(maps), *size)
+        placed[:, top : top + side, left : left + side] = resize(precise, (side, side))
+        return placed
 
     def _shaped(self, image: _Shaped, interpolation: v2.InterpolationMode) -> _Shaped:
         if self.resize == "squash":

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GAMES = ("deletion", "insertion")
-# Okabe and Ito's colours, which the colour-blind can tell apart; the last method's is the strongest.
+# Okabe and Ito's colours, which the colour-blind can tell apart; the reference's is the strongest.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#cc79a7", "#8c6d31", "#666666", "#b8a000")
-_LAST = "#d32f2f"
+_REFERENCE = "#d32f2f"
 
 
 @dataclass
@@ -109,15 +109,21 @@ def _fresh(
 
 
 def draw(
-    curves: dict[tuple[str, str, str], MeanCurve], networks: Sequence[str], methods: Sequence[str]
+    curves: dict[tuple[str, str, str], MeanCurve],
+    networks: Sequence[str],
+    methods: Sequence[str],
+    reference: str,
 ) -> "Figure":
-    """Return a figure with deletion above insertion and a column for each network."""
+    """Return a figure with deletion above insertion and a column for each network.
+
+    The curve of the method `reference` stands out.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 * len(networks) + 0.4, 5.6), layout="constrained", dpi=150)
     axes = figure.subplots(2, len(networks), sharex=True, sharey=True, squeeze=False)
     colours = {
-        name: _LAST if name == methods[-1] else _COLOURS[i % len(_COLOURS)]
+        name: _REFERENCE if name == reference else _COLOURS[i % len(_COLOURS)]
         for i, name in enumerate(methods)
     }
     for row, game in zip(axes, GAMES, strict=True):
@@ -128,9 +134,9 @@ def draw(
                 moved = np.linspace(0, 100, len(curve.mean))
                 area = 100 * (curve.mean[1:] + curve.mean[:-1]).mean() / 2
                 label = f"{name}  {area:.1f}"
-                last = name == methods[-1]
+                strong = name == reference
                 axis.plot(
-                    moved, curve.mean, color=colours[name], label=label, lw=1.9 if last else 1.3
+                    moved, curve.mean, color=colours[name], label=label, lw=1.9 if strong else 1.3
                 )
                 if curve.count > 1:
                     # Few images have an interval wider than a probability can be.

@@ -1,4 +1,4 @@
-"""What the paper reports (Zhang, Rao and Yang, AAAI 2021), in % as (deletion, insertion, over-all)."""
+"""What the paper reports (Zhang, Rao and Yang, AAAI 2021), in % as (deletion, insertion, overall)."""
 
 import re
 
@@ -25,7 +25,7 @@ _OVERALL = {"gradcam": 40.43, "gradcam++": 37.68, "igos": 35.03, "xrai": 28.62, 
 
 def reported(table: str | None, network: str, method: str) -> Figures | None:
     """Return what "table1" or "table2" reports of a method on a network, or None."""
-    key = _key(method)
+    key = method_key(method)
     if table == "table1" and network == "inception_v3":
         return _ONE.get(key)
     if table == "table2" and key in _TWO:
@@ -37,10 +37,10 @@ def reported(table: str | None, network: str, method: str) -> Figures | None:
 
 
 def reported_overall(table: str | None, method: str) -> float | None:
-    """Return the over-all score of Table 2, the mean over its three networks, or None."""
-    return _OVERALL.get(_key(method)) if table == "table2" else None
+    """Return the overall score of Table 2, the mean over its three networks, or None."""
+    return _OVERALL.get(method_key(method)) if table == "table2" else None
 
 
-def _key(method: str) -> str:
+def method_key(method: str) -> str:
     """Return the name by which a method is known, whatever a table calls it: I-GOS is igos."""
     return re.sub(r"[^a-z+]", "", method.lower())

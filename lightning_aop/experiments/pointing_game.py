@@ -1,15 +1,16 @@
 """The pointing game over a whole data set, as a run that can be stopped, resumed and shared out.
 
+Maps are brought to the size of the photo and compared with its masks there, as TorchRay does: a distance
+of 15 pixels is 15 pixels of the photo, whatever the size of the network's input.
+
 The images are cut into fixed groups. A group is explained as a whole, by whichever process gets it,
-and becomes one line of a file; groups that have a line are never explained again. So the figures
+and becomes one entry of the folder; groups that have an entry are never explained again. So the figures
 don't depend on the number of processes, or on how often the run was stopped; but each process counts
 the evaluation that finds the target layer.
 """
 
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,21 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_aop.coco import CocoMultilabel
+from lightning_aop.coco.dataset import Transform
 from lightning_aop.data.digests import described, slug, update_with_weights
+from lightning_aop.data.images import to_tensor
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_groups, unfinished
+from lightning_aop.experiments.store import Store
 from lightning_aop.metrics import energy_in_mask, pointing_hits
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import count_evaluations
-from lightning_aop.types import SaliencyMethod
+from lightning_aop.tables import Format, formatted
+from lightning_aop.types import Maps, SaliencyMethod
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ class Rules:
     """What is counted.
 
     Attributes:
-        tolerances: how far from the mask, in pixels, a maximum still hits; 0 for the exact pixel, 15
-            for TorchRay's rule.
+        tolerances: how far from the mask, in pixels of the photo, a maximum still hits; 0 for the
+            exact pixel, 15 for TorchRay's rule.
         score_threshold: classes with a score F_c (sigmoid) above it are tested.
         group_size: images that are explained together. Methods that draw noise draw it for a group.
         limit: the first images of the split only; None for all.
@@ -117,7 +123,8 @@ def play(
     Args:
         trainer: shares the groups out to its processes.
         model: gives logits [B, K].
-        data: images with labels and masks, from `input_masks`.
+        data: images with labels and masks. Its transform must know the way back from the network's
+            input to the photo, a method `photo_maps(maps, size)`, as `coco.Preprocess` does.
         method: how to explain.
         name: of the method, for folders and tables.
         output: a folder for the files of all runs.
@@ -127,17 +134,20 @@ def play(
     Returns:
         The figures of all groups, those of earlier runs included.
     """
+    _on_photo(data.transform, torch.zeros(1, 1, 1), (1, 1))  # refused before hours are spent
     digest = _digest(model, data, method, rules, str(trainer.precision))
-    folder = output / f"{slug(name)}-{digest}"
-    count = min(len(data), rules.limit or len(data))
+    store = Store(output / f"{slug(name)}-{digest}", ("process", "pairs", "evaluations", "seconds"))
+    groups = in_groups(min(len(data), rules.limit or len(data)), rules.group_size)
     # Every process sees the same: none writes before all have come to predict().
-    groups = unfinished(in_groups(count, rules.group_size), _read(folder), trainer.world_size)
-    if groups:
-        folder.mkdir(parents=True, exist_ok=True)
-        player = _Player(model, data, method, rules, folder)
-        loader = group_loader(groups, _Reader(data), num_workers)
+    done = {number for number, _ in groups if store.read(_name(number)) is not None}
+    missing = unfinished(groups, done, trainer.world_size)
+    if missing:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        player = _Player(model, data, method, rules, store)
+        loader = group_loader(missing, _Reader(data), num_workers)
         trainer.predict(player, loader, return_predictions=False)
-    return _result(name, folder, data.classes, rules)
+    entries = [store.read(_name(number)) for number, _ in groups]
+    return _result(name, [entry for entry in entries if entry], data.classes, rules)
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,7 @@ class _Reader:
 
 
 class _Player(pl.LightningModule):
-    """Explains groups, and writes a line for each."""
+    """Explains groups, and keeps an entry for each."""
 
     def __init__(
         self,
@@ -163,11 +173,11 @@ class _Player(pl.LightningModule):
         data: CocoMultilabel,
         method: SaliencyMethod,
         rules: Rules,
-        folder: Path,
+        store: Store,
     ) -> None:
         super().__init__()
         self.model, self.data, self.method = model, data, method
-        self.rules, self.folder = rules, folder
+        self.rules, self.store = rules, store
 
     def predict_step(self, batch: tuple[int, list[int], Tensor, Tensor], batch_idx: int) -> int:
         """Explain a group, and return how many pairs were tested."""
@@ -182,21 +192,15 @@ class _Player(pl.LightningModule):
             pairs = []
             if len(at):
                 maps = self.method.explain(self.model, images[at], targets)
-                masks = torch.cat(
+                columns = torch.cat(
                     [
-                        self.data.input_masks(rows[row], columns.nonzero()[:, 0].tolist())
-                        for row, columns in enumerate(tested.cpu())
-                        if columns.any()
+                        self._judged(rows[row], target, found)
+                        for row, target, found in zip(
+                            at.tolist(), targets.tolist(), maps.split(1), strict=True
+                        )
                     ]
-                ).to(maps.device)
-                columns = torch.stack(
-                    [
-                        *(pointing_hits(maps, masks, t).double() for t in self.rules.tolerances),
-                        energy_in_mask(maps, masks).double(),
-                        scores[at, targets].double(),
-                    ],
-                    dim=1,
                 )
+                columns = torch.cat([columns, scores[at, targets, None].to(columns)], dim=1)
                 for row, target, values in zip(
                     at.tolist(), targets.tolist(), columns.tolist(), strict=True
                 ):
@@ -210,51 +214,62 @@ class _Player(pl.LightningModule):
                             "energy": round(energy, 9),
                         }
                     )
-        line = {
-            "group": number,
+        entry = {
+            "process": self.global_rank,
             "pairs": pairs,
             "evaluations": evaluations.total,
             "seconds": round(time.perf_counter() - started, 3),
         }
-        _append(self.folder / f"groups-{self.global_rank}.jsonl", line)
+        self.store.write(_name(number), entry)
         return len(pairs)
 
+    def _judged(self, row: int, target: int, found: Maps) -> Float[Tensor, "1 values"]:
+        """Return what one map scores: its hits, and the share of its heat in the mask.
+
+        Photos differ in size, and are judged one by one.
+        """
+        found = found.cpu() if found.device.type == "mps" else found  # MPS has no float64
+        mask = torch.from_numpy(self.data.masks(row, [target])).to(found.device)
+        found = _on_photo(self.data.transform, found, (mask.shape[1], mask.shape[2]))
+        values = [pointing_hits(found, mask, t).double() for t in self.rules.tolerances]
+        return torch.stack([*values, energy_in_mask(found, mask).double()], dim=1)
+
     def on_predict_end(self) -> None:
-        """Wait for the other processes, whose lines are read next."""
+        """Wait for the other processes, whose entries are read next."""
         self.trainer.strategy.barrier()
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line that is on the disk when this returns."""
-    with path.open("ab+") as file:
-        # A process that was killed while writing leaves half a line, which stays one of its own.
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _on_photo(
+    transform: Transform, maps: Maps, size: tuple[int, int]
+) -> Float[Tensor, "b height width"]:
+    """Return maps of the network's input at the photo's own size, where pixels are counted.
+
+    Raises:
+        ValueError: the transform has no way back.
+    """
+    if transform is to_tensor:
+        return maps
+    back = getattr(transform, "photo_maps", None)
+    if back is None:
+        raise InvalidValueError(
+            f"no map can be brought back to the photo's own size through {transform!r}: give it a "
+            "method photo_maps(maps [B, H, W], (height, width)) -> maps [B, height, width], or take "
+            "coco.Preprocess"
+        )
+    placed: Tensor = back(maps, size)
+    return placed
 
 
-def _read(folder: Path) -> dict[int, dict[str, Any]]:
-    """Return the finished groups by number."""
-    groups: dict[int, dict[str, Any]] = {}
-    for path in sorted(folder.glob("groups-*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                group = json.loads(line)
-            except ValueError:
-                continue  # half a line, of a process that was killed
-            groups.setdefault(group["group"], group)
-    return groups
+def _name(group: int) -> str:
+    return f"group-{group:06d}"
 
 
-def _result(name: str, folder: Path, classes: Sequence[str], rules: Rules) -> Result:
-    groups = _read(folder)
+def _result(
+    name: str, groups: Sequence[dict[str, Any]], classes: Sequence[str], rules: Rules
+) -> Result:
     by_class: dict[int, list[dict[str, Any]]] = {}
-    for number in sorted(groups):
-        for pair in groups[number]["pairs"]:
+    for group in groups:
+        for pair in group["pairs"]:
             by_class.setdefault(pair["class"], []).append(pair)
     results = {
         classes[index]: ClassResult(
@@ -269,29 +284,28 @@ def _result(name: str, folder: Path, classes: Sequence[str], rules: Rules) -> Re
     return Result(
         method=name,
         classes=results,
-        evaluations=sum(group["evaluations"] for group in groups.values()),
-        seconds=sum(group["seconds"] for group in groups.values()),
+        evaluations=sum(group["evaluations"] for group in groups),
+        seconds=sum(group["seconds"] for group in groups),
     )
 
 
-def table(results: Sequence[Result], tolerances: Sequence[float]) -> str:
-    """Return the figures as a Markdown table, a row for each method."""
+def table(results: Sequence[Result], tolerances: Sequence[float], form: Format = "markdown") -> str:
+    """Return the figures as a table, a row for each method."""
     names = ["exact" if t <= 1 else f"within {t:g} px" for t in tolerances]
     header = ["method", *names, "energy in mask", "classes", "pairs", "evaluations", "seconds"]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for result in results:
-        rows.append(
-            [
-                result.method,
-                *(_percent(result.accuracy(t)) for t in tolerances),
-                _percent(result.energy),
-                str(len(result.classes)),
-                str(result.pairs),
-                str(result.evaluations),
-                f"{result.seconds:.0f}",
-            ]
-        )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    rows = [
+        [
+            result.method,
+            *(_percent(result.accuracy(t)) for t in tolerances),
+            _percent(result.energy),
+            str(len(result.classes)),
+            str(result.pairs),
+            str(result.evaluations),
+            f"{result.seconds:.0f}",
+        ]
+        for result in results
+    ]
+    return formatted(header, rows, form)
 
 
 def details(result: Result, tolerances: Sequence[float]) -> dict[str, Any]:
@@ -313,8 +327,11 @@ def details(result: Result, tolerances: Sequence[float]) -> dict[str, Any]:
 def _digest(
     model: nn.Module, data: CocoMultilabel, method: SaliencyMethod, rules: Rules, precision: str
 ) -> str:
-    """Return a name for all that the lines of a run depend on."""
-    settings = described([method, rules, data.transform, data.crowds, data.on_error, precision])
+    """Return a name for all that the entries of a run depend on."""
+    where = "compared at the photo's own size"
+    settings = described(
+        [method, rules, where, data.transform, data.crowds, data.on_error, precision]
+    )
     digest = hashlib.sha256(settings.encode())
     update_with_weights(digest, model)
     digest.update(data.file.read_bytes())

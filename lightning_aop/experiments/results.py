@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_aop.errors import InvalidValueError, MissingPackageError
 from lightning_aop.experiments.groups import Group
+from lightning_aop.experiments.paper import method_key
 from lightning_aop.files import write_whole
+from lightning_aop.methods import controls
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -155,6 +157,23 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it, as a whole or not at all."""
         write_whole(folder / MANIFEST, json.dumps(asdict(self), indent=1).encode() + b"\n")
+
+    def reference(self) -> str:
+        """Return the method that the others are compared with.
+
+        SIGCAM, the paper's, where it is there; else the last that is no control.
+        """
+        names = list(dict.fromkeys(name for own in self.methods.values() for name in own))
+        real = [name for name in names if not self._is_control(name)]
+        return next((name for name in real if method_key(name) == "sigcam"), (real or names)[-1])
+
+    def _is_control(self, name: str) -> bool:
+        """Say whether a method knows nothing of the model, by its settings or else its name."""
+        own = (of.get("methods", {}) for of in self.settings.values() if isinstance(of, dict))
+        told = [methods[name] for methods in own if name in methods]
+        if told:
+            return any(controls.__name__ in settings for settings in told)
+        return method_key(name) in ("random", "centre", "edges")
 
     def changes(self, earlier: "Manifest") -> list[str]:
         """Say in words which earlier results this configuration leaves aside."""

@@ -1,9 +1,7 @@
 """From the results of a run to a table, with 95 % intervals of a bootstrap over the images."""
 
-import csv
-import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -14,8 +12,8 @@ from jaxtyping import Bool, Float
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.paper import reported, reported_overall
 from lightning_aop.experiments.results import MANIFEST, Manifest, arrow, parts
+from lightning_aop.tables import Format, csv_text, formatted
 
-Format: TypeAlias = Literal["text", "markdown", "latex", "csv"]
 Values: TypeAlias = Float[np.ndarray, " n"]
 
 MEASURES = ("deletion", "insertion", "overall")
@@ -55,9 +53,9 @@ class Row:
         deletion: AUC.
         insertion: AUC.
         overall: insertion − deletion.
-        difference: over-all of the reference method minus this one, over the images that both have; None
+        difference: overall of the reference method minus this one, over the images that both have; None
             for the reference itself.
-        paper: what the paper reports for deletion, insertion and over-all, in %; None where unknown.
+        paper: what the paper reports for deletion, insertion and overall, in %; None where unknown.
         images: how many the means are over.
         correct: how many of these are classified as they are labelled.
         failed: how many images have no figures, though they were tried.
@@ -193,7 +191,8 @@ def summary(
     Args:
         run: the output folder of a benchmark.
         images: average over all images with figures, or over those that are classified as labelled.
-        reference: the method that the others are compared with; the last by default.
+        reference: the method that the others are compared with; by default SIGCAM where it is there,
+            else the last that is no control.
         resamples: of the bootstrap.
         seed: of the bootstrap.
         project: say how long this many images would take on one device like those of the run.
@@ -203,7 +202,7 @@ def summary(
     """
     manifest, columns = load(run)
     methods = list(dict.fromkeys(column.method for column in columns))
-    reference = methods[-1] if reference is None else reference
+    reference = manifest.reference() if reference is None else reference
     if reference not in methods:
         raise InvalidValueError(
             f"there is no method {reference!r} in {run}; there are {', '.join(methods)}"
@@ -290,7 +289,7 @@ def _notes(
     which = "correctly classified images" if "correct" in (images, manifest.average) else "images"
     yield (
         f"means over {which}, in %, with 95 % intervals of {resamples:,} bootstrap resamples; "
-        f"'{reference} minus it' is the difference of the over-all AUCs, paired by image"
+        f"'{reference} minus it' is the difference of the overall AUCs, paired by image"
     )
     for column in columns:
         if (seen := int(column.seen.sum())) < manifest.images:
@@ -307,17 +306,18 @@ def _notes(
 def written(table: Table, form: Format = "text") -> str:
     """Return the table as text, Markdown, LaTeX (with booktabs) or CSV."""
     if form == "csv":
-        return _csv(table)
+        rows = [dict(_flat(row)) for row in table.rows]
+        return csv_text([list(rows[0]), *(row.values() for row in rows)]).rstrip("\n")
     with_paper = any(figure is not None for row in table.rows for figure in row.paper)
     header = [
         "network",
         "method",
         "deletion",
         "insertion",
-        "over-all",
+        "overall",
         f"{table.reference} minus it",
     ]
-    header += ["paper: del.", "ins.", "over-all"] if with_paper else []
+    header += ["paper: del.", "ins.", "overall"] if with_paper else []
     header += ["images", "correct", "failed", "evaluations", "seconds", "curves, s"]
     lines = []
     for row in table.rows:
@@ -330,32 +330,7 @@ def written(table: Table, form: Format = "text") -> str:
         for seconds in (row.seconds, row.curve_seconds):
             line += ["-" if np.isnan(seconds) else f"{seconds:,.3f}"]
         lines.append(line)
-    if form == "latex":
-        return _latex(header, lines, table.notes)
-    if form == "markdown":
-        rule = ["---", "---", *["---:"] * (len(header) - 2)]
-        grid = ["| " + " | ".join(line) + " |" for line in [header, rule, *lines]]
-        return "\n".join([*grid, "", *(f"- {note}" for note in table.notes)])
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    grid = []
-    for index, line in enumerate([header, *lines]):
-        if index > 1 and line[0] != lines[index - 2][0]:
-            grid.append("")
-        cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        grid.append("  ".join(cells).rstrip())
-    return "\n".join([*grid, "", *table.notes])
-
-
-def _csv(table: Table) -> str:
-    text = io.StringIO()
-    rows = [dict(_flat(row)) for row in table.rows]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().rstrip("\n")
+    return formatted(header, lines, form, names=2, notes=table.notes)
 
 
 def _flat(row: Row) -> Iterator[tuple[str, object]]:
@@ -372,38 +347,6 @@ def _flat(row: Row) -> Iterator[tuple[str, object]]:
         yield name, getattr(row, name)
     for name in ("evaluations", "seconds", "curve_seconds"):
         yield name, "" if np.isnan(getattr(row, name)) else round(getattr(row, name), 4)
-
-
-def _latex(header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    def clean(cell: str) -> str:
-        for old, new in _LATEX.items():
-            cell = cell.replace(old, new)
-        return cell
-
-    body = []
-    for index, line in enumerate(lines):
-        if index and line[0] != lines[index - 1][0]:
-            body.append(r"\midrule")
-        body.append(" & ".join(map(clean, line)) + r" \\")
-    return "\n".join(
-        [
-            *(f"% {note}" for note in notes),
-            rf"\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}",
-            r"\toprule",
-            " & ".join(map(clean, header)) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-    )
-
-
-_LATEX: Mapping[str, str] = {
-    "_": r"\_",
-    "%": r"\%",
-    "&": r"\&",
-}
 
 
 def _told(interval: Interval, sign: str = "") -> str:

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_finite, require_positive, require_tensors
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import Baseline, GaussianBlur
-from lightning_aop.scores import Score, full_precision, softmax
+from lightning_aop.scores import Score, full_precision, logit, softmax
 from lightning_aop.types import Images, Maps, Targets
 
 BLUR = GaussianBlur()
@@ -59,7 +59,8 @@ def deletion_curve(
     Cost: n + 1 evaluations an image.
 
     Args:
-        model: maps images to logits [B, K].
+        model: maps images to logits [B, K]. If it ends in a softmax, and `score` is `softmax`, its
+            outputs are taken as they are.
         images: a batch as the model takes it.
         maps: saliency of each image; only its order counts. Ties go in row-major order.
         targets: the class whose score is watched.
@@ -72,7 +73,9 @@ def deletion_curve(
             for 32, or fewer where memory runs out.
 
     Raises:
-        ValueError: the shapes don't fit each other, a map holds NaN, or a score is not finite.
+        TypeError: images, maps or targets are no tensors.
+        ValueError: the shapes don't fit each other, an image has one pixel only, a map holds NaN, or a
+            score is not finite.
     """
     with _game(model, images, maps, targets, score, baseline, steps, pixels_per_step) as game:
         return game.play(insert=False, steps=range(game.steps + 1), chunk=eval_batch_size)
@@ -231,7 +234,9 @@ class _Game:
     ) -> tuple[Float[Tensor, "b points"], Float[Tensor, "b points"]]:
         """Return the full curves of deletion and of insertion."""
         deletion = self.play(insert=False, steps=range(self.steps + 1), chunk=chunk)
-        between = self.play(insert=True, steps=range(1, self.steps), chunk=chunk)
+        between = deletion[:, :0]
+        if self.steps > 1:
+            between = self.play(insert=True, steps=range(1, self.steps), chunk=chunk)
         return deletion, torch.cat([deletion[:, -1:], between, deletion[:, :1]], dim=1)
 
     def refine(
@@ -359,6 +364,12 @@ def _game(
     pixels_per_step: int | None,
 ) -> Iterator[_Game]:
     require_positive("deletion and insertion", steps=steps, pixels_per_step=pixels_per_step or 1)
+    require_tensors(images=images, maps=maps, targets=targets)
+    if images.ndim == 4 and images.shape[2] * images.shape[3] < 2:
+        raise InvalidValueError(
+            f"images must have 2 pixels or more for an order to count, got {list(images.shape)}: give "
+            "larger images"
+        )
     with explaining(model, images, targets) as (classifier, x, t), torch.no_grad():
         if tuple(maps.shape) != (len(x), *x.shape[-2:]):
             raise InvalidValueError(
@@ -367,7 +378,24 @@ def _game(
             )
         ranks = saliency_ranks(maps.detach().to(x.device))
         step = pixels_per_step or ceil(ranks[0].numel() / steps)
+        score = _OfProbabilities() if score is softmax else score
         yield _Game(classifier, x, baseline(x), t, ranks.int(), score, step)
+
+
+class _OfProbabilities:
+    """`softmax`, but for a model that ends in a softmax itself: its outputs are the scores.
+
+    Those of the first pass decide: none is negative, and those of each image add up to 1. Logits don't.
+    """
+
+    def __init__(self) -> None:
+        self._given: bool | None = None
+
+    def __call__(self, logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
+        if self._given is None:
+            whole = (logits.sum(dim=1) - 1).abs() < 1e-3  # half precision rounds
+            self._given = bool((whole & (logits >= 0).all(dim=1)).all())
+        return logit(logits, targets) if self._given else softmax(logits, targets)
 
 
 def saliency_ranks(maps: Maps) -> Int[Tensor, "b h w"]:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_aop.checks import require_tensors
 from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Maps, Targets
@@ -40,7 +41,8 @@ def pointing_hits(maps: Maps, masks: Masks, tolerance: float = 0) -> Float[Tenso
     Args:
         maps: saliency; only the places of its maximum count.
         masks: the objects of the explained class.
-        tolerance: in pixels; TorchRay's rule, which publishes with 15.
+        tolerance: in pixels of the maps; TorchRay's rule, which publishes with 15 and takes maps and
+            masks at the photo's own size.
 
     Raises:
         TypeError: the masks are not bool.
@@ -145,12 +147,14 @@ class _PairGame(Metric, ABC):
             scores: F_c, the model's probability in [0, 1] of that class; all pairs are tested without.
 
         Raises:
-            TypeError: the masks are not bool.
+            TypeError: an argument is no tensor, or the masks are not bool.
             ValueError: the shapes don't fit each other, or a map, target or score is out of range.
         """
         _check_shapes(maps, masks)
-        for name, values in (("targets", targets), ("scores", scores)):
-            if values is not None and values.shape != maps.shape[:1]:
+        given = {"targets": targets} | ({} if scores is None else {"scores": scores})
+        require_tensors(**given)
+        for name, values in given.items():
+            if values.shape != maps.shape[:1]:
                 raise InvalidValueError(
                     f"{name} must have shape {[len(maps)]}, got {list(values.shape)}: give one for "
                     "each map"
@@ -289,8 +293,8 @@ class PointingGame(_PairGame):
 
     Args:
         num_classes: K.
-        tolerance: how far, in pixels, a maximum may lie from the mask; see `pointing_hits`. The
-            paper names none; TorchRay publishes with 15.
+        tolerance: how far, in pixels of the maps, a maximum may lie from the mask; see
+            `pointing_hits`. The paper names none; TorchRay publishes with 15 pixels of the photo.
         score_threshold: pairs whose score is not above it are not tested, the paper's rule; None
             tests all.
         untested_as_zero: count classes without a tested pair as 0 in the mean, as TorchRay does;
@@ -448,6 +452,7 @@ def _score_fault(scores: Float[Tensor, " b"]) -> _Fault:
 
 
 def _check_shapes(maps: Tensor, masks: Tensor) -> None:
+    require_tensors(maps=maps, masks=masks)
     if maps.ndim != 3 or 0 in maps.shape[1:]:
         raise InvalidValueError(
             f"maps must have shape [B, H, W], got {list(maps.shape)}: give one map for each pair"

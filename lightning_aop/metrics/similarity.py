@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_aop.checks import require_tensors
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.ops import GaussianBlur
 from lightning_aop.scores import full_precision
@@ -63,6 +64,7 @@ def require_room(size: tuple[int, int]) -> None:
 
 
 def _require_same_shape(a: Maps, b: Maps) -> None:
+    require_tensors(a=a, b=b)
     if a.shape != b.shape:
         raise InvalidValueError(
             f"maps must have the same shape to be compared, got {list(a.shape)} and {list(b.shape)}"
@@ -75,7 +77,10 @@ def _double(maps: Maps) -> Maps:
 
 
 def _centred_ranks(maps: Maps) -> Float[Tensor, "b n"]:
-    """Return twice the average rank of each pixel, less its mean; whole numbers."""
+    """Return twice the average rank of each pixel, less its mean; whole numbers.
+
+    torchmetrics and SciPy rank one map after the other, on the host or with a loop over the ties.
+    """
     pixels = _double(maps).flatten(1).contiguous()
     ordered = pixels.sort(dim=1).values
     below = torch.searchsorted(ordered, pixels)

@@ -61,7 +61,9 @@ class Judge:
         metric = Faithfulness() if self.metrics is True else self.metrics
         if isinstance(metric, bool):
             return set()
-        kinds = {Faithfulness: {"deletion_auc", "insertion_auc", "overall_auc"}}
+        kinds: dict[type, set[str]] = {
+            Faithfulness: {"deletion_auc", "insertion_auc", "overall_auc"}
+        }
         return set().union(*(kinds.get(type(part), {_name(part)}) for part in _parts(metric)))
 
     @property

@@ -211,7 +211,7 @@ def test_two_processes_find_what_one_finds(
 ) -> None:
     shared = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     text = finish(command(config, tmp_path, *shared), env=environment(), timeout=120)
-    assert text.count("over-all") == 2  # the heading and the note, once
+    assert text.count("overall") == 2  # the heading and the note, once
     assert {path.name.split("-")[2] for path in tmp_path.rglob("part-*")} == {"0", "1"}
     assert len(entries(tmp_path)) == 2 * 3 * COUNT
     assert table(tmp_path, capsys) == table(whole, capsys)

@@ -69,7 +69,7 @@ def test_the_picture(
     assert main(["curves", str(run)]) == 0
     with Image.open(run / "curves.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10
-    figure = draw(mean_curves(run), ["net"], ["A", "B"])
+    figure = draw(mean_curves(run), ["net"], ["A", "B"], "B")
     falling, rising = figure.axes
     assert [line.get_label().split()[0] for line in falling.get_lines()] == ["A", "B"]
     curve = mean_curves(run)["net", "B", "insertion"]

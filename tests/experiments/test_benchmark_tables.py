@@ -12,9 +12,12 @@ import pytest
 from conftest import finish
 
 from lightning_aop.cli.main import main
+from lightning_aop.data.digests import described
 from lightning_aop.experiments.paper import reported, reported_overall
 from lightning_aop.experiments.results import Manifest, write_part
 from lightning_aop.experiments.tables import Interval, Row, Table, bootstrap, summary, written
+from lightning_aop.methods.names import METHODS
+from lightning_aop.scores import softmax
 
 pytest.importorskip("pyarrow")
 POINTS = 9
@@ -147,6 +150,30 @@ def test_means_differences_and_the_paper_s_figures(
         summary(tmp_path, reference="IGOS")
 
 
+@pytest.mark.parametrize(
+    ("methods", "reference"),
+    [
+        (("SIGCAM", "GradCAM"), "SIGCAM"),
+        (("gradcam", "sigcam", "random", "centre"), "sigcam"),
+        (("I-GOS", "XRAI", "edges"), "XRAI"),
+        (("random", "centre"), "centre"),
+    ],
+)
+def test_the_reference_is_the_paper_s_method_and_no_control(
+    methods: tuple[str, ...], reference: str, tmp_path: Path
+) -> None:
+    synthetic(tmp_path, 4, methods=methods)
+    assert summary(tmp_path, resamples=10).reference == reference
+
+
+def test_a_control_is_known_by_its_settings_whatever_its_name(tmp_path: Path) -> None:
+    told = {"mine": described(METHODS["gradcam"](None, softmax))}
+    told["chance"] = described(METHODS["random"](None, softmax))
+    settings = {"data": "photos", "net": {"network": "a network", "methods": told}}
+    every = {"net": dict.fromkeys(told, "a digest")}
+    assert Manifest("0", 1, "all", None, {}, every, settings).reference() == "mine"
+
+
 def test_what_a_difference_knows_that_two_intervals_do_not(tmp_path: Path) -> None:
     """A method that is better by little on each image is better, however images differ."""
     synthetic(tmp_path, 1, methods=("A",))  # the manifest's form
@@ -174,7 +201,7 @@ def test_what_a_difference_knows_that_two_intervals_do_not(tmp_path: Path) -> No
 
 
 def test_the_paper_s_figures_agree_with_themselves() -> None:
-    """But for a hundredth, its over-all scores are differences and means of its other figures."""
+    """But for a hundredth, its overall scores are differences and means of its other figures."""
     for method in ("GradCAM", "GradCAM++", "I-GOS", "XRAI", "SIGCAM"):
         found = [reported("table2", n, method) for n in ("densenet201", "inception_v3", "vgg19")]
         three = [figures[1] - figures[0] for figures in found if figures is not None]
@@ -213,11 +240,11 @@ def test_all_formats_hold_the_same_figures() -> None:
     assert text.splitlines()[3] == ""  # between the networks
     assert "- 100 % of it" in markdown
     assert latex.count(r"\midrule") == 2
-    assert r"net\_1 & A & 12.34" in latex
-    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    body = [" ".join(line.split()) for line in latex.splitlines() if line.endswith(r"\\")]
+    assert body[1].startswith(r"net\_1 & A & 12.34")
     columns = re.search(r"begin\{tabular\}\{(\w+)\}", latex)
     assert columns is not None
-    assert {line.count(" & ") + 1 for line in body} == {len(columns[1])} == {15}
+    assert {line.count("&") + 1 for line in body} == {len(columns[1])} == {15}
     read = list(csv.DictReader(io.StringIO(written(table, "csv"))))
     assert read[0]["overall"] == "12.34"
     assert read[0]["difference_high"] == "-50.0"

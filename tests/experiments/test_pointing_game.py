@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import finish
+from PIL import Image
 
 from lightning_aop import GradCAM
 from lightning_aop.cli.main import main
 from lightning_aop.coco import CocoMultilabel, MultilabelClassifier, Preprocess
 from lightning_aop.data.digests import described, slug
 from lightning_aop.data.shapes import CLASSES, write_shapes
+from lightning_aop.experiments import pointing_game
 from lightning_aop.experiments.pointing_game import Rules
 from lightning_aop.methods.names import METHODS, coco_method
 
@@ -37,8 +40,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(root: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A head that has learnt to see something everywhere, so that many pairs are tested."""
-    import pytorch_lightning as pl
-
     torch.manual_seed(0)
     model = MultilabelClassifier("squeezenet1_1", str(weights), num_classes=len(CLASSES))
     model.classes = list(CLASSES)
@@ -73,16 +74,27 @@ def play(*arguments: Any) -> list[dict[str, Any]]:
     return results
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted(folder.rglob("groups-*.jsonl"))
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+def kept(folder: Path) -> dict[str, Any]:
+    """Return the finished groups by the names of their files."""
+    paths = sorted(folder.rglob("group-*.pt"))
+    return {path.stem: torch.load(path, weights_only=True) for path in paths}
 
 
-def slow_game(root: Path, checkpoint: Path, tolerance: float) -> dict[str, tuple[float, int]]:
-    """Play TorchRay's rule with loops: hits and tested pairs of each class."""
+def triangles(n: int, size: int) -> np.ndarray:
+    """Return the matrix that resamples n pixels to `size`, by triangles as wide as the larger pixel."""
+    scale = n / size
+    centre = (np.arange(size) + 0.5)[:, None] * scale
+    weights = np.clip(1 - abs(np.arange(n) + 0.5 - centre) / max(scale, 1), 0, None)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def slow_game(
+    root: Path, checkpoint: Path, tolerances: Sequence[float]
+) -> dict[str, list[list[float]]]:
+    """Play TorchRay's rule with loops, at the photo's size: the hits and heat of each pair, by class."""
     model = MultilabelClassifier.load_from_checkpoint(checkpoint, weights=None).eval()
     data = CocoMultilabel.from_root(root, "val2017", Preprocess(64))
-    result: dict[str, tuple[float, int]] = {}
+    result: dict[str, list[list[float]]] = {}
     for start in range(0, len(data), 8):
         rows = range(start, min(start + 8, len(data)))
         images, labels = (torch.stack(part) for part in zip(*(data[i] for i in rows), strict=True))
@@ -90,37 +102,83 @@ def slow_game(root: Path, checkpoint: Path, tolerance: float) -> dict[str, tuple
             scores = model(images).sigmoid()
         at, targets = ((labels == 1) & (scores > 0.5)).nonzero(as_tuple=True)
         maps = GradCAM().explain(model, images[at], targets)
-        for i, k, found in zip(at.tolist(), targets.tolist(), maps, strict=True):
-            mask = data.input_masks(rows[i])[k].numpy()
+        for i, k, small in zip(at.tolist(), targets.tolist(), maps, strict=True):
+            mask = data.masks(rows[i])[k]
             v, u = np.indices(mask.shape)
-            ties = []
-            for y, x in (found == found.max()).nonzero().tolist():
-                accept = (u - x) ** 2 + (v - y) ** 2 < max(tolerance, 1) ** 2
-                ties.append(bool((mask & accept).any()))
-            hits, tested = result.get(data.classes[k], (0, 0))
-            result[data.classes[k]] = (hits + float(np.mean(ties)), tested + 1)
+            rows_of, columns_of = (triangles(64, side) for side in mask.shape)
+            found = (rows_of @ small.double().numpy() @ columns_of.T).astype(np.float32)
+            values = []
+            for tolerance in tolerances:
+                ties = []
+                for y, x in np.argwhere(found == found.max()):
+                    accept = (u - x) ** 2 + (v - y) ** 2 < max(tolerance, 1) ** 2
+                    ties.append(bool((mask & accept).any()))
+                values.append(float(np.mean(ties)))
+            heat = found[mask].sum() / found.sum() if found.any() else 0.0
+            result.setdefault(data.classes[k], []).append([*values, float(heat)])
     return result
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 15.0])
-def test_the_figures_are_those_of_a_slow_loop(
-    tolerance: float, root: Path, checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize(("photo", "tolerance"), [(150, 30.0), (40, 6.0)])
+def test_the_figures_are_those_of_a_slow_loop_at_the_photo_s_size(
+    photo: int, tolerance: float, checkpoint: Path, tmp_path: Path
 ) -> None:
-    (result,) = play(root, checkpoint, tmp_path, "--method=gradcam")
-    expected = slow_game(root, checkpoint, tolerance)
+    """The network takes 64 x 64: the photos are larger than that, and smaller."""
+    root = write_shapes(tmp_path / "shapes", train=1, val=13, size=photo)
+    rules = f"--rules.tolerances=[0, {tolerance:g}]"
+    (result,) = play(root, checkpoint, tmp_path / "game", "--method=gradcam", rules)
+    expected = slow_game(root, checkpoint, (0, tolerance))
     assert len(expected) > 2, "the test needs classes that are tested"
-    if tolerance:
-        hits, tested = (sum(column) for column in zip(*expected.values(), strict=True))
-        assert 0 < hits < tested, "the test needs hits and misses"
+    hits = np.concatenate([np.array(pairs) for pairs in expected.values()])
+    assert 0 < hits[:, 1].sum() < len(hits), "the test needs hits and misses"
     assert set(result["classes"]) == set(expected)
-    for name, counts in expected.items():
+    for name, pairs in expected.items():
         found = result["classes"][name]
-        assert (found["hits"][f"{tolerance:g}"], found["tested"]) == pytest.approx(counts)
-    mean = np.mean([hits / tested for hits, tested in expected.values()])
-    assert result["accuracy"][f"{tolerance:g}"] == pytest.approx(mean)
-    assert (
-        f"| gradcam | {100 * result['accuracy']['0']:.1f} %" in (tmp_path / "table.md").read_text()
+        assert found["tested"] == len(pairs)
+        sums = [found["hits"]["0"], found["hits"][f"{tolerance:g}"], found["energy"]]
+        assert sums == pytest.approx(np.sum(pairs, axis=0).tolist(), rel=1e-5)
+    means = np.mean([np.mean(pairs, axis=0) for pairs in expected.values()], axis=0)
+    accuracy = result["accuracy"]
+    assert [accuracy["0"], accuracy[f"{tolerance:g}"], result["energy"]] == pytest.approx(
+        means, rel=1e-5
     )
+    line = (tmp_path / "game" / "table.md").read_text().splitlines()[2].replace(" ", "")
+    assert line.startswith(f"|gradcam|{100 * accuracy['0']:.1f}%|")
+
+
+@pytest.mark.parametrize("way", ["squash", "crop"])
+@pytest.mark.parametrize("size", [(300, 200), (50, 90), (64, 64), (30, 400)])
+def test_a_map_finds_its_way_back_to_the_photo(way: Any, size: tuple[int, int]) -> None:
+    """A bright spot of the photo is seen by the network, and its map put on the photo again."""
+    height, width = size
+    y, x = height // 2 + height // 9, width // 2 - min(size) // 7
+    v, u = np.indices(size)
+    spot = 255 * np.exp(-((v - y) ** 2 + (u - x) ** 2) / (2 * (min(size) / 12) ** 2))
+    picture = Image.fromarray(spot.astype(np.uint8)).convert("RGB")
+    preprocess = Preprocess(64, way, (0, 0, 0), (1, 1, 1))
+    maps = preprocess.photo_maps(preprocess(picture)[:1], size)
+    assert maps.shape == (1, *size)
+    found = np.unravel_index(int(maps.argmax()), size)
+    pixel = max(1.0, height / 64, width / 64)  # one of the network's
+    assert np.abs(np.subtract(found, (y, x))).max() <= pixel
+    ones = preprocess.photo_maps(torch.full((1, 64, 64), 0.3), size)
+    assert set(ones.unique().tolist()) <= {0.0, torch.tensor(0.3).item()}, "equal values stay equal"
+    seen = 1.0 if way == "squash" else (min(size) * 7 / 8) ** 2 / (height * width)
+    assert (ones > 0).float().mean() == pytest.approx(seen, rel=0.06)
+
+
+def test_a_transform_without_a_way_back_is_refused(root: Path, tmp_path: Path) -> None:
+    data = CocoMultilabel.from_root(root, "val2017", lambda picture: torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="give it a method photo_maps"):
+        pointing_game.play(
+            pl.Trainer(logger=False),
+            torch.nn.Identity(),
+            data,
+            GradCAM(),
+            "gradcam",
+            tmp_path,
+            Rules(),
+        )
 
 
 def test_several_methods_by_name_and_by_class(
@@ -133,9 +191,9 @@ def test_several_methods_by_name_and_by_class(
     assert results[0]["accuracy"] == results[2]["accuracy"]
     assert "| wgradcam |" in capsys.readouterr().out
     # Nothing is explained again.
-    before = lines(tmp_path)
+    before = kept(tmp_path)
     assert play(root, checkpoint, tmp_path, "--method=[gradcam, wgradcam]") == results[:2]
-    assert lines(tmp_path) == before
+    assert kept(tmp_path) == before
 
 
 def test_methods_by_name_have_the_settings_of_the_paper() -> None:
@@ -146,18 +204,21 @@ def test_methods_by_name_have_the_settings_of_the_paper() -> None:
         assert hasattr(coco_method(name), "explain")  # type: ignore[arg-type]
 
 
-def test_half_a_line_is_no_result_and_spoils_no_other(
-    root: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_what_is_damaged_is_done_again(root: Path, checkpoint: Path, tmp_path: Path) -> None:
     first = play(root, checkpoint, tmp_path, "--method=gradcam", "--rules.group_size=2")
-    (path,) = tmp_path.rglob("groups-0.jsonl")
-    text = path.read_text().splitlines()
-    path.write_text("\n".join(text[:3]) + "\n" + text[3][:20])
+    before = kept(tmp_path)
+    paths = sorted(tmp_path.rglob("group-*.pt"))
+    paths[0].write_bytes(paths[0].read_bytes()[:100])
+    paths[1].write_bytes(b"")
+    torch.save({"pairs": []}, paths[2])
+    torch.save([1], paths[3])
     again = play(root, checkpoint, tmp_path, "--method=gradcam", "--rules.group_size=2")
     # Finding the layer costs one evaluation for each run of a model.
     changes = {"seconds": 0, "evaluations": 0}
     assert again[0] | changes == first[0] | changes
-    assert len(path.read_text().splitlines()) == len(text) + 1
+    after = kept(tmp_path)
+    assert len(after) == len(before) == 7
+    assert [after[path.stem] for path in paths[4:]] == [before[path.stem] for path in paths[4:]]
 
 
 def test_other_rules_weights_or_data_are_another_run(
@@ -173,7 +234,7 @@ def test_nothing_tested_is_said(root: Path, checkpoint: Path, tmp_path: Path) ->
         root, checkpoint, tmp_path, "--method=gradcam", "--rules.score_threshold=0.99999999"
     )
     assert result["accuracy"] == {"0": None, "15": None}
-    assert "| gradcam | - | - | - | 0 | 0 |" in (tmp_path / "table.md").read_text()
+    assert "|gradcam|-|-|-|0|0|" in (tmp_path / "table.md").read_text().replace(" ", "")
 
 
 @pytest.mark.parametrize(
@@ -235,25 +296,23 @@ def test_a_killed_run_that_two_processes_finish_gives_the_same_figures(
     words = process(root, checkpoint, tmp_path / "two", *options)
     with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as running:
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "two").rglob("groups-0.jsonl")):
+        while not list((tmp_path / "two").rglob("group-*.pt")):
             assert time.monotonic() < deadline
             assert running.poll() is None
             time.sleep(0.02)
         running.send_signal(signal.SIGKILL)
-    done = lines(tmp_path / "two")
+    done = kept(tmp_path / "two")
     assert 0 < len(done) < 7
 
     shared = [*words, "--trainer.devices=2", "--trainer.strategy=ddp"]
     finish(shared, env=ENVIRONMENT)
-    assert lines(tmp_path / "two")[: len(done)] == done
-    assert len(list((tmp_path / "two").rglob("groups-*.jsonl"))) == 2
+    groups = kept(tmp_path / "two")
+    assert {name: groups[name] for name in done} == done
+    assert {entry["process"] for name, entry in groups.items() if name not in done} == {0, 1}
     # One group is missing: fewer than there are processes.
-    (path,) = (tmp_path / "two").rglob("groups-1.jsonl")
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert len(lines(tmp_path / "two")) == 6
+    sorted((tmp_path / "two").rglob("group-*.pt"))[-1].unlink()
     finish(shared, env=ENVIRONMENT)
-    groups = [line["group"] for line in lines(tmp_path / "two")]
-    assert sorted(groups) == list(range(7)), "each group once"
+    assert list(kept(tmp_path / "two")) == [f"group-{number:06d}" for number in range(7)]
     (two,) = json.loads((tmp_path / "two" / "results.json").read_text())
     same = {"seconds": 0, "evaluations": 0}  # each process looks for the layer
     assert_close(two | same, one | same)

@@ -17,6 +17,7 @@ from lightning_aop.metrics import (
     Faithfulness,
     InsertionAUC,
     OverallAUC,
+    PointingGame,
     auc,
     deletion_curve,
     deletion_insertion_curves,
@@ -24,6 +25,7 @@ from lightning_aop.metrics import (
     insertion_curve,
 )
 from lightning_aop.metrics.functional import GameName
+from lightning_aop.metrics.similarity import rank_correlation
 from lightning_aop.model.passes import count_evaluations
 from lightning_aop.ops import Baseline, Constant, GaussianBlur
 from lightning_aop.scores import Score, logit, sigmoid, softmax
@@ -338,3 +340,60 @@ def test_bad_input_is_refused(net: nn.Module, batch: Any, maps: Tensor, unchecke
         deletion_curve(net, images, maps, targets)
     with pytest.raises(ValueError, match=r"NaN or infinite for image\(s\) \[0, 1, 2, 3\]"):
         estimate_curves(net, images, maps, targets, 56)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["images", "maps", "targets"])
+@pytest.mark.parametrize("form", ["array", "list", "None"])
+def test_what_is_no_tensor_is_refused_by_name(
+    name: str, form: str, model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, targets = batch
+    given: dict[str, Any] = {"images": images, "maps": images[:, 0], "targets": targets}
+    value = given[name]
+    given[name] = {"array": value.numpy(), "list": value.tolist(), "None": None}[form]
+    kind = {"array": "ndarray", "list": "list", "None": "None"}[form]
+    with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got {kind}: "):
+        deletion_curve(model, **given)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_pointing_game_and_similarity_name_what_is_no_tensor() -> None:
+    maps = torch.rand(2, 12, 12)
+    arguments: dict[str, Any] = {"maps": maps, "masks": maps > 0.5, "targets": torch.tensor([0, 1])}
+    arguments["scores"] = torch.ones(2)
+    for name, value in arguments.items():
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got ndarray"):
+            PointingGame(2).update(**(arguments | {name: value.numpy()}))
+    with pytest.raises(TypeError, match=r"b must be a torch\.Tensor, got list"):
+        rank_correlation(maps, maps.tolist())
+
+
+def test_an_image_of_one_pixel_is_refused_and_one_step_is_a_curve_of_two_points(
+    model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, targets = batch
+    pixel = images[:, :, :1, :1]
+    with pytest.raises(ValueError, match="images must have 2 pixels or more"):
+        deletion_insertion_curves(model, pixel, pixel[:, 0], targets)
+    deletion, insertion = deletion_insertion_curves(model, images, images[:, 0], targets, steps=1)
+    assert deletion.shape == (len(images), 2)
+    torch.testing.assert_close(
+        deletion, deletion_curve(model, images, images[:, 0], targets, steps=1)
+    )
+    torch.testing.assert_close(insertion, deletion.flip(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_ends_in_a_softmax_has_the_curves_of_its_logits(
+    dtype: torch.dtype, model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, targets = batch
+    model = model.to(dtype)
+    curves = [
+        deletion_curve(net, images, images[:, 0], targets, steps=9)
+        for net in (model, nn.Sequential(model, nn.Softmax(dim=1)))
+    ]
+    assert curves[0].amax() > 1.01 * curves[0].amin(), "the test needs scores that move"
+    tolerance = 1e-6 if dtype is torch.float32 else 4e-3
+    torch.testing.assert_close(curves[1], curves[0], atol=tolerance, rtol=0)
