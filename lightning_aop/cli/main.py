@@ -320,7 +320,7 @@ def _is_ours(error: BaseException) -> bool:
     """Tell an error that this package raised on purpose from a bug, whose traceback is needed."""
     frames = traceback.extract_tb(error.__traceback__)
     here = str(Path(__file__).parents[1])
-    in_worker = "DataLoader worker process" in str(error) and "PictureError" in str(error)
+    in_worker = "DataLoader worker process" in str(error) and "ImageError" in str(error)
     return in_worker or (bool(frames) and frames[-1].filename.startswith(here))
 
 

@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 import torchvision
 from jsonargparse import ArgumentParser, Namespace
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from lightning_aop.cli.errors import CommandError
+from lightning_aop.data.images import ImageError, ValueRange, read_image
 from lightning_aop.data.networks import undotted
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import Evaluations, count_evaluations
@@ -35,6 +35,13 @@ def photo_options(parser: ArgumentParser) -> None:
     add("--size", type=int | None, help="pixels; default: what the model was published with")
     add("--mean", nargs=3, type=float, help="normalisation; default: the published weights'")
     add("--std", nargs=3, type=float, help="normalisation; default: the published weights'")
+    add(
+        "--range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="values shown black and white, for greyscale photos of more than 8 bits; default: 0 65535",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1, …")
 
 
@@ -48,14 +55,14 @@ class Recipe:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: list[str]
+    value_range: ValueRange | None = None
 
     def read(self, photo: Path, fit: str) -> Images:
-        """Return the photo as a batch of one, the right way up and normalised."""
+        """Return the photo as a batch of one, upright and normalised."""
         try:
-            with Image.open(photo) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise CommandError(f"{photo}: no readable picture ({error})") from error
+            image = read_image(photo, value_range=self.value_range)
+        except ImageError as error:
+            raise CommandError(f"{photo}: {error}") from error
         shape = (
             [v2.Resize((self.size, self.size))]
             if fit == "squash"
@@ -69,7 +76,7 @@ class Recipe:
                 v2.Normalize(self.mean, self.std),
             ]
         )
-        return cast("Tensor", transform(picture))[None].as_subclass(Tensor)
+        return cast("Tensor", transform(image))[None].as_subclass(Tensor)
 
     def pairs(
         self, photo: Path, fit: str, classes: Sequence[int]
@@ -179,6 +186,7 @@ def load(options: Namespace) -> Recipe:
         mean=tuple(options.mean or wants.mean),
         std=tuple(options.std or wants.std),
         classes=classes,
+        value_range=options.range and tuple(options.range),
     )
 
 

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_aop.data.images import Picture, PictureError, read_picture, to_tensor
+from lightning_aop.data.images import ImageError, ValueRange, read_image, to_tensor
 
-Transform: TypeAlias = Callable[[Picture], Tensor]
+Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
 _LISTS = ("images", "annotations", "categories")
 
@@ -41,6 +41,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         keep_empty: keep images without annotations, negative for every class.
         crowds: let crowd annotations (`iscrowd`) count, in labels and in masks.
         on_error: "raise", or "skip" what can't be read.
+        value_range: the values that are black and white, for greyscale images of more than 8 bits.
 
     Attributes:
         classes: the names of the classes, by the order of their category ids.
@@ -62,12 +63,13 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         keep_empty: bool = True,
         crowds: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
+        value_range: ValueRange | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         self.folder, self.file = Path(images), Path(annotations)
         self.transform: Transform = transform or to_tensor
-        self.crowds = crowds
+        self.crowds, self.value_range = crowds, value_range
         self.on_error = on_error
         coco = _read(self.folder, self.file)
         categories = sorted(coco.cats)
@@ -125,8 +127,8 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Float[Tensor, " k"]]:
         try:
-            return self.transform(self.picture(index)), self.labels[index].float()
-        except PictureError:
+            return self.transform(self.image(index)), self.labels[index].float()
+        except ImageError:
             if self.on_error == "raise":
                 raise
             self._skipped[index] = True
@@ -144,19 +146,19 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
             self._coco = _read(self.folder, self.file)
         return self._coco
 
-    def picture(self, index: int) -> Picture:
-        """Return the picture in RGB, in the geometry that its masks fit.
+    def image(self, index: int) -> Image.Image:
+        """Return the image in RGB, in the geometry that its masks fit.
 
         Raises:
-            PictureError: it can't be read, or has another size than the annotations say.
+            ImageError: it can't be read, or has another size than the annotations say.
         """
-        name, image = self.files[index], self.ids[index]
-        remedy = "restore the picture, or take the image out of the annotations"
+        path, image = self.folder / self.files[index], self.ids[index]
+        remedy = "restore the file, or take the image out of the annotations"
         try:
-            return read_picture(self.folder, name, self._sizes[index])
-        except PictureError as error:
-            raise PictureError(
-                f"{self.folder / name}, image {image} of {self.file}: {error}; {remedy}, or leave "
+            return read_image(path, self._sizes[index], self.value_range, self.folder)
+        except ImageError as error:
+            raise ImageError(
+                f"{path}, image {image} of {self.file}: {error}; {remedy}, or leave "
                 "it out with on_error='skip'"
             ) from error
 
@@ -178,8 +180,8 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         lines = []
         for index in self._skipped.nonzero()[:, 0].tolist():
             try:
-                self.picture(index)
-            except PictureError as error:
+                self.image(index)
+            except ImageError as error:
                 lines.append(str(error).removesuffix(", or leave it out with on_error='skip'"))
             else:
                 lines.append(
@@ -201,7 +203,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
             ValueError: an annotation has no segmentation, or a broken one.
         """
         classes = range(len(self.classes)) if classes is None else classes
-        width, height = self._sizes[index] or self.picture(index).size
+        width, height = self._sizes[index] or self.image(index).size
         masks = np.zeros((len(classes), height, width), dtype=bool)
         for annotation in self.coco.imgToAnns.get(self.ids[index], []):
             column = self._column[annotation["category_id"]]

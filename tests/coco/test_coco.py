@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lightning_aop.coco import CocoMultilabel, PictureError, Preprocess
+from lightning_aop.coco import CocoMultilabel, ImageError, Preprocess
 from lightning_aop.coco.dataset import _runs
 from lightning_aop.data.shapes import CLASSES, write_shapes
 
@@ -160,7 +160,7 @@ def test_the_real_validation_set_is_that_of_a_direct_loop(real_data: Path) -> No
         assert data.ids[index] == image
         np.testing.assert_array_equal(data.labels[index], labels)
         np.testing.assert_array_equal(data.masks(index), where)
-        assert data.picture(index).size == where.shape[:0:-1]
+        assert data.image(index).size == where.shape[:0:-1]
 
 
 def test_pictures_are_those_of_the_files(root: Path) -> None:
@@ -315,7 +315,7 @@ def survives(name: Path, act: Callable[[], Any], *expected: str) -> Any:
     """Return what it gives, or None after an error that helps."""
     try:
         return act()
-    except (ValueError, FileNotFoundError, PictureError) as error:
+    except (ValueError, FileNotFoundError, ImageError) as error:
         message = str(error)
     assert [word for word in (str(name), *expected) if word not in message] == []
     return None
