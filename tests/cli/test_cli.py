@@ -98,8 +98,11 @@ def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> No
         (["--target-class=terrier"], r"could be .*; give the index"),
         (["--target-class=zzz"], "no class of the model has this name"),
         (["--weights=nowhere.pth"], "nowhere.pth: no such file"),
-        (["--model=alexnet"], r"these are no weights of alexnet.*with --model"),
-        (["--model=resnet999"], "torchvision has no classifier of this name"),
+        (
+            ["--model=alexnet"],
+            r"are no weights of alexnet.*they fit squeezenet1_1: name .* \(--model\)",
+        ),
+        (["--model=resnet999"], "is no classifier of torchvision"),
         (["--device=cuda:77"], "--device cuda:77: not to be had here"),
     ],
 )
