@@ -187,6 +187,23 @@ def test_a_backbone_that_is_trained_changes(root: Path, resnet: str, tmp_path: P
     assert f"val/AP/{CLASSES[0]}" in run.callback_metrics
 
 
+def test_the_report_of_a_single_class_agrees_with_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(3)
+    truth = (torch.rand(40, 1, generator=generator) < 0.3).float()
+    logits = torch.randn(40, 1, generator=generator) + truth
+    report = Report(["ape"])
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, truth)
+    report.update(loss, torch.tensor(40.0), logits, truth)
+    values = report.compute(per_class=True)
+    metrics = pytest.importorskip("sklearn.metrics")
+    mean = metrics.average_precision_score(truth[:, 0], logits[:, 0])
+    f1 = metrics.f1_score(truth[:, 0], logits[:, 0] > 0)
+    for key in ("mAP", "AP/ape"):
+        assert float(values[key]) == pytest.approx(mean, abs=1e-6)
+    for key in ("F1_micro", "F1_macro", "F1/ape"):
+        assert float(values[key]) == pytest.approx(f1, abs=1e-6)
+
+
 def test_the_report_agrees_with_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(3)
     truth = (torch.rand(40, 6, generator=generator) < 0.3).float()
