@@ -1,7 +1,6 @@
 """What the commands on photos share: their options, reading a photo, building the model, the bar."""
 
 import sys
-import urllib.error
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,16 +8,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torchvision
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from lightning_aop.data.networks import undotted
+from lightning_aop.data.images import ImageError, ValueRange, read_image
+from lightning_aop.data.networks import load_classifier, published_input
 from lightning_aop.errors import UserError, did_you_mean
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import Evaluations, count_evaluations
@@ -29,8 +27,8 @@ def photo_options(parser: ArgumentParser) -> None:
     """Add the options that say which photos, which model, and how the one becomes input of the other."""
     add = parser.add_argument
     add("photos", nargs="+", type=Path, metavar="PHOTO", help="picture files")
-    add("--model", default="resnet50", help="a torchvision classifier by name")
-    add("--weights", type=Path | None, help="a local state_dict; default: the published weights")
+    add("--model", default="resnet50", help="a torchvision classifier, or timm/NAME")
+    add("--weights", type=Path | None, help="a local file; default: the published weights")
     add("--target-class", nargs="+", help="index or name; default: the likeliest class")
     add("--target-layer", type=str | None, help="by name; default: the last feature map")
     add("--fit", choices=["crop", "squash"], default="crop", help="how a photo becomes square")
@@ -39,6 +37,13 @@ def photo_options(parser: ArgumentParser) -> None:
     )
     add("--mean", nargs=3, type=float, help="normalisation; default: the published weights'")
     add("--std", nargs=3, type=float, help="normalisation; default: the published weights'")
+    add(
+        "--range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="values shown black and white, for greyscale photos of more than 8 bits; default: 0 65535",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1, …")
 
 
@@ -68,14 +73,14 @@ class Recipe:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: list[str]
+    value_range: ValueRange | None = None
 
     def read(self, photo: Path, fit: str) -> Images:
-        """Return the photo as a batch of one, the right way up and normalised."""
+        """Return the photo as a batch of one, upright and normalised."""
         try:
-            with Image.open(photo) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{photo}: no readable picture ({error})") from error
+            image = read_image(photo, value_range=self.value_range)
+        except ImageError as error:
+            raise UserError(f"{photo}: {error}") from error
         shape = (
             [v2.Resize((self.size, self.size))]
             if fit == "squash"
@@ -89,7 +94,7 @@ class Recipe:
                 v2.Normalize(self.mean, self.std),
             ]
         )
-        return cast("Tensor", transform(picture))[None].as_subclass(Tensor)
+        return cast("Tensor", transform(image))[None].as_subclass(Tensor)
 
     def pairs(
         self, photo: Path, fit: str, classes: Sequence[int]
@@ -180,65 +185,19 @@ def progress(model: nn.Module, total: int) -> Iterator[Any]:
 
 def load(options: Namespace) -> Recipe:
     """Build the model, with published or local weights, and say what it wants of a photo."""
-    name, file = options.model, options.weights
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(
-            f"--model {name}: torchvision has no classifier of this name; it has resnet50, "
-            "mobilenet_v3_large, efficientnet_b0, … (torchvision.models.list_models())"
-        )
-    published = torchvision.models.get_model_weights(name).DEFAULT
-    wants = published.transforms()
-    if file is None:
-        try:
-            model = torchvision.models.get_model(name, weights=published)
-        except (urllib.error.URLError, OSError) as error:
-            raise UserError(
-                f"--model {name}: its published weights could not be downloaded ({error}); give a "
-                "local file with --weights"
-            ) from error
-        classes = list(published.meta["categories"])
-    else:
-        model, classes = _from_file(name, file, list(published.meta["categories"]))
-    size = options.size or wants.crop_size[0]
+    weights = "DEFAULT" if options.weights is None else str(options.weights)
+    model, classes = load_classifier(options.model, weights)
+    wants = published_input(options.model, model)
+    size = options.size or wants.size
     return Recipe(
         model.eval().to(_device(options.device)),
         size,
-        resize=round(size * wants.resize_size[0] / wants.crop_size[0]),
+        resize=round(size * wants.resize / wants.size),
         mean=tuple(options.mean or wants.mean),
         std=tuple(options.std or wants.std),
         classes=classes,
+        value_range=options.range and tuple(options.range),
     )
-
-
-def _from_file(name: str, file: Path, imagenet: list[str]) -> tuple[nn.Module, list[str]]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"--weights {file}: no such file") from error
-    except Exception as error:
-        raise UserError(f"--weights {file}: no state_dict can be read from it ({error})") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"--weights {file}: holds no state_dict of tensors")
-    state = undotted(state)
-    classes = len(list(state.values())[-1])
-    extra: dict[str, Any] = (
-        # Their own initialisation takes minutes and is overwritten. Published weights want the input
-        # transformed, also where they come from a file.
-        {"init_weights": False, "transform_input": True}
-        if name in ("inception_v3", "googlenet")
-        else {}
-    )
-    try:
-        model = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
-        model.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--weights {file}: these are no weights of {name} ({reason}); name their architecture "
-            "with --model"
-        ) from error
-    return model, imagenet if classes == len(imagenet) else [f"class {i}" for i in range(classes)]
 
 
 def _device(name: str) -> torch.device:

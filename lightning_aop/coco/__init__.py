@@ -3,12 +3,12 @@
 from lightning_aop.coco.classifier import MultilabelClassifier
 from lightning_aop.coco.datamodule import CocoClassification
 from lightning_aop.coco.dataset import CocoMultilabel
-from lightning_aop.data.images import PictureError, Preprocess
+from lightning_aop.data.images import ImageError, Preprocess
 
 __all__ = [
     "CocoClassification",
     "CocoMultilabel",
+    "ImageError",
     "MultilabelClassifier",
-    "PictureError",
     "Preprocess",
 ]

@@ -32,7 +32,8 @@ class Report(nn.Module):
     def __init__(self, classes: Sequence[str]) -> None:
         super().__init__()
         self.classes = list(classes)
-        count = len(classes)
+        # torchmetrics wants two labels at least: a single class is counted twice, and shown once.
+        count = max(len(classes), 2)
         self.loss = MeanMetric()
         self.average_precision = MultilabelAveragePrecision(count, average=None, ignore_index=-1)
         kinds = {
@@ -59,6 +60,8 @@ class Report(nn.Module):
         """Add a batch with its mean loss and the number of its images that count."""
         self.loss.update(loss, images)
         scores, truth, counts = logits.float().sigmoid(), labels.int(), labels[:, 0] >= 0
+        if len(self.classes) == 1:
+            scores, truth = scores.expand(-1, 2), truth.expand(-1, 2)
         # With what doesn't count: processes can't gather a list that one of them has left empty.
         self.average_precision.update(scores, truth)
         if counts.any():
@@ -72,10 +75,10 @@ class Report(nn.Module):
             # Classes that no image shows have no average precision, and are left out below.
             warnings.filterwarnings("ignore", "No positive samples found in target")
             results: dict[str, Tensor] = self.at_half.compute()
-            counts = results.pop("counts").view(len(self.classes), -1)
+            counts = results.pop("counts").view(-1, 5)[: len(self.classes)]
             if not counts.any():
                 return {"loss": self.loss.compute()}
-            precisions = self.average_precision.compute().view(-1)
+            precisions = self.average_precision.compute().view(-1)[: len(self.classes)]
         shown = counts[:, -1] > 0
         f1 = results.pop("F1_per_class").view(-1)
         values = {"loss": self.loss.compute(), "mAP": precisions[shown].mean()} | results

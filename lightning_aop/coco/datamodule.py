@@ -51,6 +51,7 @@ class CocoClassification(pl.LightningDataModule):
         crowds: let crowd annotations count.
         on_error: "raise" at the first picture that can't be read, or "skip" such pictures, and list
             them at the end.
+        value_range: the values that are black and white, for greyscale images of more than 8 bits.
         features: "cached" computes what a frozen backbone makes of each image once, and trains the
             head on that; "live" runs the backbone in every epoch.
         cache_dir: where features are kept; by default `~/.cache/lightning_aop/features`.
@@ -81,6 +82,7 @@ class CocoClassification(pl.LightningDataModule):
         keep_empty: bool = True,
         crowds: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
+        value_range: tuple[float, float] | None = None,
         features: Literal["live", "cached"] = "live",
         cache_dir: str | Path | None = None,
         cache_precision: Precision = "float32",
@@ -108,6 +110,7 @@ class CocoClassification(pl.LightningDataModule):
             "keep_empty": keep_empty,
             "crowds": crowds,
             "on_error": on_error,
+            "value_range": value_range,
         }
         self.features = features
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()

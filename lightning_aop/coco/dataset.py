@@ -1,4 +1,4 @@
-"""Pictures and instance masks in COCO's format, read for multilabel training with pycocotools."""
+"""Images and instance masks in COCO's format, read for multilabel training with pycocotools."""
 
 import contextlib
 import hashlib
@@ -6,22 +6,23 @@ import importlib
 import io
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_aop.data.images import Picture, PictureError, read_picture, to_tensor
+from lightning_aop.data.images import ImageError, ValueRange, read_image, to_tensor
 from lightning_aop.errors import InvalidValueError, MissingFileError, MissingPackageError
 
-Transform: TypeAlias = Callable[[Picture], Tensor]
+Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
 _LISTS = ("images", "annotations", "categories")
 
@@ -42,6 +43,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         keep_empty: keep images without annotations, negative for every class.
         crowds: let crowd annotations (`iscrowd`) count, in labels and in masks.
         on_error: "raise", or "skip" what can't be read.
+        value_range: the values that are black and white, for greyscale images of more than 8 bits.
 
     Attributes:
         classes: the names of the classes, by the order of their category ids.
@@ -63,12 +65,13 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         keep_empty: bool = True,
         crowds: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
+        value_range: ValueRange | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise InvalidValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         self.folder, self.file = Path(images), Path(annotations)
         self.transform: Transform = transform or to_tensor
-        self.crowds = crowds
+        self.crowds, self.value_range = crowds, value_range
         self.on_error = on_error
         coco = _read(self.folder, self.file)
         categories = sorted(coco.cats)
@@ -92,6 +95,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         self._sizes = [None if None in size else size for size in sizes]
         # Set by whichever worker meets a bad picture, and seen by the process that reports it.
         self._skipped = torch.zeros(len(self.ids), dtype=torch.bool).share_memory_()
+        self._has_masks = any(a.get("segmentation") for a in coco.dataset["annotations"])
         self._coco: Any = coco
 
     @classmethod
@@ -126,8 +130,8 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Float[Tensor, " k"]]:
         try:
-            return self.transform(self.picture(index)), self.labels[index].float()
-        except PictureError:
+            return self.transform(self.image(index)), self.labels[index].float()
+        except ImageError:
             if self.on_error == "raise":
                 raise
             self._skipped[index] = True
@@ -145,19 +149,19 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
             self._coco = _read(self.folder, self.file)
         return self._coco
 
-    def picture(self, index: int) -> Picture:
-        """Return the picture in RGB, in the geometry that its masks fit.
+    def image(self, index: int) -> Image.Image:
+        """Return the image in RGB, in the geometry that its masks fit.
 
         Raises:
-            PictureError: it can't be read, or has another size than the annotations say.
+            ImageError: it can't be read, or has another size than the annotations say.
         """
-        name, image = self.files[index], self.ids[index]
-        remedy = "restore the picture, or take the image out of the annotations"
+        path, image = self.folder / self.files[index], self.ids[index]
+        remedy = "restore the file, or take the image out of the annotations"
         try:
-            return read_picture(self.folder, name, self._sizes[index])
-        except PictureError as error:
-            raise PictureError(
-                f"{self.folder / name}, image {image} of {self.file}: {error}; {remedy}, or leave "
+            return read_image(path, self._sizes[index], self.value_range, self.folder)
+        except ImageError as error:
+            raise ImageError(
+                f"{path}, image {image} of {self.file}: {error}; {remedy}, or leave "
                 "it out with on_error='skip'"
             ) from error
 
@@ -179,8 +183,8 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         lines = []
         for index in self._skipped.nonzero()[:, 0].tolist():
             try:
-                self.picture(index)
-            except PictureError as error:
+                self.image(index)
+            except ImageError as error:
                 lines.append(str(error).removesuffix(", or leave it out with on_error='skip'"))
             else:
                 lines.append(
@@ -192,7 +196,9 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
     def masks(
         self, index: int, classes: Sequence[int] | None = None
     ) -> Bool[np.ndarray, "classes h w"]:
-        """Return where each class is: the union of its instances, at the picture's own size.
+        """Return where each class is: the union of its instances, at the image's own size.
+
+        An instance without a segmentation is its box, if others in the file have one.
 
         Args:
             index: which image.
@@ -202,12 +208,13 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
             ValueError: an annotation has no segmentation, or a broken one.
         """
         classes = range(len(self.classes)) if classes is None else classes
-        width, height = self._sizes[index] or self.picture(index).size
+        width, height = self._sizes[index] or self.image(index).size
         masks = np.zeros((len(classes), height, width), dtype=bool)
         for annotation in self.coco.imgToAnns.get(self.ids[index], []):
             column = self._column[annotation["category_id"]]
             if column in classes and (self.crowds or not annotation.get("iscrowd")):
-                masks[classes.index(column)] |= _decoded(annotation, height, width, self.file)
+                mask = _decoded(annotation, height, width, self.file, self._has_masks)
+                masks[classes.index(column)] |= mask
         return masks
 
     def input_masks(
@@ -244,12 +251,14 @@ def _read(folder: Path, file: Path) -> Any:
             f"{file} is no file: give the annotations, such as instances_train2017.json"
         )
     try:
-        # COCO() would read in the encoding of the system.
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        # COCO() would read in the encoding of the system; of bytes the encoding is detected.
+        content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise InvalidValueError(
             f"{file} is no valid JSON ({error}): it may be cut short, copy or export it again"
         ) from error
+    _check_lists(content, file)
+    _normalise(content, folder)
     _check(content, file, folder)
     coco = coco_class()
     coco.dataset = content
@@ -258,8 +267,7 @@ def _read(folder: Path, file: Path) -> Any:
     return coco
 
 
-def _check(content: Any, file: Path, folder: Path) -> None:
-    """Refuse what the index, a picture or a mask would stumble over, in words for the user."""
+def _check_lists(content: Any, file: Path) -> None:
     for name in _LISTS:
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
@@ -267,7 +275,47 @@ def _check(content: Any, file: Path, folder: Path) -> None:
                 f"{file} has no list '{name}' of objects: give an instances file, such as "
                 "instances_train2017.json"
             )
-        _check_ids(file, name, [entry.get("id") for entry in entries])
+
+
+def _normalise(content: dict[str, Any], folder: Path) -> None:
+    """Write as COCO does what labelling tools write in another way that can mean one thing only."""
+    for image in content["images"]:
+        image.update({k: _whole(image[k]) for k in ("width", "height") if k in image})
+        name = image.get("file_name")
+        if name is None and isinstance(url := image.get("coco_url"), str):
+            image["file_name"] = url.rpartition("/")[2]
+        elif isinstance(name, str) and ("\\" in name or name.startswith(f"{folder.name}/")):
+            image["file_name"] = _existing(name, folder)
+    known = {
+        f"{key}_id": {str(entry.get("id")): entry.get("id") for entry in content[name]}
+        for key, name in (("image", "images"), ("category", "categories"))
+    }
+    for number, annotation in enumerate(content["annotations"]):
+        # Nothing refers to it; pycocotools wants one.
+        annotation.setdefault("id", number)
+        for key, ids in known.items():
+            # 1 and "1" are the same id, where the file has no other that reads so.
+            if isinstance(value := annotation.get(key), (int, str)) and str(value) in ids:
+                annotation[key] = ids[str(value)]
+
+
+def _whole(value: object) -> object:
+    """Return 60 for 60.0, and anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _existing(name: str, folder: Path) -> str:
+    """Return the name of an existing file that one from Windows, or from beside the folder, means."""
+    forward = name.replace("\\", "/")
+    inside = forward.removeprefix(f"{folder.name}/")
+    found = (n for n in (name, forward, inside) if _inside(n) and os.path.isfile(folder / n))
+    return next(found, name)
+
+
+def _check(content: Any, file: Path, folder: Path) -> None:
+    """Refuse what the index, an image or a mask would stumble over, in words for the user."""
+    for name in _LISTS:
+        _check_ids(file, name, [entry.get("id") for entry in content[name]])
     for image in content["images"]:
         where = f"{file}: image {image['id']} has"
         name = image.get("file_name")
@@ -317,25 +365,35 @@ def _check_ids(file: Path, name: str, ids: list[Any]) -> None:
 
 def _check_inside(name: object, where: str, folder: Path) -> None:
     """Refuse a file name that leads out of the folder, on any system."""
-    # Read as Windows does, which knows both kinds of slash and drives.
-    path = PureWindowsPath(name if isinstance(name, str) else "")
-    if path.anchor or ".." in path.parts or not path.parts or "\0" in str(name):
+    if not isinstance(name, str) or not _inside(name):
         raise InvalidValueError(
             f"{where} must name a file inside {folder}: write it relative to that folder"
         )
 
 
+def _inside(name: str) -> bool:
+    # Read as Windows does, which knows both kinds of slash and drives.
+    path = PureWindowsPath(name)
+    return bool(path.parts) and not path.anchor and ".." not in path.parts and "\0" not in name
+
+
 def _decoded(
-    annotation: Mapping[str, Any], height: int, width: int, file: Path
+    annotation: Mapping[str, Any], height: int, width: int, file: Path, boxes: bool
 ) -> Bool[np.ndarray, "h w"]:
-    """Decode the mask of an annotation."""
+    """Decode the mask of an annotation; `boxes`: without a segmentation it is the box."""
     segmentation = annotation.get("segmentation")
     where = f"{file}: annotation {annotation['id']} of image {annotation['image_id']}"
     if not segmentation:
-        raise InvalidValueError(
-            f"{where} has no segmentation, only its box: masks need a file with instance "
-            "segmentations"
-        )
+        box = annotation.get("bbox") if boxes else None
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_coordinate, box)):
+            raise InvalidValueError(
+                f"{where} has no segmentation{', and no box' if boxes else ', only its box'}: masks "
+                "need a file with instance segmentations"
+            )
+        x, y, w, h = box
+        segmentation = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    elif isinstance(segmentation, list) and not any(isinstance(p, list) for p in segmentation):
+        segmentation = [segmentation]
     decode = _filled if isinstance(segmentation, list) else _unpacked
     try:
         return decode(segmentation, height, width)
@@ -345,11 +403,18 @@ def _decoded(
         ) from error
 
 
+def _coordinate(value: object) -> bool:
+    return type(value) in (int, float) and abs(cast("float", value)) < 1e9
+
+
 def _filled(polygons: list[Any], height: int, width: int) -> Bool[np.ndarray, "h w"]:
     """Fill polygons, after checks that keep pycocotools' C code within bounds."""
     # Beyond, its code of a mask may outgrow the memory that it takes for it.
     if height * width > 1 << 26:
         raise InvalidValueError(f"{width} x {height} pixels are too many for polygons")
+    # Points and lines cover nothing, and are left out beside polygons.
+    areas = [p for p in polygons if not isinstance(p, list) or len(p) not in (0, 2, 4)]
+    polygons = areas or polygons
     length = 0.0
     for polygon in polygons:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
@@ -361,7 +426,7 @@ def _filled(polygons: list[Any], height: int, width: int) -> Bool[np.ndarray, "h
         # NaN compares as outside.
         if not all(-reach <= value <= 2 * reach for value in polygon):
             raise InvalidValueError(
-                f"a polygon leaves the picture of {width} x {height} pixels by far"
+                f"a polygon leaves the image of {width} x {height} pixels by far"
             )
         corners = np.array(polygon, dtype=np.float64).reshape(-1, 2)
         length += np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum()
@@ -382,39 +447,44 @@ def _unpacked(code: Any, height: int, width: int) -> Bool[np.ndarray, "h w"]:
         raise InvalidValueError("a run-length code must have size and counts")
     if code["size"] != [height, width]:
         raise InvalidValueError(
-            f"its size is {code['size']}, where the picture has {[height, width]}"
+            f"its size is {code['size']}, where the image has {[height, width]}"
         )
-    runs = code["counts"]
-    if isinstance(runs, str):
-        runs = _runs(runs)
-    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
+    counts = code["counts"]
+    if isinstance(counts, list):
+        counts = [_whole(run) for run in counts]
+        plain = all(type(run) is int and 0 <= run < 1 << 32 for run in counts)
+        runs = np.array(counts, dtype=np.int64) if plain else None
+    else:
+        runs = _runs(counts) if isinstance(counts, str) else None
+    if runs is None or (runs < 0).any():
         raise InvalidValueError("its counts are no run lengths")
-    if sum(runs) != height * width:
+    if (runs > height * width).any() or runs.sum() != height * width:
         raise InvalidValueError(
-            f"its runs cover {sum(runs)} pixels, where the picture has {height * width}"
+            f"its runs cover {runs.sum()} pixels, where the image has {height * width}"
         )
     pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return np.asarray(pixels.reshape(width, height).T)
 
 
-def _runs(text: str) -> list[int] | None:
+def _runs(text: str) -> Int64[np.ndarray, " n"] | None:
     """Return the run lengths of COCO's compressed code, None where it is none.
 
     Six bits a character from "0" on: five of the number, low ones first, and one that says that more
-    follow; from the fourth run on, the difference to the run before the last.
+    follow; from the fourth run on, the difference to the run before the last. pycocotools writes past
+    the mask where the runs are too long, so they are summed before anything is decoded.
     """
-    runs: list[int] = []
-    number = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 40:
-            return None
-        number |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            number -= 1 << shift
-        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
-        number = shift = 0
-    return runs if shift == 0 else None
+    if not text.isascii():
+        return None
+    bits = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(bits & 32 == 0)
+    if ((bits < 0) | (bits > 63)).any() or not len(ends) or ends[-1] < len(bits) - 1:
+        return None
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, ends - starts + 1))
+    if shifts.max() > 40:
+        return None
+    runs = np.add.reduceat((bits & 31) << shifts, starts)
+    runs[bits[ends] & 16 > 0] -= (32 << shifts[ends])[bits[ends] & 16 > 0]
+    for first in (1, 2):
+        runs[first::2] = runs[first::2].cumsum()
+    return runs

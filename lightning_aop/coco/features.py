@@ -175,7 +175,13 @@ def cached_features(
 def _key(backbone: nn.Module, dataset: CocoMultilabel, precision: Precision) -> str:
     digest = hashlib.sha256()
     # repr() of a network tells its layers and their settings, and that of a transform its own.
-    about = [str(backbone), repr(dataset.transform), precision, dataset.on_error]
+    about = [
+        str(backbone),
+        repr(dataset.transform),
+        precision,
+        dataset.on_error,
+        dataset.value_range,
+    ]
     digest.update(json.dumps(about).encode())
     update_with_weights(digest, backbone)
     digest.update(dataset.fingerprint().encode())

@@ -1,4 +1,4 @@
-"""From a picture file to the tensor that a network takes, and its masks along with it."""
+"""From an image file to the tensor that a network takes, and its masks along with it."""
 
 import math
 import warnings
@@ -21,90 +21,130 @@ from lightning_aop.types import Maps
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Pillow's module and its class share a name.
-Picture: TypeAlias = Image.Image
-_Shaped = TypeVar("_Shaped", Picture, Tensor)
+ValueRange: TypeAlias = tuple[float, float]
+_Shaped = TypeVar("_Shaped", Image.Image, Tensor)
 
 
-class PictureError(FileError):
-    """A picture that can't be read, or is not the one that was annotated."""
+class ImageError(FileError):
+    """An image that can't be read, or is not the one that was annotated."""
 
 
-def read_picture(folder: Path, name: str, size: tuple[int, int] | None = None) -> Picture:
-    """Read a picture in RGB.
+def read_image(
+    path: Path,
+    size: tuple[int, int] | None = None,
+    value_range: ValueRange | None = None,
+    root: Path | None = None,
+) -> Image.Image:
+    """Read an image file as a viewer shows it: upright, in RGB, transparent parts on white.
 
-    Greyscale, palette, CMYK, 16-bit and transparent pictures are converted to what a viewer shows;
-    one that is transparent lies on white.
+    Greyscale, palette, CMYK and 16-bit images are converted to 8-bit RGB; of an animation the first
+    frame is read.
 
     Args:
-        folder: nothing outside it is read, by links neither.
-        name: the file, relative to the folder.
-        size: the width and height that it must have, as stored or turned as its EXIF data says.
+        path: the file.
+        size: the width and height that it must have. One that has them only as stored, before it is
+            turned upright as its EXIF data says, is left as stored, so that its masks fit.
+        value_range: the values that are shown black and white, for greyscale images of more than 8
+            bits; by default (0, 65535) for 16 bits. An image of 8 bits is not changed by it.
+        root: a folder; a file outside it is refused, a link that leads out of it too.
 
     Raises:
-        PictureError: in words for the user, who knows which file it is about.
+        ImageError: in words for the user, who knows which file it is about.
     """
-    path = folder / name
+    if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
+        raise InvalidValueError(
+            f"the value range must be two finite numbers, the lower one first, got {value_range}"
+        )
     try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise PictureError(f"it is a link out of {folder}, and nothing outside is read")
+        if root is not None and not path.resolve().is_relative_to(root.resolve()):
+            raise ImageError(f"it is a link out of {root}, and nothing outside is read")
         # Opening a pipe would wait for ever.
         if not path.is_file():
-            raise PictureError("it is no file" if path.exists() else "the file is missing")
+            raise ImageError("it is not a file" if path.exists() else "the file is missing")
         if path.stat().st_size == 0:
-            raise PictureError("the file is empty")
+            raise ImageError("the file is empty")
         with warnings.catch_warnings():
             # A bomb that Pillow only warns of has four times more pixels than any photo.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", "Palette images with Transparency")
             with Image.open(path) as opened:
                 if opened.format == "EPS":
-                    raise PictureError("it is PostScript, a program that is not run")
+                    raise ImageError("it is PostScript, a program that is not run")
+                # Pillow keeps the upper 8 of 16 bits a channel; only the raw mode tells.
+                deep = ";16" in str(opened.tile)
                 opened.load()
-                turned = size is not None and opened.size != size
-                picture = _rgb(ImageOps.exif_transpose(opened) if turned else opened)
-    except PictureError:
+                upright = ImageOps.exif_transpose(opened)
+                fits = size in (None, upright.size) or opened.size != size
+                image = _rgb(upright if fits else opened, value_range, deep)
+    except ImageError:
         raise
     except Exception as error:
         # Pillow raises whatever its decoders stumble over: OSError, SyntaxError, struct.error, …
-        raise PictureError(f"it can't be read ({type(error).__name__}: {error})") from error
-    if size is not None and picture.size != size:
-        raise PictureError(
-            f"it has {picture.width} x {picture.height} pixels, where {size[0]} x {size[1]} are "
+        raise ImageError(f"it can't be read ({type(error).__name__}: {error})") from error
+    if size is not None and image.size != size:
+        raise ImageError(
+            f"it has {image.width} x {image.height} pixels, where {size[0]} x {size[1]} are "
             "annotated, so that the masks would not fit"
         )
-    return picture
+    return image
 
 
-def _rgb(picture: Picture) -> Picture:
-    if picture.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
+def _rgb(image: Image.Image, value_range: ValueRange | None, deep: bool) -> Image.Image:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
         # Pillow would clip these to white instead of scaling them.
-        values = np.asarray(picture, dtype=np.float64)
-        if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise PictureError(f"its pixels (Pillow's mode {picture.mode}) have no range known")
-        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
+        values = np.asarray(image, dtype=np.float64)
+        low, high = value_range or _full_range(values, image.mode)
+        grey = np.round(((values - low) / (high - low)).clip(0, 1) * 255)
+        grey[values == image.info.get("transparency")] = 255
+        if not np.isfinite(grey).all():
+            raise ImageError("it has pixels that are not a number: replace them")
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    image = image.convert("RGB")
+    if deep and 0 < max(high for _, high in cast("list[tuple[int, int]]", image.getextrema())) < 16:
+        raise ImageError(
+            "its 16-bit colours use less than 1/16 of their range and would be nearly black: save it "
+            "with 8 bits a channel"
+        )
+    return image
 
 
-def to_tensor(picture: Picture) -> Float[Tensor, "3 h w"]:
-    """Return the picture at its own size as floats in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+def _full_range(values: Float[np.ndarray, "h w"], mode: str) -> ValueRange:
+    """Return the range of 16 bits, unless the values leave it, or hardly use it."""
+    low, high = values.min(), values.max()
+    remedy = (
+        "say which values are black and white, as in value_range=(0, 4095), or --range 0 4095 on the "
+        "command line"
+    )
+    if mode == "F" or not 0 <= low <= high <= 65535:
+        raise ImageError(
+            f"its values from {low:g} to {high:g} (Pillow's mode {mode}) have no known range: {remedy}"
+        )
+    if 0 < high < 4096:
+        raise ImageError(
+            f"its values end at {high:g} of 65535, as those of 12-bit cameras and scanners do, and it "
+            f"would be nearly black: {remedy}"
+        )
+    return 0, 65535
+
+
+def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
+    """Return the image at its own size as floats in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The picture at one size, normalised; its masks take the same way.
+    """An image at one size, normalised; its masks take the same way.
 
     Attributes:
         size: of the result, in pixels.
-        resize: "squash" the whole picture into the square, as in the paper; or "crop": the shorter
+        resize: "squash" the whole image into the square, as in the paper; or "crop": the shorter
             side to 8/7 of the size (256 for 224), and the square in the middle.
-        mean: one number a channel, in [0, 1].
-        std: one number a channel.
+        mean: one number per channel, in [0, 1].
+        std: one number per channel.
     """
 
     size: int = 224
@@ -127,14 +167,14 @@ class Preprocess:
         if min(self.std) <= 0:
             raise InvalidValueError(f"std must be above 0 in every channel, got {list(self.std)}")
 
-    def __call__(self, picture: Picture) -> Float[Tensor, "3 size size"]:
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 size size"]:
         """Return the network's input."""
-        image = to_tensor(self._shaped(picture, v2.InterpolationMode.BILINEAR))
-        mean, std = (image.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (image - mean) / std
+        values = to_tensor(self._shaped(image, v2.InterpolationMode.BILINEAR))
+        mean, std = (values.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (values - mean) / std
 
     def masks(self, masks: Bool[np.ndarray, "k h w"]) -> Bool[Tensor, "k size size"]:
-        """Return masks of a picture as they lie on the network's input, by nearest neighbour."""
+        """Return masks of an image as they lie on the network's input, by nearest neighbour."""
         shaped = self._shaped(torch.from_numpy(masks).byte(), v2.InterpolationMode.NEAREST_EXACT)
         return shaped.bool()
 

@@ -1,10 +1,13 @@
 """Networks by name, with their weights: torchvision's, timm's, or what a configuration names."""
 
+import difflib
 import importlib
+import math
 import os
 import re
 import urllib.error
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,51 +17,116 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from lightning_aop.data.weights import Weights, read_weights
 from lightning_aop.errors import FileError, InvalidValueError, MissingFileError, MissingPackageError
 
 
 def load_backbone(name: str, weights: str | None = "DEFAULT") -> tuple[nn.Module, int]:
     """Return a network that gives features [B, D] instead of logits, and D.
 
-    Arguments and errors are those of `load_network`, but that the head of the weights may be of another
-    size.
+    Arguments and errors are those of `load_network`, but that the weights may lack the head.
     """
-    network = _load(name, weights, any_head=True)
+    network, _ = _load(name, weights, headless=True)
     return network, _behead(network)
 
 
 def load_network(name: str, weights: str | None = "DEFAULT") -> nn.Module:
-    """Return a classifier that gives logits [B, K].
+    """Return a classifier that gives logits [B, K]; K is the number of classes of its weights.
 
     Args:
         name: a torchvision classifier, such as `resnet50`; or `timm/NAME` for one of timm's.
-        weights: a local file with the state_dict of the whole published network; or the name of
-            published weights to download (`DEFAULT`, `IMAGENET1K_V1`); None for random ones.
+        weights: a local file with the whole network, as `read_weights` takes it, a checkpoint of
+            `MultilabelClassifier` among them; or the name of published weights to download
+            (`DEFAULT`, `IMAGENET1K_V1`); None for random ones.
 
     Raises:
         ValueError: there is no such network or no such weights, or they don't fit each other.
-        ImportError: timm is not installed.
+        ImportError: timm, or safetensors, is not installed.
         OSError: the weights can't be downloaded or read.
     """
-    return _load(name, weights, any_head=False)
+    return _load(name, weights)[0]
 
 
-def _load(name: str, weights: str | None, any_head: bool) -> nn.Module:
+def load_classifier(name: str, weights: str | None = "DEFAULT") -> tuple[nn.Module, list[str]]:
+    """Return the network of `load_network`, and the names of its classes.
+
+    They are those of the weights' file; without names in it ImageNet's, where their number fits.
+    """
+    network, classes = _load(name, weights)
+    _, head = _head(network)
+    count = head.out_features if isinstance(head, nn.Linear) else head.out_channels
+    imagenet: list[str] = _IMAGENET.meta["categories"]
+    if classes is None or len(classes) != count:
+        classes = imagenet if count == len(imagenet) else [f"class {i}" for i in range(count)]
+    return network, classes
+
+
+_IMAGENET = torchvision.models.ResNet50_Weights.DEFAULT
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a network's published weights want of an image.
+
+    Attributes:
+        size: height and width of the square, in pixels.
+        resize: the length of the shorter side before the square in the middle is cut out.
+        mean: of the normalisation, one number per channel, for values in [0, 1].
+        std: of the normalisation.
+    """
+
+    size: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def published_input(name: str, network: nn.Module) -> Published:
+    """Return what the published weights of a network of `load_network` want of an image."""
+    if name.startswith("timm/"):
+        wants: Any = network.pretrained_cfg
+        size = wants["input_size"][-1]
+        resize = math.floor(size / (wants.get("crop_pct") or 1))
+        return Published(size, resize, tuple(wants["mean"]), tuple(wants["std"]))
+    wants = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return Published(wants.crop_size[0], wants.resize_size[0], tuple(wants.mean), tuple(wants.std))
+
+
+def _load(
+    name: str, weights: str | None, headless: bool = False
+) -> tuple[nn.Module, list[str] | None]:
+    """Return a network, and the names of its classes where a file of weights has them."""
     source, _, timm_name = name.rpartition("/")
     file = _file(weights)
     published = None if file else weights
-    if source == "timm":
-        network = _timm(timm_name, published)
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        network = _torchvision(name, published)
-    else:
-        raise InvalidValueError(
-            f"backbone {name!r} is no classifier of torchvision (resnet50, mobilenet_v2, …: "
-            "torchvision.models.list_models()); timm's are named timm/NAME"
+
+    def build(**options: Any) -> nn.Module:
+        return (
+            _timm(timm_name, published, **options)
+            if source == "timm"
+            else _torchvision(name, published, **options)
         )
-    if file:
-        fill(network, name, file, any_head=any_head)
-    return network
+
+    if source != "timm" and name not in torchvision.models.list_models(module=torchvision.models):
+        close = difflib.get_close_matches(name, torchvision.models.list_models(), 3, 0.7)
+        raise InvalidValueError(
+            f"{name!r} is no classifier of torchvision (resnet50, mobilenet_v2, …: "
+            "torchvision.models.list_models()); timm's are named timm/NAME"
+            + (f"; did you mean {' or '.join(close)}?" if close else "")
+        )
+    network = build()
+    if file is None:
+        return network, None
+    found = read_weights(file)
+    head, layer = _head(network)
+    tensors = _with_own_head(found.tensors, head, layer)
+    weight = _parts(network.state_dict(), tensors)[0].get(f"{head}.weight")
+    if weight is not None and len(weight) != len(layer.weight):
+        network = build(num_classes=len(weight))
+    if tensors is not found.tensors:
+        _uncut(network, head)
+    fill(network, name, Weights(file, tensors), optional=f"{head}." if headless else None)
+    return network, found.classes
 
 
 def _file(weights: str | None) -> Path | None:
@@ -75,12 +143,12 @@ def _file(weights: str | None) -> Path | None:
     return None
 
 
-def _torchvision(name: str, weights: str | None) -> nn.Module:
-    options: dict[str, Any] = {}
-    if name in ("inception_v3", "googlenet"):
+def _torchvision(name: str, weights: str | None, **options: Any) -> nn.Module:
+    two_heads = name in ("inception_v3", "googlenet")
+    if two_heads:
         # Their second head has no use here; their own initialisation takes minutes.
         # Published weights want the input transformed, also where they come from a file.
-        options = {
+        options |= {
             "aux_logits": weights is not None,
             "init_weights": False,
             "transform_input": True,
@@ -97,7 +165,7 @@ def _torchvision(name: str, weights: str | None) -> nn.Module:
         raise FileError(
             f"the weights {weights!r} of {name} could not be downloaded ({error}): give a local file"
         ) from error
-    if options:
+    if two_heads:
         network.aux_logits = False
         for auxiliary in ("AuxLogits", "aux1", "aux2"):
             if hasattr(network, auxiliary):
@@ -105,67 +173,131 @@ def _torchvision(name: str, weights: str | None) -> nn.Module:
     return cast("nn.Module", network)
 
 
-def _timm(name: str, weights: str | None) -> nn.Module:
+def _timm(name: str, weights: str | None, **options: Any) -> nn.Module:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
-        raise MissingPackageError(f"backbone timm/{name} needs timm: pip install timm") from error
+        raise MissingPackageError(f"timm/{name} needs timm: pip install timm") from error
     if weights not in (None, "DEFAULT"):
         name = f"{name.split('.')[0]}.{weights}"  # timm's tag, as in resnet50.a1_in1k
     try:
-        return cast("nn.Module", timm.create_model(name, pretrained=weights is not None))
+        return cast("nn.Module", timm.create_model(name, pretrained=weights is not None, **options))
     except (RuntimeError, ValueError) as error:
-        raise InvalidValueError(f"backbone timm/{name}: {error} (timm.list_models())") from error
+        raise InvalidValueError(f"timm/{name}: {error} (timm.list_models())") from error
     except Exception as error:
         raise FileError(
             f"the weights of timm/{name} could not be downloaded ({error}): give a local file"
         ) from error
 
 
-def fill(network: nn.Module, name: str, file: Path, any_head: bool = False) -> None:
-    """Load a state_dict into the network called `name`, in place.
+def fill(network: nn.Module, name: str, weights: Weights, optional: str | None = None) -> None:
+    """Load weights into the network called `name`, in place, whatever wrappers their names tell of.
 
     Args:
         network: whose weights are replaced.
         name: for messages.
-        file: holds the state_dict, or a checkpoint with one.
-        any_head: leave the last layer as it is if the file's is of another size.
+        weights: those of the whole network.
+        optional: the start of the names of tensors that may be missing.
 
     Raises:
-        ValueError: the file can't be read, or its weights don't fit.
+        ValueError: the weights don't fit.
     """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InvalidValueError(
-            f"weights {file}: no state_dict can be read from it ({error})"
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InvalidValueError(f"weights {file}: holds no state_dict of tensors")
-    extra = ("AuxLogits.", "aux1.", "aux2.")
     own = network.state_dict()
-    state = undotted(state)
-    state = {k: v for k, v in state.items() if k in own or not k.startswith(extra)}
-    missing, alien = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
-    head = [k for k in wrong if k.startswith(_head(network)[0] + ".")]
-    if missing or alien or wrong != (head if any_head else []):
-        first = next(iter([*missing, *alien, *wrong]))
+    found, unknown = _parts(own, weights.tensors)
+    if optional is not None:
+        unknown = [key for key in unknown if not key.startswith(optional)]
+    missing = [
+        key
+        for key in own
+        # PyTorch before 0.4.1 did not count the batches.
+        if key not in found and not key.endswith("num_batches_tracked")
+        if optional is None or not key.startswith(optional)
+    ]
+    wrong = [key for key in found if found[key].shape != own[key].shape]
+    if not missing and not unknown and not wrong:
+        network.load_state_dict(found, strict=False)
+        return
+    head, _ = _head(network)
+    if not wrong and not unknown and all(key.startswith(f"{head}.") for key in missing):
         raise InvalidValueError(
-            f"weights {file} are none of {name}: {len(missing)} tensors are missing, {len(alien)} "
-            f"are unknown and {len(wrong)} have another shape (such as {first}); name the network "
-            "that they belong to"
+            f"weights {weights.file} lack the head of {name} ({', '.join(missing)}): give those of a "
+            "whole classifier"
         )
-    # The head is replaced, so its size may differ from the published one.
-    network.load_state_dict({k: v for k, v in state.items() if k not in head}, strict=not head)
+    reasons = [f"{key} {list(own[key].shape)} is missing" for key in missing[:2]]
+    reasons += [f"{key} is unknown" for key in unknown[:2]]
+    reasons += [
+        f"{key} is {list(found[key].shape)}, not {list(own[key].shape)}" for key in wrong[:2]
+    ]
+    fitting = _fitting(weights.tensors)
+    raise InvalidValueError(
+        f"weights {weights.file} are no weights of {name}: of its {len(own)} tensors {len(missing)} are "
+        f"missing and {len(wrong)} have another shape, and {len(unknown)} are unknown "
+        f"({'; '.join(reasons)}); {'they fit ' if fitting else ''}{' and '.join(fitting)}"
+        f"{': ' if fitting else ''}name the network that they belong to (--model)"
+    )
 
 
-def undotted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return DenseNet's published weights under today's names, whose parts hold no dots."""
-    return {_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
+def _parts(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a network by its own names, and the names of others within its parts.
+
+    In the file they may have a prefix: that of a LightningModule (`model.`), DistributedDataParallel
+    (`module.`), an average (`ema.`), or several. The prefix under which the most are found counts; of
+    several the shortest, and an average only where there is nothing else. What is no part of the network
+    (a loss, a second head) is no matter.
+    """
+    tensors = {_DENSENET.sub(r"\1\2", name): tensor for name, tensor in tensors.items()}
+    # Names end in each other, as layer1.0.conv1.weight does in conv1.weight: prefixes are counted.
+    tails = {f".{name}" for name in own}
+    counts: Counter[str] = Counter()
+    for name in tensors:
+        dots = [i for i, letter in enumerate(f".{name}") if letter == "."]
+        counts.update(name[:i] for i in dots if f".{name}"[i:] in tails)
+    best = min(counts, key=lambda p: (-counts[p], "ema" in p, len(p)), default="")
+    found = {name: tensors[best + name] for name in own if best + name in tensors}
+    parts = {name.partition(".")[0] for name in own}
+    rest = (name.removeprefix(best) for name in tensors if name.startswith(best))
+    unknown = [name for name in rest if name not in own and name.partition(".")[0] in parts]
+    return found, unknown
 
 
+def _with_own_head(
+    tensors: dict[str, Tensor], head: str, layer: nn.Linear | nn.Conv2d
+) -> dict[str, Tensor]:
+    """Name the head of a MultilabelClassifier as the network does; other tensors stay as they are."""
+    ours = {"head.weight", "head.bias"} <= set(tensors) and f"backbone.{head}.weight" not in tensors
+    if not ours or not any(name.startswith("backbone.") for name in tensors):
+        return tensors
+    renamed = {re.sub(r"^head\.", f"backbone.{head}.", k): v for k, v in tensors.items()}
+    weight = renamed[f"backbone.{head}.weight"]
+    if isinstance(layer, nn.Conv2d):
+        renamed[f"backbone.{head}.weight"] = weight[..., None, None]
+    return renamed
+
+
+def _fitting(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the classifiers of torchvision that weights fit, but for the size of their heads."""
+    fitting = []
+    for name in torchvision.models.list_models(module=torchvision.models):
+        try:
+            # All of them in a few seconds: nothing is computed on this device.
+            with torch.device("meta"):
+                network = _torchvision(name, None)
+        except NotImplementedError:
+            continue
+        own, (head, _) = network.state_dict(), _head(network)
+        found, unknown = _parts(own, tensors)
+        if not unknown and all(
+            k in found and (found[k].shape == own[k].shape or k.startswith(f"{head}."))
+            for k in own
+            if not k.endswith("num_batches_tracked")
+        ):
+            fitting.append(name)
+    return fitting[:3]
+
+
+# DenseNet's published weights are older than the ban on dots in the names of parts.
 _DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
@@ -188,17 +320,22 @@ def _behead(network: nn.Module) -> int:
         return head.in_features
     # SqueezeNet: a 1 × 1 convolution, cut off at 0, whose maps are averaged. Averaging the features
     # first gives the same for a linear layer.
-    names = [name for name, _ in network.named_modules()]
+    _uncut(network, name)
     network.set_submodule(name, nn.Identity())
-    for later in names[names.index(name) + 1 :]:
+    return head.in_channels
+
+
+def _uncut(network: nn.Module, head: str) -> None:
+    """Take away what cuts the logits off at 0 after the head."""
+    names = [name for name, _ in network.named_modules()]
+    for later in names[names.index(head) + 1 :]:
         if isinstance(network.get_submodule(later), nn.ReLU):
             network.set_submodule(later, nn.Identity())
-    return head.in_channels
 
 
 @dataclass(frozen=True)
 class Network:
-    """A classifier, and what it wants of a picture.
+    """A classifier, and what it wants of an image.
 
     Attributes:
         model: one of torchvision's by name, `timm/NAME`, or anything that can be imported and called:
@@ -207,7 +344,7 @@ class Network:
             by name also the name of published weights, or None for random ones. By default the
             published ones, and for a `class_path` those that it comes with.
         layer: the target layer of the activation methods; None for the last feature map.
-        mean: of the normalisation, one number a channel, for values in [0, 1].
+        mean: of the normalisation, one number per channel, for values in [0, 1].
         std: of the normalisation.
         size: of the input in pixels, where it is not that of the data.
     """
@@ -232,14 +369,12 @@ class Network:
             return load_network(self.model, weights).eval()
         network = _called(self.model)
         if weights not in (None, "DEFAULT"):
-            path = Path(str(weights)).expanduser()
-            if not path.is_file():
-                raise MissingFileError(f"weights {path}: no such file")
-            fill(network, str(self.model["class_path"]), path)
+            found = read_weights(Path(str(weights)).expanduser())
+            fill(network, str(self.model["class_path"]), found)
         return network.eval()
 
     def preprocess(self, size: int, resize: Literal["squash", "crop"]) -> Preprocess:
-        """Return what makes a picture its input, of `size` unless the network has one of its own."""
+        """Return what makes an image its input, of `size` unless the network has one of its own."""
         return Preprocess(self.size or size, resize, tuple(self.mean), tuple(self.std))
 
 

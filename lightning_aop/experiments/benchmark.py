@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_aop._version import __version__
 from lightning_aop.data.digests import described, slug, update_with_weights
-from lightning_aop.data.images import PictureError, Preprocess, read_picture
+from lightning_aop.data.images import ImageError, Preprocess, ValueRange, read_image
 from lightning_aop.data.networks import Network
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_groups, unfinished
@@ -113,7 +113,8 @@ def run(
         preprocess = network.preprocess(data.size, data.resize)
         layer = network.layer or _last_layer(model, preprocess)
         named = {label: _made(method, layer) for label, method in methods.items()}
-        settings = described([network.model, preprocess, rules, trainer.precision, __version__])
+        recipe = [network.model, preprocess, data.value_range, rules, trainer.precision]
+        settings = described([*recipe, __version__])
         digest = hashlib.sha256(f"{settings} {listing}".encode())
         update_with_weights(digest, model)
         folder = output / f"{slug(name)}-{digest.hexdigest()[:12]}"
@@ -123,7 +124,7 @@ def run(
         whole = set.intersection(*(done.get(digest, set()) for digest in digests.values()))
         missing = unfinished(groups, whole, trainer.world_size)
         judge = _Judge(model, named, digests, done, pictures, rules, folder)
-        jobs[name] = judge, missing, _Reader(data.folder, pictures, preprocess)
+        jobs[name] = judge, missing, _Reader(data.folder, pictures, preprocess, data.value_range)
         manifest.folders[name] = folder.name
         manifest.methods[name] = digests
         manifest.settings[name] = {"network": settings, "methods": told}
@@ -155,18 +156,18 @@ class _Reader:
     folder: Path
     pictures: Sequence[Picture]
     preprocess: Preprocess
+    value_range: ValueRange | None
 
     def __call__(self, group: Group) -> _Batch:
         number, rows = group
         images: list[Tensor] = []
         reasons: list[str | None] = []
         for row in rows:
-            # A data set is often a folder of links.
-            path = (self.folder / self.pictures[row].file).resolve()
+            path = self.folder / self.pictures[row].file
             try:
-                images.append(self.preprocess(read_picture(path.parent, path.name)))
+                images.append(self.preprocess(read_image(path, value_range=self.value_range)))
                 reasons.append(None)
-            except PictureError as error:
+            except ImageError as error:
                 size = self.preprocess.size
                 images.append(torch.zeros(3, size, size))
                 reasons.append(f"the picture can't be used: {error}")

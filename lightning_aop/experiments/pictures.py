@@ -49,6 +49,7 @@ class Pictures:
             order of their names.
         size: height and width of the input, in pixels.
         resize: "squash" the picture into the square, as the paper does, or "crop" the middle of it.
+        value_range: the values that are black and white, for greyscale images of more than 8 bits.
         num_workers: processes that read pictures.
     """
 
@@ -59,6 +60,7 @@ class Pictures:
     shuffle_seed: int | None = None
     size: int = 224
     resize: Literal["squash", "crop"] = "squash"
+    value_range: tuple[float, float] | None = None
     num_workers: int = 0
     folder: Path = field(init=False, repr=False)
 

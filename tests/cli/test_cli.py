@@ -61,9 +61,25 @@ def test_a_bad_photo_is_named_and_the_others_are_explained(
     options = ["--weights", weights, "--method=gradcam", "--size=64", "-o", out]
     assert explain(tmp_path / "none.jpg", broken, photo, *options) == 1
     errors = capsys.readouterr().err
-    assert "none.jpg: no readable picture" in errors
-    assert "broken.jpg: no readable picture" in errors
+    assert "none.jpg: the file is missing" in errors
+    assert "broken.jpg: it can't be read" in errors
     assert out.exists()
+
+
+def test_a_scan_of_12_bits_is_explained_with_its_range(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.dot(skimage.data.chelsea(), [0.3, 0.6, 0.1])
+    out, drawn = tmp_path / "out.png", []
+    options = ["--weights", weights, "--method=gradcam", "--size=64", "-o", out]
+    Image.fromarray((values * 16).astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(values.astype(np.uint8)).save(tmp_path / "flat.png")
+    assert explain(tmp_path / "deep.png", *options) == 1
+    assert "--range 0 4095" in capsys.readouterr().err
+    for name, more in (("deep", ["--range", "0", "4080"]), ("flat", [])):
+        assert explain(tmp_path / f"{name}.png", *options, *more) == 0
+        drawn.append(np.asarray(Image.open(out), dtype=float))
+    assert abs(drawn[0] - drawn[1]).mean() < 1
 
 
 def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> None:
@@ -85,8 +101,11 @@ def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> No
         (["--method=gradcan"], "--method gradcan: .*did you mean gradcam"),
         (["--size=16"], "--size 16: too small"),
         (["--weights=nowhere.pth"], "nowhere.pth: no such file"),
-        (["--model=alexnet"], r"these are no weights of alexnet.*with --model"),
-        (["--model=resnet999"], "torchvision has no classifier of this name"),
+        (
+            ["--model=alexnet"],
+            r"are no weights of alexnet.*they fit squeezenet1_1: name .* \(--model\)",
+        ),
+        (["--model=resnet999"], "is no classifier of torchvision"),
         (["--device=cuda:77"], "--device cuda:77: not to be had here"),
     ],
 )

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lightning_aop.coco import CocoMultilabel, PictureError, Preprocess
+from lightning_aop.coco import CocoMultilabel, ImageError, Preprocess
 from lightning_aop.coco.dataset import _runs
 from lightning_aop.data.shapes import CLASSES, write_shapes
 
@@ -45,6 +45,11 @@ def run_lengths(mask: Any) -> list[int]:
             now = value
         runs[-1] += 1
     return runs
+
+
+def listed(code: str) -> list[int] | None:
+    runs = _runs(code)
+    return None if runs is None else runs.tolist()
 
 
 def compressed(mask: Any) -> str:
@@ -160,7 +165,7 @@ def test_the_real_validation_set_is_that_of_a_direct_loop(real_data: Path) -> No
         assert data.ids[index] == image
         np.testing.assert_array_equal(data.labels[index], labels)
         np.testing.assert_array_equal(data.masks(index), where)
-        assert data.picture(index).size == where.shape[:0:-1]
+        assert data.image(index).size == where.shape[:0:-1]
 
 
 def test_pictures_are_those_of_the_files(root: Path) -> None:
@@ -315,7 +320,7 @@ def survives(name: Path, act: Callable[[], Any], *expected: str) -> Any:
     """Return what it gives, or None after an error that helps."""
     try:
         return act()
-    except (ValueError, FileNotFoundError, PictureError) as error:
+    except (ValueError, FileNotFoundError, ImageError) as error:
         message = str(error)
     assert [word for word in (str(name), *expected) if word not in message] == []
     return None
@@ -379,7 +384,7 @@ def annotation(**values: Any) -> Any:
         (image(file_name=7), "file_name 7, which must name a file inside"),
         (image(width=0), r"image \d+ has width and height \[0, 48\], .*whole numbers"),
         (image(height=True), r"\[48, True\], .*whole numbers"),
-        (image(width=48.0), r"\[48.0, 48\], .*whole numbers"),
+        (image(width=48.5), r"\[48.5, 48\], .*whole numbers"),
         (image(width=1 << 16, height=None), r"\[65536\], .*whole numbers"),
         (image(width=10_000, height=10_000), r"more than 89478485 pixels: .*MAX_IMAGE_PIXELS"),
         (lambda c: c.pop("categories"), "has no list 'categories' of objects"),
@@ -412,8 +417,8 @@ def test_missing_files_are_named(root: Path, tmp_path: Path) -> None:
         CocoMultilabel(root / "val2017", tmp_path / "no.json")
 
 
-def test_files_are_utf_8_with_or_without_a_mark(root: Path, tmp_path: Path) -> None:
-    for encoding in ("utf-8", "utf-8-sig"):
+def test_the_encoding_is_detected(root: Path, tmp_path: Path) -> None:
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         images, file = broken(root, tmp_path, lambda c: c["categories"][0].update(name="Hündchen"))
         file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False), encoding)
         assert CocoMultilabel(images, file).classes[0] == "Hündchen"
@@ -440,12 +445,13 @@ FULL = {"size": [48, 48], "counts": [0, 48 * 48]}
     [
         ([[0, 0, 9, 9]], "a polygon must list x and y of at least 3 corners"),
         ([[0, 0, 9, 9, 9, 0, 1]], "x and y"),
-        ([[0, 0, 9, 9, 9, 0], []], "x and y"),
-        ([0, 0, 9, 9, 9, 0], "x and y"),
+        ([[], [0, 0]], "x and y"),
+        ([0, 0, 9, 9, 9], "x and y"),
+        ([[0, 0, 9, 9, 9, 0], None], "x and y"),
         ([[0, 0, 9, 9, 9, None]], "has the coordinate None"),
         ([[0, 0, 9, 9, 9, "0"]], "has the coordinate '0'"),
         ([[0, 0, 9, 9, 9, True]], "has the coordinate True"),
-        ([[0, 0, 9, 9, 9, float("nan")]], "leaves the picture of 48 x 48 pixels by far"),
+        ([[0, 0, 9, 9, 9, float("nan")]], "leaves the image of 48 x 48 pixels by far"),
         ([[0, 0, 9, 9, 9, float("-inf")]], "by far"),
         ([[0, 0, 9, 9, 9, 10**400]], "by far"),
         ([[0, 0, 9, 9, 9, -97]], "by far"),
@@ -454,15 +460,15 @@ FULL = {"size": [48, 48], "counts": [0, 48 * 48]}
         ([[-90, 0, 190, 0] * 5_000] * 4, "its outline is 11200000 pixels long"),
         ("abc", "must have size and counts"),
         ({"counts": "0"}, "must have size and counts"),
-        (FULL | {"size": [48, 47]}, r"its size is \[48, 47\], where the picture has \[48, 48\]"),
+        (FULL | {"size": [48, 47]}, r"its size is \[48, 47\], where the image has \[48, 48\]"),
         (FULL | {"size": None}, "its size is None"),
         (FULL | {"size": 48}, "its size is 48"),
         (FULL | {"counts": [0, 48 * 48 + 1]}, "its runs cover 2305 pixels, .* 2304"),
         (FULL | {"counts": []}, "its runs cover 0 pixels"),
         (FULL | {"counts": [-1, 48 * 48 + 1]}, "no run lengths"),
-        (FULL | {"counts": [0, 2304.0]}, "no run lengths"),
+        (FULL | {"counts": [0, 2304.5]}, "no run lengths"),
         (FULL | {"counts": [False, 2304]}, "no run lengths"),
-        (FULL | {"counts": [2**32 + 48 * 48]}, "its runs cover"),
+        (FULL | {"counts": [2**32 + 48 * 48]}, "no run lengths"),
         (FULL | {"counts": None}, "no run lengths"),
         (FULL | {"counts": "garbage"}, "."),
         (FULL | {"counts": "\0"}, "no run lengths"),
@@ -484,10 +490,99 @@ def test_broken_segmentations_are_named(
 
 
 def test_boxes_without_masks_label_but_do_not_mask(root: Path, tmp_path: Path) -> None:
-    data = CocoMultilabel(*broken(root, tmp_path, annotation(segmentation=[])))
+    def strip(content: Any) -> None:
+        for entry in content["annotations"]:
+            entry["segmentation"] = []
+
+    data = CocoMultilabel(*broken(root, tmp_path, strip))
     assert data[0][1].any()
-    with pytest.raises(ValueError, match=r"annotation \d+ of image \d+ has no segmentation"):
+    with pytest.raises(ValueError, match=r"annotation \d+ of image \d+ has no segmentation, only"):
         data.masks(0)
+
+
+def test_a_box_stands_for_a_mask_beside_masks(root: Path, tmp_path: Path) -> None:
+    changes = {"segmentation": [], "bbox": [4, 5.0, 10, 20]}
+    data = CocoMultilabel(*broken(root, tmp_path, annotation(**changes)))
+    content = json.loads(data.file.read_text())
+    first = content["annotations"][0]
+    mask = data.masks(0, [data._column[first["category_id"]]])[0]
+    assert mask[5:25, 4:14].all()
+    others = [a for a in content["annotations"][1:] if a["image_id"] == first["image_id"]]
+    if first["category_id"] not in [a["category_id"] for a in others]:
+        assert mask.sum() == 200
+    for box in (None, [1, 2, 3], [1, 2, 3, "4"], [0, 0, float("nan"), 1], [0, 0, 10**400, 1]):
+        data = CocoMultilabel(*broken(root, tmp_path, annotation(segmentation=[], bbox=box)))
+        with pytest.raises(ValueError, match="has no segmentation, and no box"):
+            data.masks(0)
+
+
+def whole_as_floats(content: Any) -> None:
+    for entry in content["images"]:
+        entry.update(width=float(entry["width"]), height=float(entry["height"]))
+
+
+def ids_as_text(content: Any) -> None:
+    for entry in content["annotations"]:
+        entry.update(image_id=str(entry["image_id"]), category_id=str(entry["category_id"]))
+
+
+def no_ids(content: Any) -> None:
+    for entry in content["annotations"]:
+        del entry["id"]
+
+
+def flat_polygons(content: Any) -> None:
+    for entry in content["annotations"]:
+        entry["segmentation"] = entry["segmentation"][0]
+
+
+def lines_beside(content: Any) -> None:
+    for entry in content["annotations"]:
+        entry["segmentation"] += [[1, 1, 40, 40], [3, 3], []]
+
+
+def with_folder(content: Any) -> None:
+    for entry in content["images"]:
+        entry["file_name"] = f"val2017/{entry['file_name']}"
+
+
+def from_windows(content: Any) -> None:
+    for entry in content["images"]:
+        entry["file_name"] = f"val2017\\{entry['file_name']}"
+
+
+def addresses(content: Any) -> None:
+    for entry in content["images"]:
+        entry["coco_url"] = f"http://images.cocodataset.org/val2017/{entry.pop('file_name')}"
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        whole_as_floats,
+        ids_as_text,
+        no_ids,
+        flat_polygons,
+        lines_beside,
+        with_folder,
+        from_windows,
+        addresses,
+    ],
+)
+def test_habits_of_labelling_tools_change_nothing(habit: Any, root: Path, tmp_path: Path) -> None:
+    expected = CocoMultilabel.from_root(root, "val2017")
+    data = CocoMultilabel(*broken(root, tmp_path, habit))
+    assert data.files == expected.files
+    assert torch.equal(data.labels, expected.labels)
+    for index in range(len(expected)):
+        assert torch.equal(data[index][0], expected[index][0])
+        np.testing.assert_array_equal(data.masks(index), expected.masks(index))
+
+
+def test_run_lengths_may_be_floats(root: Path, tmp_path: Path) -> None:
+    code = {"size": [48, 48], "counts": [480.0, 96.0, 1728.0]}
+    data = CocoMultilabel(*broken(root, tmp_path, annotation(segmentation=code)))
+    assert data.masks(0).any(axis=0)[:, 10:12].all()
 
 
 def test_an_image_without_annotations_is_negative(root: Path, tmp_path: Path) -> None:
@@ -510,7 +605,7 @@ def test_sizes_may_be_left_out(root: Path, tmp_path: Path) -> None:
 @given(st.data())
 def test_compressed_runs_are_those_of_pycocotools(data: st.DataObject) -> None:
     mask = data.draw(masks(*data.draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))))
-    assert _runs(compressed(mask)) == run_lengths(mask)
+    assert listed(compressed(mask)) == run_lengths(mask)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (3000, 2500)])
@@ -520,14 +615,14 @@ def test_compressed_runs_of_large_and_small_masks(size: tuple[int, int]) -> None
     one[size[0] // 2, size[1] // 2] = True
     halves = np.arange(size[0])[:, None] + np.zeros(size) < size[0] / 2
     for mask in (np.zeros(size, bool), np.ones(size, bool), one, halves, rng.random(size) < 1e-4):
-        assert _runs(compressed(mask)) == run_lengths(mask)
+        assert listed(compressed(mask)) == run_lengths(mask)
 
 
 @few
 @given(st.text() | st.text(st.characters(min_codepoint=48, max_codepoint=111)))
 @example("0" * 10)
 def test_any_text_is_runs_or_none(text: str) -> None:
-    runs = _runs(text)
+    runs = listed(text)
     assert runs is None or all(type(run) is int for run in runs)
 
 

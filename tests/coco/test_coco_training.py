@@ -135,12 +135,13 @@ def test_wrong_names_and_weights_are_told(resnet: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such file"):
         load_backbone("resnet18", "nowhere.pth")
     with pytest.raises(
-        ValueError, match=r"resnet18.pth are none of mobilenet_v2: .* that they belong to"
+        ValueError,
+        match=r"resnet18.pth are no weights of mobilenet_v2: .*; they fit resnet18: name",
     ):
         load_backbone("mobilenet_v2", resnet)
     text = tmp_path / "text.pth"
     text.write_text("no weights")
-    with pytest.raises(ValueError, match=r"text.pth: no state_dict can be read"):
+    with pytest.raises(ValueError, match=r"text.pth: it is not a file that PyTorch wrote"):
         load_backbone("resnet18", str(text))
     torch.save([1, 2], text)
     with pytest.raises(ValueError, match=r"text.pth: holds no state_dict of tensors"):
@@ -185,6 +186,23 @@ def test_a_backbone_that_is_trained_changes(root: Path, resnet: str, tmp_path: P
     assert not torch.equal(before, network.backbone.get_parameter("conv1.weight"))
     assert network.backbone.training
     assert f"val/AP/{CLASSES[0]}" in run.callback_metrics
+
+
+def test_the_report_of_a_single_class_agrees_with_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(3)
+    truth = (torch.rand(40, 1, generator=generator) < 0.3).float()
+    logits = torch.randn(40, 1, generator=generator) + truth
+    report = Report(["ape"])
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, truth)
+    report.update(loss, torch.tensor(40.0), logits, truth)
+    values = report.compute(per_class=True)
+    metrics = pytest.importorskip("sklearn.metrics")
+    mean = metrics.average_precision_score(truth[:, 0], logits[:, 0])
+    f1 = metrics.f1_score(truth[:, 0], logits[:, 0] > 0)
+    for key in ("mAP", "AP/ape"):
+        assert float(values[key]) == pytest.approx(mean, abs=1e-6)
+    for key in ("F1_micro", "F1_macro", "F1/ape"):
+        assert float(values[key]) == pytest.approx(f1, abs=1e-6)
 
 
 def test_the_report_agrees_with_scikit_learn() -> None:

@@ -17,8 +17,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from lightning_aop.coco import CocoMultilabel, PictureError, Preprocess
-from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, read_picture
+from lightning_aop.coco import CocoMultilabel, ImageError, Preprocess
+from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 
 pytest.importorskip("pycocotools.coco")
 
@@ -31,12 +31,27 @@ def raw(mode: str, values: Any, size: tuple[int, int] = SIZE) -> Image.Image:
     return Image.frombytes(mode, size, np.ascontiguousarray(values).tobytes())
 
 
+def png(width: int, height: int, depth: int, colour: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Return a PNG file of these chunks after its header, as the specification writes them."""
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", head), *chunks):
+        file += struct.pack(">I", len(body)) + name + body
+        file += struct.pack(">I", zlib.crc32(name + body))
+    return file
+
+
 def header(width: int, height: int) -> bytes:
     """Return a PNG that claims a size and holds no pixels."""
-    png = b"\x89PNG\r\n\x1a\n"
-    for body in (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"):
-        png += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    return png
+    return png(width, height, 8, 2, (b"IDAT", b""))
+
+
+def deep_png(values: Any, colour: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Return a PNG of 16 bits per channel; Pillow writes grey ones only."""
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    pixels = (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return png(width, height, 16, colour, *chunks, *pixels)
 
 
 def cut(path: Path) -> None:
@@ -76,8 +91,8 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "text": ("x.jpg", lambda p: p.write_text("no picture"), "can't be read .*cannot identify"),
     "program": ("x.jpg", lambda p: p.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 16\n"
                 "%%EndComments\n"), "PostScript"),
-    "folder": ("x.png", folder_instead, "it is no file"),
-    "pipe": ("x.png", pipe_instead, "it is no file"),
+    "folder": ("x.png", folder_instead, "it is not a file"),
+    "pipe": ("x.png", pipe_instead, "it is not a file"),
     "missing": ("x.png", lambda p: p.unlink(), "the file is missing"),
     "bomb": ("x.png", lambda p: p.write_bytes(header(20_000, 20_000)), "DecompressionBombError"),
     "large": ("x.png", lambda p: p.write_bytes(header(10_000, 10_000)), "DecompressionBombWarning"),
@@ -115,7 +130,7 @@ def test_a_bad_picture_is_named_or_skipped(kind: str, tmp_path: Path) -> None:
     data = dataset(tmp_path, [name, "good.png"])
     spoil(data.folder / name)
     where = rf"{re.escape(str(data.folder / name))}, image 100 of .*file.json: .*({message})"
-    with pytest.raises(PictureError, match=rf"{where}.*; restore the picture.*on_error='skip'"):
+    with pytest.raises(ImageError, match=rf"{where}.*; restore the file.*on_error='skip'"):
         data[0]
     assert data[1][1].tolist() == [1, 0]
     assert data.skipped() == []
@@ -135,11 +150,11 @@ def test_a_picture_of_unannotated_size_is_bounded_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw("RGB", NOISE).save(tmp_path / "x.png")
-    assert read_picture(tmp_path, "x.png").size == SIZE
+    assert read_image(tmp_path / "x.png").size == SIZE
     for most, kind in ((24 * 16 - 1, "Warning"), (24 * 16 // 2 - 1, "Error")):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
-        with pytest.raises(PictureError, match=f"DecompressionBomb{kind}"):
-            read_picture(tmp_path, "x.png")
+        with pytest.raises(ImageError, match=f"DecompressionBomb{kind}"):
+            read_image(tmp_path / "x.png")
 
 
 def test_a_picture_that_came_back_is_told(tmp_path: Path) -> None:
@@ -190,11 +205,16 @@ def test_a_linked_folder_is_fine(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(data.folder)
     (data.folder / "inside.png").symlink_to(data.folder / "a.png")
     for name in ("a.png", "inside.png"):
-        np.testing.assert_array_equal(read_picture(tmp_path / "linked", name), NOISE)
+        np.testing.assert_array_equal(
+            read_image(tmp_path / "linked" / name, root=tmp_path / "linked"), NOISE
+        )
 
 
 TURNED: dict[int, Callable[[Any], Any]] = {
     1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
     5: lambda a: a.transpose(1, 0, 2),
     6: lambda a: np.rot90(a, -1),
     7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
@@ -203,20 +223,22 @@ TURNED: dict[int, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("orientation", TURNED)
-def test_a_turned_picture_follows_its_annotation(orientation: int, tmp_path: Path) -> None:
+def test_an_image_is_upright_unless_its_annotation_is_not(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    raw("RGB", NOISE).save(tmp_path / "x.png", exif=exif)
-    for stored in (None, SIZE):
-        np.testing.assert_array_equal(read_picture(tmp_path, "x.png", stored), NOISE)
-    if orientation == 1:
-        with pytest.raises(PictureError, match="24 x 16 pixels, where 16 x 24 are annotated"):
-            read_picture(tmp_path, "x.png", (16, 24))
+    path = tmp_path / "x.png"
+    raw("RGB", NOISE).save(path, exif=exif)
+    upright = TURNED[orientation](NOISE)
+    size = upright.shape[1::-1]
+    for wanted in (None, size):
+        np.testing.assert_array_equal(read_image(path, wanted), upright)
+    if size != SIZE:
+        np.testing.assert_array_equal(read_image(path, SIZE), NOISE)
     else:
-        turned = read_picture(tmp_path, "x.png", (16, 24))
-        np.testing.assert_array_equal(turned, TURNED[orientation](NOISE))
-    with pytest.raises(PictureError, match="where 25 x 16 are annotated"):
-        read_picture(tmp_path, "x.png", (25, 16))
+        with pytest.raises(ImageError, match="24 x 16 pixels, where 16 x 24 are annotated"):
+            read_image(path, (16, 24))
+    with pytest.raises(ImageError, match="where 25 x 16 are annotated"):
+        read_image(path, (25, 16))
 
 
 def grey(values: Any) -> Any:
@@ -268,24 +290,112 @@ MODES: dict[str, tuple[Callable[[], Image.Image], str, dict[str, Any], Any]] = {
 def test_a_picture_is_what_a_viewer_shows(mode: str, tmp_path: Path) -> None:
     picture, ending, options, expected = MODES[mode]
     picture().save(tmp_path / f"x.{ending}", **options)
-    found = read_picture(tmp_path, f"x.{ending}", SIZE)
+    found = read_image(tmp_path / f"x.{ending}", SIZE)
     assert found.mode == "RGB"
     # Half a step for rounding, and as much for Pillow's own.
     np.testing.assert_allclose(np.asarray(found, dtype=float), expected, atol=1)
 
 
+DEEP_FOUR = rng.integers(0, 65536, (16, 24, 4), dtype=np.uint16)
+DEEP_PNG: dict[str, tuple[bytes, Any]] = {
+    "grey": (deep_png(DEEP, 0), grey(DEEP / 257)),
+    "grey, one clear": (
+        deep_png(DEEP, 0, (b"tRNS", int(DEEP[3, 5]).to_bytes(2, "big"))),
+        grey(np.where(DEEP[3, 5] == DEEP, 255, DEEP / 257)),
+    ),
+    "colour": (deep_png(DEEP_FOUR[..., :3], 2), DEEP_FOUR[..., :3] / 257),
+    "grey with alpha": (
+        deep_png(DEEP_FOUR[..., :2], 4),
+        on_white(grey(DEEP_FOUR[..., 0] / 257), DEEP_FOUR[..., 1:2] / 257),
+    ),
+    "colour with alpha": (
+        deep_png(DEEP_FOUR, 6),
+        on_white(DEEP_FOUR[..., :3] / 257, DEEP_FOUR[..., 3:] / 257),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP_PNG)
+def test_a_png_of_16_bits_is_what_a_viewer_shows(kind: str, tmp_path: Path) -> None:
+    content, expected = DEEP_PNG[kind]
+    (tmp_path / "x.png").write_bytes(content)
+    found = np.asarray(read_image(tmp_path / "x.png"), dtype=float)
+    np.testing.assert_allclose(found, expected, atol=2)
+
+
+def test_the_first_frame_of_an_animation_is_read(tmp_path: Path) -> None:
+    frames = [raw("L", NOISE[..., k]) for k in range(3)]
+    for ending in ("gif", "png", "tif", "webp"):
+        path = tmp_path / f"x.{ending}"
+        lossless = {"lossless": True} if ending == "webp" else {}
+        frames[0].save(path, save_all=True, append_images=frames[1:], **lossless)
+        np.testing.assert_array_equal(read_image(path), grey(NOISE[..., 0]))
+
+
+RAMP = np.linspace(0, 1, 16 * 24, dtype=np.float64).reshape(16, 24)
+
+
 @pytest.mark.parametrize(
-    ("mode", "values"),
+    ("mode", "values", "value_range", "message"),
     [
-        ("F", np.linspace(0, 1, 16 * 24, dtype=np.float32)),
-        ("I", np.linspace(0, 1e6, 16 * 24, dtype=np.int32)),
-        ("I", np.linspace(-9, 9, 16 * 24, dtype=np.int32)),
+        (
+            "F",
+            RAMP.astype(np.float32),
+            (0, 1),
+            "values from 0 to 1 .Pillow's mode F. have no known",
+        ),
+        ("I", (RAMP * 1e6).astype(np.int32), (0, 1e6), "values from 0 to 1e.06 .* no known range"),
+        ("I", (RAMP * 9e6 - 5e6).astype(np.int32), (-5e6, 4e6), "values from -5e.06 to 4e.06"),
+        ("I;16", (RAMP * 4095).astype(np.uint16), (0, 4095), "values end at 4095 of 65535"),
+        ("I;16", (RAMP * 255).astype(np.uint16), (0, 255), "values end at 255 of 65535"),
     ],
 )
-def test_a_picture_of_no_known_range_is_refused(mode: str, values: Any, tmp_path: Path) -> None:
-    raw(mode, values).save(tmp_path / "x.tif")
-    with pytest.raises(PictureError, match=rf"its pixels \(Pillow's mode {mode}\) have no range"):
-        read_picture(tmp_path, "x.tif")
+def test_an_image_of_no_known_range_is_refused_until_it_is_given(
+    mode: str, values: Any, value_range: Any, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.tif"
+    raw(mode, values).save(path)
+    with pytest.raises(
+        ImageError, match=rf"{message}.*: say .* value_range=\(0, 4095\), or --range"
+    ):
+        read_image(path)
+    found = np.asarray(read_image(path, value_range=value_range), dtype=float)
+    np.testing.assert_allclose(found, grey(RAMP * 255), atol=1)
+
+
+def test_a_range_clips_and_leaves_8_bits_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    raw("F", RAMP.astype(np.float32)).save(path)
+    found = np.asarray(read_image(path, value_range=(0.25, 0.75)), dtype=float)
+    np.testing.assert_allclose(found, grey(np.clip(RAMP * 2 - 0.5, 0, 1) * 255), atol=1)
+    raw("RGB", NOISE).save(path)
+    np.testing.assert_array_equal(read_image(path, value_range=(0, 4095)), NOISE)
+    with pytest.raises(ValueError, match=r"two finite numbers, the lower one first, got \(1, 0\)"):
+        read_image(path, value_range=(1, 0))
+
+
+def test_what_a_range_cannot_mend_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    values = RAMP.astype(np.float32)
+    values[0, 0] = np.nan
+    raw("F", values).save(path)
+    with pytest.raises(ImageError, match="pixels that are not a number: replace them"):
+        read_image(path, value_range=(0, 1))
+    (tmp_path / "x.png").write_bytes(deep_png(DEEP_FOUR[..., :3] // 16, 2))
+    with pytest.raises(ImageError, match="16-bit colours use less than 1/16 of their range"):
+        read_image(tmp_path / "x.png")
+
+
+def test_a_black_image_is_black(tmp_path: Path) -> None:
+    raw("I;16", np.zeros((16, 24), np.uint16)).save(tmp_path / "x.png")
+    assert not np.asarray(read_image(tmp_path / "x.png")).any()
+
+
+def test_an_image_without_a_root_may_be_a_link(tmp_path: Path) -> None:
+    raw("RGB", NOISE).save(tmp_path / "x.png")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link.png").symlink_to(tmp_path / "x.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "folder" / "link.png"), NOISE)
 
 
 some = settings(deadline=None, max_examples=60)

@@ -10,7 +10,6 @@ import torch
 import torchvision
 from conftest import SmallNet
 from PIL import Image
-from torch import nn
 
 from lightning_aop.cli.compare import compare_parser
 from lightning_aop.cli.photos import load
@@ -226,15 +225,18 @@ def test_what_is_no_network(network: Network, message: str) -> None:
         network.build()
 
 
-def test_weights_with_another_head_are_refused(tmp_path: Path) -> None:
+def test_the_head_has_the_classes_of_the_weights(tmp_path: Path) -> None:
     """A head with random weights would give figures of nothing."""
     path = tmp_path / "own.pth"
     torch.save(torchvision.models.squeezenet1_1(weights=None, num_classes=3).state_dict(), path)
-    with pytest.raises(ValueError, match=r"\d have another shape"):
-        Network("squeezenet1_1", str(path)).build()
     recipe = {
         "class_path": "torchvision.models.squeezenet1_1",
         "init_args": {"weights": None, "num_classes": 3},
     }
-    built: nn.Module = Network(recipe, str(path)).build()
-    assert built(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    images = torch.rand(1, 3, 64, 64)
+    logits = [Network(m, str(path)).build()(images) for m in ("squeezenet1_1", recipe)]
+    assert logits[0].shape == (1, 3)
+    torch.testing.assert_close(logits[0], logits[1])
+    recipe["init_args"] = {"weights": None}
+    with pytest.raises(ValueError, match=r"classifier.1.weight is \[3, .*\], not \[1000, "):
+        Network(recipe, str(path)).build()

@@ -1,0 +1,223 @@
+"""Weights as people have them, against the plain state_dict of the same network."""
+
+import argparse
+import functools
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from lightning_aop.coco import MultilabelClassifier
+from lightning_aop.data.networks import load_backbone, load_classifier, load_network
+from lightning_aop.data.weights import read_weights
+
+ran: list[str] = []
+
+
+class Settings(dict[str, Any]):
+    """A kind of dictionary that torch.load does not know, like those of many configurations."""
+
+
+def spring(word: str) -> str:
+    ran.append(word)
+    return word
+
+
+class Trap:
+    """Whoever makes one of these runs code."""
+
+    def __reduce__(self) -> Any:
+        return spring, ("the trap",)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    """Return weights of a ResNet18 with 5 classes, whose statistics and counts differ from new ones."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None, num_classes=5)
+    return {
+        k: v + 7 if v.dtype == torch.int64 else v + 0.1 * torch.rand_like(v)
+        for k, v in network.state_dict().items()
+    }
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def blank(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "plain": lambda s: s,
+    "DataParallel": lambda s: under("module.", s),
+    "compiled": lambda s: under("_orig_mod.", s),
+    "compiled in parts": lambda s: {k.replace("layer1.", "layer1._orig_mod."): v
+                                    for k, v in s.items()},
+    "nested": lambda s: {"state_dict": under("model._orig_mod.module.net.", s)},
+    "average alone": lambda s: {"ema": under("ema.module.", s)},
+    "beside its average": lambda s: under("ema.", blank(s)) | under("encoder.", s),
+    "two envelopes": lambda s: {"ema": blank(s), "model": s},
+    "timm": lambda s: {"state_dict": s, "state_dict_ema": blank(s), "arch": "resnet18"},
+    "reference training": lambda s: {"model": s, "optimizer": {}, "args": argparse.Namespace(lr=1)},
+    "deep envelope": lambda s: {"weights": {"params": s}},
+    "with a loss": lambda s: under("net.", s) | {"criterion.weight": torch.ones(5)},
+    "sorted": lambda s: OrderedDict(sorted(s.items())),
+    "reversed": lambda s: dict(reversed(s.items())),
+    "parameters": lambda s: {k: nn.Parameter(v, requires_grad=v.is_floating_point())
+                             for k, v in s.items()},
+    "a dictionary of their own": lambda s: {"state_dict": s, "hyper_parameters": Settings(lr=1)},
+    "partial": lambda s: {"state_dict": s, "hyper_parameters": {
+        "optimizer": functools.partial(torch.optim.SGD, lr=1), "mean": np.ones(3)}},
+    "a trap": lambda s: {"state_dict": s, "callbacks": [Trap()]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_network_is_found_in_whatever_form(
+    form: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save(FORMS[form](state), tmp_path / "file.pth")
+    network = load_network("resnet18", str(tmp_path / "file.pth"))
+    found = network.state_dict()
+    assert found.keys() == state.keys()
+    assert [k for k in state if not torch.equal(found[k], state[k])] == []
+    assert ran == []
+
+
+def test_safetensors(
+    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file(under("model.", state), path)
+    found = load_network("resnet18", str(path)).state_dict()
+    assert all(torch.equal(found[k], state[k]) for k in state)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"can't be read as safetensors .*: copy or download"):
+        read_weights(path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        read_weights(path)
+
+
+def test_weights_that_count_no_batches(state: dict[str, Tensor], tmp_path: Path) -> None:
+    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "old.pth")
+    found = load_network("resnet18", str(tmp_path / "old.pth")).state_dict()
+    assert all(torch.equal(found[k], old[k]) for k in old)
+
+
+def test_timm_shares_what_has_the_same_names(state: dict[str, Tensor], tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    torch.save(state, tmp_path / "file.pth")
+    images = torch.rand(1, 3, 64, 64)
+    logits = [load_network(name, str(tmp_path / "file.pth")).eval()(images)
+              for name in ("resnet18", "timm/resnet18")]  # fmt: skip
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small"])
+def test_a_trained_classifier_of_ours_is_read_with_its_classes(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = MultilabelClassifier(name, None, num_classes=3).eval()
+    ours.classes = ["ape", "bee", "cat"]
+    path = tmp_path / "last.ckpt"
+    checkpoint: dict[str, Any] = {"state_dict": ours.state_dict(), "epoch": 1}
+    ours.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+    network, classes = load_classifier(name, str(path))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images), ours(images), atol=1e-5, rtol=1e-4)
+        backbone, _ = load_backbone(name, str(path))
+        torch.testing.assert_close(backbone.eval()(images), ours.backbone(images))
+    assert classes == ["ape", "bee", "cat"]
+
+
+def test_classes_without_names_are_numbered(state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "file.pth")
+    _, classes = load_classifier("resnet18", str(tmp_path / "file.pth"))
+    assert classes == [f"class {i}" for i in range(5)]
+    _, classes = load_classifier("resnet18", None)
+    assert classes[:2] == ["tench", "goldfish"]
+
+
+def test_a_backbone_needs_no_head(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "headless.pth"
+    torch.save({k: v for k, v in state.items() if not k.startswith("fc.")}, path)
+    backbone, count = load_backbone("resnet18", str(path))
+    assert count == 512
+    assert torch.equal(backbone.get_parameter("conv1.weight"), state["conv1.weight"])
+    with pytest.raises(ValueError, match=r"lack the head of resnet18 \(fc.weight, fc.bias\)"):
+        load_network("resnet18", str(path))
+
+
+BAD: dict[str, tuple[Callable[[Path, Any], object], str]] = {
+    "empty": (lambda p, s: p.write_bytes(b""), "the file is empty"),
+    "a pointer": (
+        lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
+        "a pointer of Git LFS, not the weights; run git lfs pull",
+    ),
+    "a web page": (lambda p, s: p.write_text("<!doctype html><html>"), "it is a web page"),
+    "text": (lambda p, s: p.write_text("no weights"), "not a file that PyTorch wrote"),
+    "cut": (
+        lambda p, s: (torch.save(s, p), p.write_bytes(p.read_bytes()[:-900])),
+        "is cut short .*copy or download it again",
+    ),
+    "a pickled model": (
+        lambda p, s: torch.save(torchvision.models.squeezenet1_1(), p),
+        "holds a pickled object, SqueezeNet, which could run any code and is not loaded; save the",
+    ),
+    "a pickled model in an envelope": (
+        lambda p, s: torch.save({"model": torchvision.models.squeezenet1_1(), "epoch": 3}, p),
+        "holds a pickled object, SqueezeNet",
+    ),
+    "a program": (
+        lambda p, s: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), p),
+        "a TorchScript program, which is not run",
+    ),
+    "an optimizer": (
+        lambda p, s: torch.save(torch.optim.SGD([torch.ones(1)], momentum=1).state_dict(), p),
+        "the state of an optimizer and no network",
+    ),
+    "a trap alone": (lambda p, s: torch.save(Trap(), p), "holds a pickled object"),
+    "a list": (lambda p, s: torch.save([1, 2], p), "holds no state_dict of tensors; save the"),
+    "another network": (
+        lambda p, s: torch.save(torchvision.models.squeezenet1_1().state_dict(), p),
+        r"no weights of resnet18: of its 122 tensors 102 are missing"
+        r".*conv1.weight \[64, 3, 7, 7\] is missing"
+        ".*; they fit squeezenet1_1: name the network",
+    ),
+    "a deeper network": (
+        lambda p, s: torch.save(torchvision.models.resnet34(num_classes=5).state_dict(), p),
+        r"\d\d are unknown .*layer1.2.conv1.weight is unknown.*; they fit resnet34: name",
+    ),
+    "a wider network": (
+        lambda p, s: torch.save(s | {"conv1.weight": torch.zeros(32, 3, 7, 7)}, p),
+        r"1 have another shape.*conv1.weight is \[32, 3, 7, 7\], not \[64, 3, 7, 7\].*; name the",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.filterwarnings("ignore:The default weight initialization of")
+@pytest.mark.parametrize("kind", BAD)
+def test_what_holds_no_weights_says_what_it_is(
+    kind: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    write, message = BAD[kind]
+    write(tmp_path / "file.pth", state)
+    with pytest.raises(ValueError, match=rf"weights .*file.pth.* {message}") as raised:
+        load_network("resnet18", str(tmp_path / "file.pth"))
+    assert len(str(raised.value)) < 500
+    assert "\n" not in str(raised.value)
+    assert ran == []
