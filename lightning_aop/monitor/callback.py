@@ -168,8 +168,9 @@ class ExplanationMonitor(Callback):
             trainer's, but for the parts that need more.
         sinks: who else gets every `Explanation` with its `Moment`, on every process: objects with
             `write(explanation, moment)`.
-        name: tells several monitors of one Trainer apart: they log under `explain/NAME/…`, and store in
-            `explanations-NAME`.
+        name: tells several monitors of one Trainer apart: they log under `explain/NAME/…` and store in
+            `explanations-NAME`. Without names, the second logs under `explain/2/…`, and so on; their
+            methods must differ then.
     """
 
     def __init__(
@@ -216,6 +217,7 @@ class ExplanationMonitor(Callback):
         self.full_precision = full_precision
         self.name = name
         self.sinks = sinks
+        self._label = name  # what is logged under, the number of one without a name
         self._run: _Run | None = None
 
     # ---------------------------------------------------------------------------------------------
@@ -223,9 +225,13 @@ class ExplanationMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what can't work before any work is done."""
-        problem = self._misuse() or self._twin(trainer) or unsupported(trainer)
+        others = [each for each in _callbacks(trainer) if isinstance(each, ExplanationMonitor)]
+        problem = self._misuse() or self._twin(others) or unsupported(trainer)
         if problem:
             raise misconfiguration(trainer, f"ExplanationMonitor: {problem}")
+        if self.name is None:
+            number = [each for each in others if each.name is None].index(self) + 1
+            self._label = None if number == 1 else str(number)
         if stage == "fit":
             self._run = self._new_run()
             _step_before_averaging(self, trainer)
@@ -328,14 +334,11 @@ class ExplanationMonitor(Callback):
             return "target_layer is for the default method: name the layer in the method given"
         return None
 
-    def _twin(self, trainer: Trainer) -> str | None:
+    def _twin(self, others: Sequence["ExplanationMonitor"]) -> str | None:
         """Return what is wrong with several monitors, or None."""
-        names = [each.name for each in _callbacks(trainer) if isinstance(each, ExplanationMonitor)]
-        if names.count(self.name) > 1:
-            return (
-                f"{names.count(self.name)} monitors have name={self.name!r}: give each another, such as "
-                "ExplanationMonitor(name='gradcam')"
-            )
+        names = [each.name for each in others if each.name is not None]
+        if self.name is not None and names.count(self.name) > 1:
+            return f"{names.count(self.name)} monitors have name={self.name!r}: give each another"
         return None
 
     # ---------------------------------------------------------------------------------------------
@@ -345,7 +348,8 @@ class ExplanationMonitor(Callback):
     def state_key(self) -> str:
         """The monitor's entry in a checkpoint."""
         key: str = super().state_key
-        return key if self.name is None else f"{key}[{self.name}]"
+        own = self.name or ("" if self.method is None else _printed(self.method))
+        return f"{key}[{own}]" if own else key
 
     def state_dict(self) -> dict[str, Any]:
         """Return the probe and where the history is, so that a resumed run goes on with both."""
@@ -375,7 +379,7 @@ class ExplanationMonitor(Callback):
         return self._run
 
     def _new_run(self) -> _Run:
-        own = "" if self.name is None else f"({self.name})"
+        own = "" if self._label is None else f"({self._label})"
         warn = Warnings(lambda text: rank_zero_warn(text, stacklevel=2), f"ExplanationMonitor{own}")
         run = _Run(
             Judge(self.metrics, self.controls), Budget(self.max_overhead), warn, RunFolder(warn)
@@ -385,7 +389,7 @@ class ExplanationMonitor(Callback):
 
     @property
     def _prefix(self) -> str:
-        return "explain/" if self.name is None else f"explain/{self.name}/"
+        return "explain/" if self._label is None else f"explain/{self._label}/"
 
     # ---------------------------------------------------------------------------------------------
     # what happens
@@ -539,7 +543,7 @@ class ExplanationMonitor(Callback):
         folder = self._state.folder
         try:
             if self.store and trainer.state.fn == "fit" and wants_files(trainer):
-                name = "explanations" if self.name is None else f"explanations-{self.name}"
+                name = "explanations" if self._label is None else f"explanations-{self._label}"
                 folder.open(logs_folder(trainer) / name, lambda path: self._begun(trainer, path))
             return folder.compare(explanation)
         except Exception as error:
