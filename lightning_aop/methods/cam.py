@@ -6,11 +6,12 @@ is min-max normalised at the layer's own resolution (paper, Eq. 3 and 4); one wi
 evidence stays zero.
 
 Cost: one forward and one backward an image (2 evaluations; CAM has no backward), the backward only
-down to the layer; plus one evaluation of one image where the layer has to be found in a model not
-seen before, three where that is a transformer. Where the monitor keeps what the frozen part of a
+down to the layer; plus one evaluation of five images where the layer has to be found, in a model or
+at a size of images not seen before. Where the monitor keeps what the frozen part of a
 model gives, the forward is one of what follows it (`frozen.FrozenPart`).
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from lightning_aop.model.layers import (
     Reshape,
     TargetLayerError,
     capture,
-    find_target_layer,
+    find_feature_map,
     named_layer,
 )
 from lightning_aop.ops import min_max, resize
@@ -81,13 +82,14 @@ class ActivationMap(ABC):
     def activation_map(self, model: nn.Module, images: Images, targets: Targets) -> CoarseMaps:
         """Return the maps [B, h, w] in [0, 1] at the layer's resolution."""
         with explaining(model, images, targets) as (classifier, x, t):
-            layer = self.target_layer
+            layer, reshape = self.target_layer, self.reshape
             if layer is None:
-                layer = find_target_layer(classifier.model, x)
+                found = find_feature_map(classifier.model, x)
+                layer, reshape = found.layer, reshape or found.reshape
             name, _ = named_layer(classifier.model, layer)
             maps, logits = [], []
             size = (x.shape[2], x.shape[3])
-            with capture(classifier.model, name, size, self.reshape) as captured:
+            with capture(classifier.model, name, size, reshape) as captured:
                 for part, classes in zip(
                     x.split(self.eval_batch_size), t.split(self.eval_batch_size), strict=True
                 ):
@@ -96,6 +98,14 @@ class ActivationMap(ABC):
                     maps.append(evidence.relu())
                     logits.append(scores.detach())
             require_finite(torch.cat(logits), t, "the logit")
+            height, width = maps[0].shape[1:]
+            if max(height, width) <= 2:
+                warnings.warn(
+                    f"the feature map of '{name}' is {height} x {width} for images of {size[0]} x "
+                    f"{size[1]}, which hardly says where: use larger images, or name an earlier "
+                    "layer as target_layer",
+                    stacklevel=2,
+                )
             return min_max(torch.cat(maps))
 
     @final
