@@ -67,7 +67,6 @@ TIMM = [
     Row("cait_xxs24_224", (224, 224), "blocks.3", (14, 14), {"depth": 4}),
     Row("convit_tiny", (224, 224), "blocks.11.norm1", (14, 14)),
     Row("xcit_nano_12_p16_224", (224, 224), "cls_attn_blocks.1.norm1", (14, 14)),
-    Row("eva02_tiny_patch14_224", (224, 224), "blocks.2", (16, 16), {"depth": 4}),
     Row("coat_lite_tiny", (224, 224), "serial_blocks4.0", (7, 7)),
     # Pooled tokens, and maps with the channels last.
     Row("vit_little_patch16_reg1_gap_256", (256, 256), "blocks.3", (16, 16), {"depth": 4}),
