@@ -99,7 +99,7 @@ class ActivationMap(ABC):
                     logits.append(scores.detach())
             require_finite(torch.cat(logits), t, "the logit")
             height, width = maps[0].shape[1:]
-            if max(height, width) <= 2:
+            if height * width == 1 or (self.target_layer is None and max(height, width) <= 2):
                 warnings.warn(
                     f"the feature map of '{name}' is {height} x {width} for images of {size[0]} x "
                     f"{size[1]}, which hardly says where: use larger images, or name an earlier "

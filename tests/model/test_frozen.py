@@ -252,7 +252,7 @@ def test_other_images_are_evaluated() -> None:
 
 def test_unfreezing_moves_the_cut() -> None:
     model: Any = torchvision_model("resnet18", *RESNET, "layer4")
-    frozen, method = FrozenPart(), GradCAM()
+    frozen, method = FrozenPart(), GradCAM("layer4")
 
     def run() -> Tensor:
         with frozen.kept(model, images=4):
