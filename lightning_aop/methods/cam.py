@@ -6,11 +6,11 @@ is min-max normalised at the layer's own resolution (paper, Eq. 3 and 4); one wi
 evidence stays zero.
 
 Cost: one forward and one backward pass per image (2 evaluations; CAM has no backward), the backward only
-down to the layer; plus one evaluation of one image where the layer has to be detected in a model not
-seen before, three where that is a transformer. Where the monitor keeps what the frozen part of a
-model gives, the forward is one of what follows it (`frozen.FrozenPart`).
+down to the layer; plus one evaluation of five images where the layer has to be detected, in a model or
+at a size of images not seen before.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -26,7 +26,7 @@ from lightning_aop.model.layers import (
     Reshape,
     TargetLayerError,
     capture,
-    find_target_layer,
+    find_feature_map,
     named_layer,
 )
 from lightning_aop.model.passes import pass_size
@@ -81,19 +81,28 @@ class ActivationMap(ABC):
     def activation_map(self, model: nn.Module, images: Images, targets: Targets) -> CoarseMaps:
         """Return the maps [B, h, w] in [0, 1] at the layer's resolution."""
         with explaining(model, images, targets) as (classifier, x, t):
-            layer = self.target_layer
+            layer, reshape = self.target_layer, self.reshape
             if layer is None:
-                layer = find_target_layer(classifier.model, x)
+                found = find_feature_map(classifier.model, x)
+                layer, reshape = found.layer, reshape or found.reshape
             name, _ = named_layer(classifier.model, layer)
             maps, logits = [], []
             size = (x.shape[2], x.shape[3])
-            with capture(classifier.model, name, size, self.reshape) as captured:
+            with capture(classifier.model, name, size, reshape) as captured:
                 passes = (each.split(pass_size(self.eval_batch_size)) for each in (x, t))
                 for part, classes in zip(*passes, strict=True):
                     evidence, scores = self._evidence(classifier, captured, part, classes)
                     maps.append(evidence.relu())
                     logits.append(scores.detach())
             require_finite(torch.cat(logits), t, "the logit")
+            height, width = maps[0].shape[1:]
+            if height * width == 1 or (self.target_layer is None and max(height, width) <= 2):
+                warnings.warn(
+                    f"the feature map of '{name}' is {height} x {width} for images of {size[0]} x "
+                    f"{size[1]}, which hardly says where: use larger images, or name an earlier "
+                    "layer as target_layer",
+                    stacklevel=2,
+                )
             return min_max(torch.cat(maps))
 
     @final

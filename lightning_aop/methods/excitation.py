@@ -55,8 +55,8 @@ class ExcitationBackprop(ActivationMap):
     Functions inside TorchScript are not seen: they keep their ordinary derivatives.
 
     Cost per image: one forward and one backward (2 evaluations), with one more forward of each layer
-    inside that backward; one more evaluation of one image where the layer has to be detected in a model
-    not seen before. Memory is that of a whole backward, whatever the layer.
+    inside that backward; one more evaluation of five images where the layer has to be detected.
+    Memory is that of a whole backward, whatever the layer.
 
     Attributes:
         target_layer: the layer at which the signal is read: a name as in `model.named_modules()`, a

@@ -1,7 +1,6 @@
 """Which output of a model is its last feature map, and how to capture it."""
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import Classifier
@@ -19,7 +20,14 @@ from lightning_aop.model.isolation import undisturbed, unwrap
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images
 
-__all__ = ["Capture", "TargetLayerError", "capture", "find_target_layer"]
+__all__ = [
+    "Capture",
+    "FeatureMap",
+    "TargetLayerError",
+    "capture",
+    "find_feature_map",
+    "find_target_layer",
+]
 
 
 class TargetLayerError(InvalidValueError):
@@ -111,37 +119,55 @@ def capture(
         handle.remove()
 
 
-def _as_maps(output: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return feature maps [B, C, h, w] from maps, maps with the channels last, or tokens.
+@dataclass(frozen=True)
+class _Layout:
+    """How cells lie in an output: [B, C, h, w], [B, h, w, C], or tokens [B, prefix + h·w, C]."""
 
-    Of tokens [B, N, C], the first may belong to no place (class and register tokens): as many as
-    leave a grid with the image's proportions, a quarter at most. What fits none of these is returned
-    as it is.
+    grid: tuple[int, int]
+    channels_last: bool = False
+    prefix: int = 0  # tokens that stand for no place: class and register tokens
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Return feature maps [B, C, h, w]."""
+        if output.ndim == 3:
+            output = output[:, self.prefix :].unflatten(1, self.grid)
+        return output.permute(0, 3, 1, 2) if self.channels_last else output
+
+
+def _layouts(shape: Sequence[int], size: tuple[int, int]) -> Iterator[tuple[_Layout, bool]]:
+    """Yield the layouts that an output of this shape can have, and whether each fits the image.
+
+    Maps fit with about the image's proportions, tokens with a grid of square patches. Tokens that
+    stand for no place come first, and are a quarter at most.
     """
-    if output.ndim == 4:
-        channels_last = _proportionate(output.shape[1:3], size) and not _proportionate(
-            output.shape[2:], size
-        )
-        return output.permute(0, 3, 1, 2) if channels_last else output
-    if output.ndim == 3:
-        for prefix in range(output.shape[1] // 4 + 1):
-            count = output.shape[1] - prefix
+    if len(shape) == 4:
+        for layout in (_Layout((shape[2], shape[3])), _Layout((shape[1], shape[2]), True)):
+            yield layout, _proportionate(layout.grid, size)
+    elif len(shape) == 3 and shape[2] > 1:
+        for prefix in range(shape[1] // 4 + 1):
+            count = shape[1] - prefix
             for h in range(1, count + 1):
-                if count % h == 0 and _patches((h, count // h), size):
-                    tokens = output[:, prefix:]
-                    return tokens.reshape(len(tokens), h, count // h, -1).permute(0, 3, 1, 2)
-    return output
+                if count % h == 0:
+                    grid = (h, count // h)
+                    yield _Layout(grid, True, prefix), _patches(grid, size)
+
+
+def _as_maps(output: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return feature maps [B, C, h, w] by the first layout that fits the image, else the output."""
+    fitting = (layout for layout, fits in _layouts(output.shape, size) if fits)
+    layout = next(fitting, None)
+    return output if layout is None else layout(output)
 
 
 def _patches(grid: Sequence[int], size: Sequence[int]) -> bool:
-    """Tell whether a picture of this size has just this grid of square patches of some side."""
+    """Tell whether an image of this size has just this grid of square patches of some side."""
     h, w = grid
     shortest, longest = max(size[0] / (h + 1), size[1] / (w + 1)), min(size[0] / h, size[1] / w)
     return h * w > 1 and shortest < longest
 
 
 def _proportionate(grid: Sequence[int], size: Sequence[int]) -> bool:
-    """Tell whether a grid has about the proportions of a picture of this size."""
+    """Tell whether a grid has about the proportions of an image of this size."""
     (h, w), (height, width) = grid, size
     return h * w > 1 and h * width <= 2 * w * height and w * height <= 2 * h * width
 
@@ -167,173 +193,263 @@ def named_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, n
     )
 
 
-# A layer's name, with the identity of all submodules that it was found among. Kept outside the
-# model, so that nothing is left on it.
-_found: "WeakKeyDictionary[nn.Module, tuple[int, str]]" = WeakKeyDictionary()
+@dataclass(frozen=True)
+class FeatureMap:
+    """The last feature map of a model, for images of one size.
+
+    Attributes:
+        layer: the name of the layer that gives it.
+        grid: its height and width in cells.
+        reshape: turns the layer's output into feature maps [B, C, h, w].
+    """
+
+    layer: str
+    grid: tuple[int, int]
+    reshape: Reshape
+
+
+# The identity of all submodules, and the feature map found among them for each size of image. Kept
+# outside the model, so that nothing is left on it.
+_found: "WeakKeyDictionary[nn.Module, tuple[int, dict[torch.Size, FeatureMap]]]"
+_found = WeakKeyDictionary()
 
 
 def find_target_layer(model: nn.Module, images: Images) -> str:
-    """Return the name of the layer that gives the last feature map before the classifier.
+    """Return the name of the layer that gives the last feature map; see `find_feature_map`."""
+    return find_feature_map(model, images).layer
 
-    Found by tracing one forward of the first image: the last [B, C, h, w] output that the final
-    weighted layer (the classifier, linear or 1 × 1 convolution) still comes after, pooling to a
-    fixed size excluded. This is `layer4.2` of ResNet50, `features.norm5` of DenseNet201, `Mixed_7c`
-    of Inception v3 and `features.36` of VGG19, the layers of the paper.
 
-    A transformer has its last map where the work begins. There it is the last normalisation whose
-    output has one token for each patch of the image, and whose patches the classifier still hears:
-    `norm1` of the last block in a vision transformer with a class token, after which only that token
-    counts, and the final norm where the tokens are pooled.
+def find_feature_map(model: nn.Module, images: Images) -> FeatureMap:
+    """Return the last feature map before the classifier, for images of this size.
 
-    The trace is one more evaluation of one image, three where the model works on tokens; its result
-    is remembered as long as the model's modules stay the same.
+    The network itself is asked: an image of noise, and four copies of it with other noise in one
+    quarter, go through once. Of the modules' outputs the last is taken that
+
+    - has the batch first, and changes where the image was changed, which also shows its layout:
+      channels first or last, or tokens, of which the first may stand for no place;
+    - carries all that the logits hear of the image: no skip connection leads around it;
+    - is heard at its cells, not at a class token alone, and through a weight: the scores of a
+      classifier that is a convolution are no feature map.
+
+    A module that pools to a fixed size, or is called several times, is not taken, and a grid of two
+    cells a side at most only where there is no finer one among the later layers. This is `layer4.2`
+    of ResNet50, `features.norm5` of DenseNet201, `Mixed_7c` of Inception v3 and `features.36` of
+    VGG19, the layers of the paper. In a vision transformer it is the final norm where the tokens are
+    pooled, and `norm1` of the last block where a class token is classified.
+
+    Costs one evaluation of five images. The answer is remembered for each size of image, as long as
+    the model's modules stay the same. It doesn't depend on what the images show.
 
     Raises:
-        TargetLayerError: the model has neither convolutions nor such tokens.
+        TargetLayerError: no layer gives such a map.
     """
     model = unwrap(model)
     structure = hash(tuple(id(module) for module in model.modules()))
     known = _found.get(model)
     if known is None or known[0] != structure:
+        known = _found[model] = (structure, {})
+    size, of_size = images.shape[1:], known[1]
+    if size not in of_size:
         with undisturbed(model):
-            name = _trace(model, images[:1].detach().clone())
-        known = _found[model] = (structure, name)
-    return known[1]
+            of_size[size] = _ask(model, images)
+    return of_size[size]
 
 
-_NO_FEATURE_MAP = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Softmax)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Output:
-    """One module's output during a trace; `tensor` is held, so that its identity stays its own."""
+    """What a module gave, and was given first; `node` made it in the graph."""
 
-    time: int
     name: str
+    module: nn.Module
+    given: object
     tensor: Tensor
-    version: int
-    rejected: bool
-
-    def is_map(self, images: Images) -> bool:
-        """Tell a feature map [B, C, h, w] by its proportions: channels-last ones don't have them."""
-        if self.tensor.ndim != 4 or self.rejected:
-            return False
-        return _proportionate(self.tensor.shape[2:], images.shape[2:])
-
-    @property
-    def is_tokens(self) -> bool:
-        """Tell positions in rows, [B, N, C] or [B, h, w, C], which are no map by `is_map`."""
-        shape = self.tensor.shape
-        if len(shape) == 4:
-            return shape[1] * shape[2] > 1 and shape[3] > 1 and not self.rejected
-        return len(shape) == 3 and shape[1] > 1
+    node: Node
 
 
-def _trace(model: nn.Module, images: Images) -> str:
-    outputs: list[_Output] = []
-    weighted: list[int] = []  # the times at which a layer with a weight matrix starts
-    calls: dict[str, int] = {}
-    clock = iter(range(sys.maxsize))
-    convolution = False
-
-    def started(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object) -> None:
-            nonlocal convolution
-            calls[name] = calls.get(name, 0) + 1
-            convolution = convolution or isinstance(module, nn.Conv2d)
-            if any(p.ndim >= 2 for p in module.parameters(recurse=False)):
-                weighted.append(next(clock))
-
-        return hook
-
-    def ended(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, Tensor) and convolution:
-                # Pooled to a fixed size, or attention: no feature map. A dropout in eval mode hands
-                # on the very tensor that it was given.
-                rejected = isinstance(module, _NO_FEATURE_MAP) or any(
-                    o.rejected and o.tensor is output for o in outputs
-                )
-                outputs.append(_Output(next(clock), name, output, output._version, rejected))
-
-        return hook
-
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(started(name)))
-            handles.append(module.register_forward_hook(ended(name)))
-        with torch.no_grad():
-            Classifier(model, -1).logits(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    classifier = weighted[-1] if weighted else sys.maxsize
-    maps = [o for o in outputs if o.is_map(images)]
-    # A network of one convolution has nothing before its classifier: then the map is its output.
-    before = [o for o in maps if o.time < classifier] or maps
-    if not before:
-        raise TargetLayerError(
-            f"{type(model).__name__} has no convolutional feature map: activation maps need one; "
-            "name a layer that gives [B, C, h, w] as target_layer, or use a method without one"
-        )
-    last = before[-1]
-    after = [time for time in weighted if time > last.time]
-    tokens = any(o.is_tokens for o in outputs if o.time > last.time and not o.is_map(images))
-    if tokens and len(after) > len(weighted) / 2:
-        found = _trace_tokens(model, images)
-        if found is not None:
+def _ask(model: nn.Module, images: Images) -> FeatureMap:
+    height, width = images.shape[2:]
+    lower, right = torch.arange(height) >= height // 2, torch.arange(width) >= width // 2
+    quarters = torch.stack([(lower == i)[:, None] & (right == j) for i in (0, 1) for j in (0, 1)])
+    noise, other = torch.randn(2, *images.shape[1:], dtype=images.dtype)
+    asked = torch.cat([noise[None], torch.where(quarters[:, None], other, noise)])
+    asked, quarters = asked.to(images.device).requires_grad_(), quarters.to(images.device)
+    for parameter in model.parameters():  # so that the graph shows where weights come in
+        parameter.requires_grad_(parameter.ndim >= 2 and parameter.is_floating_point())
+    outputs, sources = _record(model, asked)
+    logits = sources[0]
+    weights = len(_leaves(logits)) - 1  # without the image
+    small: FeatureMap | None = None
+    scores: FeatureMap | None = None
+    for output in reversed(outputs):
+        after = _leaves(logits, output.node)
+        if any(leaf is asked for leaf in after):
+            continue
+        layout = _layout(output.tensor.detach(), quarters)
+        if layout is None or not _heard(output.tensor, layout, sources):
+            continue
+        if len(after) > _MOST * weights:
+            break
+        name = _normalised(output, layout, outputs, sources)
+        found = FeatureMap(name, layout.grid, layout)
+        if not after:
+            scores = scores or found
+        elif max(layout.grid) <= 2:
+            small = small or found
+        else:
             return found
-        raise TargetLayerError(
-            f"{type(model).__name__} works on tokens after '{last.name}': {len(after)} of its "
-            f"{len(weighted)} weighted layers come later, so this map says little; name a layer as "
-            "target_layer, and give reshape, a function that turns its output into [B, C, h, w]"
-        )
-    same = [o for o in outputs if o.tensor is last.tensor and o.version == last.version]
-    # A module that is called several times (one ReLU for a whole block) is heard several times.
-    return next((o for o in same if calls[o.name] == 1), same[0]).name
+    if last := small or scores:  # a network of one convolution has nothing but its scores
+        return last
+    raise TargetLayerError(
+        f"{type(model).__name__} has no layer that gives a feature map of images of {height} x {width} "
+        "(one that changes where the image changes, carries all that reaches the logits, and comes "
+        "late enough to say something about the class): use a method that needs no layer (RISE, "
+        "LIME, XRAI), or name one as target_layer, and give reshape, a function that turns its "
+        "output into [B, C, h, w]"
+    )
 
 
-def _trace_tokens(model: nn.Module, images: Images) -> str | None:
-    """Return the last normalisation layer with a token for each patch that the classifier hears."""
-    size = (images.shape[2], images.shape[3])
-    outputs: list[tuple[str, Tensor]] = []
-    heard: list[Tensor] = []  # what the last layer with a weight matrix was given
+def _record(model: nn.Module, images: Images) -> tuple[list[_Output], list[Tensor]]:
+    """Return the modules' outputs in the order in which they were made, and what tells who is heard.
+
+    That is the logits, and what the last module with a weight is given: a classifier whose weights
+    are still zero hears nothing.
+    """
+    recorded: list[_Output] = []
+    calls: dict[str, int] = {}
+    head: list[Tensor] = []
 
     def ended(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, Tensor) and _as_maps(output, size).ndim == 4:
-                outputs.append((name, output))
+        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            if (
+                isinstance(output, Tensor)
+                and output.ndim in (3, 4)
+                and len(output) == len(images)
+                and output.grad_fn is not None
+                and not isinstance(module, _TO_A_FIXED_SIZE)
+            ):
+                given = next(iter(args), None)
+                recorded.append(_Output(name, module, given, output, output.grad_fn))
 
         return hook
 
     def started(module: nn.Module, args: tuple[object, ...]) -> None:
-        heard[:] = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        head[:] = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
 
     handles = []
     try:
         for name, module in model.named_modules():
-            if "norm" in type(module).__name__.lower():
-                handles.append(module.register_forward_hook(ended(name)))
+            if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                continue
+            handles.append(module.register_forward_hook(ended(name)))
             if any(p.ndim >= 2 for p in module.parameters(recurse=False)):
                 handles.append(module.register_forward_pre_hook(started))
-        with torch.enable_grad():
-            logits = Classifier(model, -1).logits(images.clone().requires_grad_())
+        logits = Classifier(model, -1).logits(images)
     finally:
         for handle in handles:
             handle.remove()
-    # Not the logits: a head that starts at zero hears nothing yet. Random weights, since the plain
-    # sum of what a LayerNorm gives doesn't depend on what it was given.
-    sources = heard or [logits]
-    weights = [torch.randn_like(source) for source in sources]
-    gradients = torch.autograd.grad(
-        sources, [output for _, output in outputs], weights, allow_unused=True
-    )
-    for (name, _), gradient in zip(reversed(outputs), reversed(gradients), strict=True):
-        if gradient is not None and _as_maps(gradient, size).any():
-            return name
-    return None
+    # One output may be that of several modules: a block, and the stage that it ends.
+    outputs: dict[Node, _Output] = {}
+    for output in recorded:
+        if output.name and calls[output.name] == 1:
+            outputs.setdefault(output.node, output)
+    return list(outputs.values()), [logits, *head]
+
+
+_TO_A_FIXED_SIZE = (
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+)
+_MOST = 0.75  # of the weights; a map before so many says little about the class
+
+
+def _leaves(logits: Tensor, cut: Node | None = None) -> list[Tensor]:
+    """Return the image and the weights that the logits come from where the graph is cut at a node."""
+    leaves, seen, ahead = [], {cut, None}, [logits.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        ahead.extend(before for before, _ in node.next_functions)
+    return leaves
+
+
+def _layout(output: Tensor, quarters: Bool[Tensor, "4 h w"]) -> _Layout | None:
+    """Return the layout in which an output changes where the image was changed.
+
+    In networks that have not learnt anything yet every cell may hear all of the image alike. There
+    a layout that fits the image is taken at its word, if nothing speaks against it.
+    """
+    size = (quarters.shape[1], quarters.shape[2])
+    change = (output[1:] - output[:1]).abs().float()
+    best: dict[bool, tuple[tuple[float, int], _Layout]] = {}
+    for layout, fits in _layouts(output.shape, size):
+        if not fits and min(layout.grid) < 2:
+            continue
+        place = _locality(layout(change).mean(dim=1), quarters)
+        rank = (round(place, 1), -layout.prefix)
+        if place >= (_NOT_ELSEWHERE if fits else _THERE) and (
+            fits not in best or rank > best[fits][0]
+        ):
+            best[fits] = (rank, layout)
+    chosen = best.get(True) or best.get(False)
+    return None if chosen is None else chosen[1]
+
+
+# Of `_locality`, which is 4 for changes in the right place alone, and 1 for changes everywhere.
+_NOT_ELSEWHERE, _THERE = 0.9, 1.5
+
+
+def _locality(change: Float[Tensor, "4 i j"], quarters: Bool[Tensor, "4 h w"]) -> float:
+    """Return how much more of the change lies in its own quarter than of other copies' changes."""
+    share = change / change.sum(dim=(1, 2), keepdim=True)
+    grid = (change.shape[1], change.shape[2])
+    where = F.adaptive_avg_pool2d(quarters[:, None].float(), grid)[:, 0]
+    ratio = (where * share).sum(dim=(1, 2)) / (where * share.mean(dim=0)).sum(dim=(1, 2))
+    return float(ratio.nan_to_num(0.0).min())
+
+
+def _heard(output: Tensor, layout: _Layout, sources: Sequence[Tensor]) -> bool:
+    """Tell whether the first of the sources that hears anything hears a quarter of the cells."""
+    for source in sources:
+        weights = torch.randn(source.shape, dtype=source.dtype).to(source.device)
+        (gradient,) = torch.autograd.grad(
+            source, output, weights, retain_graph=True, allow_unused=True
+        )
+        if gradient is not None and gradient.any():
+            cells = layout(gradient).ne(0).any(dim=1).any(dim=0)
+            return bool(cells.float().mean() >= 0.25)
+    return False
+
+
+def _normalised(
+    output: _Output, layout: _Layout, outputs: Sequence[_Output], sources: Sequence[Tensor]
+) -> str:
+    """Return the name of the norm through which alone the output's cells are heard, or its own.
+
+    In a transformer's last block the class token hears the patches through the norm, and nobody
+    hears what leads around it. What a norm is given has a gradient at right angles to it, and
+    methods that multiply the two would see nothing.
+    """
+    for norm in outputs:
+        if (
+            norm.given is output.tensor
+            and norm.tensor.shape == output.tensor.shape
+            and "norm" in type(norm.module).__name__.lower()
+            and _heard(norm.tensor, layout, sources)
+        ):
+            handle = norm.tensor.register_hook(torch.zeros_like)
+            try:
+                if not _heard(output.tensor, layout, sources):
+                    return norm.name
+            finally:
+                handle.remove()
+    return output.name
 
 
 def separate_activations(model: nn.Module, images: Images) -> None:

@@ -180,21 +180,21 @@ def test_the_target_layer_of_torchvision_models(name: str) -> None:
 )
 def test_the_target_layer_of_timm_models(name: str, channels: int) -> None:
     model = timm.create_model(name, pretrained=False, num_classes=7)
-    images, targets = torch.rand(1, 3, 64, 64), torch.tensor([2])
+    images, targets = torch.rand(1, 3, 96, 96), torch.tensor([2])
     layer = find_target_layer(model, images)
     with (
         explaining(model, images, targets) as (classifier, x, _),
-        capture(classifier.model, layer, (64, 64)) as captured,
+        capture(classifier.model, layer, (96, 96)) as captured,
     ):
         activation, gradient = captured.activation_and_gradient(classifier.logits(x)[:, 2])
-    assert activation.shape == gradient.shape == (1, channels, 2, 2)
+    assert activation.shape == gradient.shape == (1, channels, 3, 3)
     assert gradient.abs().sum() > 0
 
 
 TRANSFORMERS = {
     "vit_tiny_patch16_224": "blocks.11.norm1",
     "deit_tiny_distilled_patch16_224": "blocks.11.norm1",
-    "vit_little_patch16_reg1_gap_256": "blocks.13.norm2",  # no class token: all patches are pooled
+    "vit_little_patch16_reg1_gap_256": "blocks.13",  # no class token: all patches are pooled
     "swin_tiny_patch4_window7_224": "norm",
     "torchvision/vit_b_16": "encoder.layers.encoder_layer_11.ln_1",
     "torchvision/swin_v2_t": "permute",
@@ -213,7 +213,7 @@ def test_the_target_layer_of_transformers(name: str) -> None:
     images, targets = torch.rand(2, 3, side, side), torch.tensor([3, 7])
     with count_evaluations(model) as count:
         assert find_target_layer(model, images) == TRANSFORMERS[name]
-    assert count.total <= 3
+    assert count.forward == 5
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     nn.init.normal_(head.weight)  # torchvision's start at zero
     before = snapshot(model)
@@ -271,7 +271,7 @@ def test_tokens_that_fit_no_grid_need_reshape(batch: Any) -> None:
 
 def test_a_model_without_convolution_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
-    with pytest.raises(TargetLayerError, match="Sequential has no convolutional feature map"):
+    with pytest.raises(TargetLayerError, match=r"Sequential has no layer .* of 4 x 4 .*RISE, LIME"):
         GradCAM().explain(model, torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
 
 
@@ -285,7 +285,7 @@ def test_the_layer_is_traced_once_and_again_for_a_changed_model(batch: Any) -> N
     with count_evaluations(model) as count:
         GradCAM().explain(model, *batch)
         GradCAM().explain(model, *batch)
-    assert count.forward == 4 + 4 + 1
+    assert count.forward == 4 + 4 + 5
     model.features.append(nn.Conv2d(12, 12, 1))
     assert find_target_layer(model, batch[0]) == "features.5"
 
@@ -356,7 +356,7 @@ def test_a_model_that_gives_no_logits_is_told_what_to_do(batch: Any) -> None:
         def forward(self, images: Tensor) -> Any:
             return super().forward(images), None
 
-    with pytest.raises(ValueError, match=r"must map images .* got tuple for 1 images: wrap it"):
+    with pytest.raises(ValueError, match=r"must map images .* got tuple for 5 images: wrap it"):
         GradCAM().explain(Pair(), *batch)
 
 

@@ -1,0 +1,268 @@
+"""Which layer is found, and with which cells, in the families of networks that people train."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import assert_same, snapshot
+from torch import Tensor, nn
+
+from lightning_aop import GradCAM, HiResCAM
+from lightning_aop.model.layers import TargetLayerError, find_feature_map
+from lightning_aop.model.passes import count_evaluations
+
+
+class Row(NamedTuple):
+    name: str
+    size: tuple[int, int]
+    layer: str
+    grid: tuple[int, int]
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+
+TIMM = [
+    # Convolutions.
+    Row("resnet18", (224, 224), "layer4.1.act2", (7, 7)),
+    Row("resnet26", (96, 160), "layer4.1.act3", (3, 5)),
+    Row("resnetv2_50", (128, 128), "norm.act", (4, 4)),
+    Row("vgg11", (64, 64), "features.19", (4, 4)),
+    Row("repvgg_a0", (224, 224), "stages.3.0.act", (7, 7)),
+    Row("convnextv2_atto", (96, 160), "stages.3.blocks.1", (3, 5)),
+    Row("efficientnet_b0", (224, 224), "bn2.act", (7, 7)),
+    Row("ghostnet_100", (224, 224), "blocks.9.0.bn1.act", (7, 7)),
+    Row("inception_next_atto", (224, 224), "stages.3.blocks.1", (7, 7)),
+    Row("mambaout_femto", (224, 224), "stages.3.blocks.2", (7, 7)),
+    Row("starnet_s1", (224, 224), "norm", (7, 7)),
+    # Class tokens.
+    Row("vit_tiny_patch16_224", (224, 224), "blocks.3.norm1", (14, 14), {"depth": 4}),
+    Row(
+        "vit_tiny_patch16_224", (128, 128), "blocks.3.norm1", (8, 8), {"img_size": 128, "depth": 4}
+    ),
+    Row(
+        "vit_tiny_patch16_224",
+        (96, 160),
+        "blocks.3.norm1",
+        (6, 10),
+        {"img_size": (96, 160), "depth": 4},
+    ),
+    Row(
+        "vit_tiny_patch16_224",
+        (150, 100),
+        "blocks.3.norm1",
+        (10, 7),
+        {"dynamic_img_size": True, "dynamic_img_pad": True, "depth": 4},
+    ),
+    Row(
+        "vit_tiny_patch16_224",
+        (32, 32),
+        "blocks.3.norm1",
+        (8, 8),
+        {"img_size": 32, "patch_size": 4, "depth": 4},
+    ),
+    Row("deit_tiny_distilled_patch16_224", (224, 224), "blocks.3.norm1", (14, 14), {"depth": 4}),
+    Row("vit_tiny_r_s16_p8_224", (224, 224), "blocks.11.norm1", (7, 7)),
+    Row("pit_ti_224", (224, 224), "transformers.2.blocks.3.norm1", (7, 7)),
+    Row("cait_xxs24_224", (224, 224), "blocks.3", (14, 14), {"depth": 4}),
+    Row("convit_tiny", (224, 224), "blocks.11.norm1", (14, 14)),
+    Row("xcit_nano_12_p16_224", (224, 224), "cls_attn_blocks.1.norm1", (14, 14)),
+    Row("coat_lite_tiny", (224, 224), "serial_blocks4.0", (7, 7)),
+    # Pooled tokens, and maps with the channels last.
+    Row("vit_little_patch16_reg1_gap_256", (256, 256), "blocks.3", (16, 16), {"depth": 4}),
+    Row("swin_tiny_patch4_window7_224", (224, 224), "norm", (7, 7), {"depths": (1, 1, 1, 1)}),
+    Row("swinv2_tiny_window8_256", (256, 256), "norm", (8, 8), {"depths": (1, 1, 1, 1)}),
+    Row("twins_svt_small", (224, 224), "norm", (7, 7)),
+    Row("pvt_v2_b0", (96, 160), "stages.3", (3, 5)),
+    Row("levit_128s", (224, 224), "stages.2.blocks.3", (4, 4)),
+    Row("resmlp_12_224", (224, 224), "norm", (14, 14)),
+    Row("mixer_s32_224", (224, 224), "norm", (7, 7)),
+    Row("mobilevit_xxs", (256, 256), "final_conv.bn.act", (8, 8)),
+    Row("edgenext_xx_small", (256, 256), "stages.3.blocks.1", (8, 8)),
+    Row("poolformer_s12", (224, 224), "stages.3.blocks.1", (7, 7)),
+    Row("efficientformer_l1", (224, 224), "norm", (7, 7)),
+    Row("visformer_tiny", (224, 224), "norm", (7, 7)),
+]
+SLOW = [
+    Row("vit_small_r26_s32_224", (224, 224), "blocks.11.norm1", (7, 7)),
+    Row("beit_base_patch16_224", (224, 224), "blocks.2", (14, 14), {"depth": 3}),
+    Row("volo_d1_224", (224, 224), "norm", (14, 14)),
+    Row("swinv2_cr_tiny_224", (224, 224), "stages.3", (7, 7)),
+    Row("focalnet_tiny_srf", (224, 224), "norm", (7, 7)),
+    Row("hiera_tiny_224", (224, 224), "blocks.11", (7, 7)),
+    Row("sequencer2d_s", (224, 224), "norm", (16, 16)),
+    Row("nest_tiny", (224, 224), "norm", (14, 14)),
+    Row("gmlp_s16_224", (224, 224), "norm", (14, 14)),
+    Row("davit_tiny", (224, 224), "stages.3.blocks.0.1", (7, 7)),
+    Row("mvitv2_tiny", (224, 224), "norm", (7, 7)),
+    Row("gcvit_xxtiny", (224, 224), "stages.3", (7, 7)),
+    Row("maxvit_pico_rw_256", (256, 256), "norm", (8, 8)),
+    Row("coatnet_nano_rw_224", (224, 224), "norm", (7, 7)),
+    Row("caformer_s18", (224, 224), "stages.3", (7, 7)),
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "row", [*TIMM, *(pytest.param(row, marks=pytest.mark.slow) for row in SLOW)], ids=str
+)
+def test_families_of_timm(row: Row) -> None:
+    model = timm.create_model(row.name, pretrained=False, num_classes=10, **row.settings)
+    found = find_feature_map(model, torch.rand(1, 3, *row.size))
+    assert (found.layer, found.grid) == (row.layer, row.grid)
+
+
+TOKENS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 8,
+}
+STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 40, 64]}
+WINDOWS = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 4]}
+TRANSFORMERS = [
+    Row("ViT", (64, 64), "vit.layers.2.layernorm_before", (8, 8), TOKENS),
+    Row("DeiT", (64, 64), "deit.layers.2.layernorm_before", (8, 8), TOKENS),
+    Row("Dinov2", (64, 64), "dinov2.layernorm", (8, 8), {**TOKENS, "image_size": 64}),
+    Row("Dinov2WithRegisters", (64, 64), "dinov2_with_registers.layernorm", (8, 8), TOKENS),
+    Row("Swin", (64, 64), "swin.layernorm", (4, 4), {**WINDOWS, "window_size": 4}),
+    Row("Swinv2", (64, 64), "swinv2.layernorm", (4, 4), {**WINDOWS, "window_size": 4}),
+    Row("PvtV2", (224, 224), "pvt_v2.encoder.layers.3.layer_norm", (7, 7), STAGES),
+    Row("ConvNext", (224, 224), "convnext.encoder.stages.3.layers.0", (7, 7), STAGES),
+    Row("PoolFormer", (224, 224), "norm", (7, 7), STAGES),
+]
+
+
+@pytest.mark.parametrize("row", TRANSFORMERS, ids=str)
+def test_families_of_transformers(row: Row) -> None:
+    transformers = pytest.importorskip("transformers")
+    settings = {"image_size": row.size[0], "num_labels": 10, **row.settings}
+    config = getattr(transformers, f"{row.name}Config")(**settings)
+    model = getattr(transformers, f"{row.name}ForImageClassification")(config)
+    found = find_feature_map(model, torch.rand(1, 3, *row.size))
+    assert found.grid == row.grid
+    if transformers.__version__.startswith("5"):
+        assert found.layer == row.layer
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_fused_and_plain_attention_have_the_same_layer(fused: bool) -> None:
+    timm.layers.set_fused_attn(fused)
+    try:
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=3)
+    finally:
+        timm.layers.set_fused_attn(True)
+    assert find_feature_map(model, torch.rand(1, 3, 224, 224)).layer == "blocks.2.norm1"
+
+
+@pytest.mark.parametrize("name", ["tnt_s_legacy_patch16_224", "crossvit_tiny_240"])
+def test_blocks_that_hand_on_tuples_are_refused(name: str) -> None:
+    model = timm.create_model(name, pretrained=False, num_classes=10)
+    size = model.default_cfg["input_size"][1:]
+    with pytest.raises(
+        TargetLayerError, match=r"no layer .*RISE, LIME, XRAI.*target_layer.*reshape"
+    ):
+        find_feature_map(model, torch.rand(1, 3, *size))
+
+
+def resnet18() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = torchvision.models.resnet18(weights=None, num_classes=10)
+    return model
+
+
+@pytest.mark.parametrize(("size", "grid"), [(32, (4, 4)), (64, (4, 4)), (96, (3, 3))])
+def test_small_images_have_a_finer_map(size: int, grid: tuple[int, int]) -> None:
+    assert find_feature_map(resnet18(), torch.rand(1, 3, size, size)).grid == grid
+
+
+def test_each_size_has_its_own_layer_whatever_came_before() -> None:
+    model = resnet18()
+    with count_evaluations(model) as count:
+        small, large = (find_feature_map(model, torch.rand(1, 3, s, s)) for s in (32, 224))
+        assert find_feature_map(model, torch.rand(2, 3, 32, 32)) is small
+    assert (small.layer, large.layer) == ("layer2.1", "layer4.1")
+    assert count.forward == 5 + 5
+    assert find_feature_map(resnet18(), torch.zeros(1, 3, 224, 224)).layer == large.layer
+
+
+def test_a_map_of_two_cells_is_reported() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 8, stride=8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+    with pytest.warns(
+        UserWarning, match=r"map of '1' is 2 x 2 for images of 16 x 16.*larger images"
+    ):
+        GradCAM().explain(model, torch.rand(1, 3, 16, 16), torch.tensor([1]))
+
+
+class Skipping(nn.Module):
+    """A side branch that looks like a feature map, and comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.table = nn.Parameter(torch.randn(1, 8, 8, 8))
+        self.places = nn.Identity()
+        self.branch = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        x = x + self.branch(x) + self.places(self.table)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def test_neither_a_branch_nor_a_table_is_taken() -> None:
+    assert find_feature_map(Skipping(), torch.rand(1, 3, 32, 32)).layer == "stem"
+
+
+class CosineHead(nn.Module):
+    """Its classifier is a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU())
+        self.weight = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.linear(self.features(images).mean((2, 3)), self.weight)
+
+
+def test_a_classifier_without_a_module() -> None:
+    assert find_feature_map(CosineHead(), torch.rand(1, 3, 32, 32)).layer == "features.1"
+
+
+def test_finding_leaves_no_trace_also_after_an_error() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=2)
+    model.blocks[1].requires_grad_(False)
+    images = torch.rand(1, 3, 224, 224)
+    before = snapshot(model)
+    find_feature_map(model, images)
+    assert_same(before, snapshot(model))
+
+    def fail(module: nn.Module, args: object) -> None:
+        raise RuntimeError("in the head")
+
+    model = CosineHead()
+    model.features[1].register_forward_pre_hook(fail)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="in the head"):
+        find_feature_map(model, images[:, :, :32, :32])
+    assert_same(before, snapshot(model))
+
+
+def test_the_layer_found_is_laid_out_as_it_was_found() -> None:
+    """Of 8 x 8 patches and one class token 8 x 8 cells, with a gradient that lies along the norm's."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=4, depth=2
+    ).eval()
+    maps = HiResCAM().activation_map(model, torch.rand(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert maps.shape == (2, 8, 8)
+    assert maps.flatten(1).any(dim=1).all()
