@@ -36,6 +36,7 @@ __all__ = ["Saved"]
 _OTHERS = {
     *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"),
     *("logging", "threading", "multiprocessing", "concurrent", "asyncio", "subprocess", "weakref"),
+    "lightning_aop",  # counts evaluations, and keeps what it computed
     *("wandb", "mlflow", "tensorboard", "tensorboardX", "comet_ml", "neptune", "clearml", "aim"),
 }
 _ATOMS = {
