@@ -23,7 +23,14 @@ from lightning_aop.metrics import EnergyPointingGame, Faithfulness, OverallAUC, 
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.chunks import largest_chunk, with_chunk
 from lightning_aop.model.frozen import FrozenPart
-from lightning_aop.model.isolation import device_of, in_float32, isolated_rng, undisturbed, unwrap
+from lightning_aop.model.isolation import (
+    device_of,
+    in_float32,
+    isolated,
+    isolated_rng,
+    undisturbed,
+    unwrap,
+)
 from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explanation import Found, Plan
 from lightning_aop.monitor.lightning import (
@@ -320,7 +327,8 @@ class ExplanationMonitor(Callback):
                 if not team.from_first(self._affordable):
                     self._budget.skipped += 1
                     return
-                found = self._explain(trainer, pl_module, team)
+                with isolated(pl_module):
+                    found = self._explain(trainer, pl_module, team)
                 before: list[Earlier] = []  # for the one process that draws
 
                 def drift_since() -> list[float | None]:
