@@ -18,6 +18,7 @@ from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.ranked_mask import RankedMask
 from lightning_aop.methods.rise import RISE
 from lightning_aop.methods.xrai import XRAI
+from lightning_aop.model.isolation import is_explaining
 from lightning_aop.monitor import ExplanationMonitor
 from lightning_aop.types import ActivationMethod, Perturbation, SaliencyMethod
 
@@ -46,5 +47,6 @@ __all__ = [
     "WGradCAM",
     "XGradCAM",
     "fast_sigcam",
+    "is_explaining",
     "sigcam",
 ]

@@ -1,7 +1,7 @@
 """All that touches a user's model: evaluate it, look inside it, and leave no trace."""
 
 from lightning_aop.model.adapter import Classifier, explaining, predict
-from lightning_aop.model.isolation import undisturbed
+from lightning_aop.model.isolation import foreign_state, is_explaining, isolated, undisturbed
 from lightning_aop.model.layers import Capture, TargetLayerError, capture, find_target_layer
 from lightning_aop.model.passes import Evaluations, count_evaluations
 
@@ -14,6 +14,9 @@ __all__ = [
     "count_evaluations",
     "explaining",
     "find_target_layer",
+    "foreign_state",
+    "is_explaining",
+    "isolated",
     "predict",
     "undisturbed",
 ]

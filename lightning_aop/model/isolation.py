@@ -1,16 +1,17 @@
-"""Leave no trace on a user's model: modes, buffers, attributes, hooks and random state."""
+"""Leave no trace on a user's model: its state by value, modes, hooks, logs and random state."""
 
 import random
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["undisturbed"]
+from lightning_aop.model.state import Saved
+
+__all__ = ["foreign_state", "is_explaining", "isolated", "undisturbed"]
 
 
 @contextmanager
@@ -40,93 +41,97 @@ def isolated_rng(device: torch.device | None = None, seed: int | None = None) ->
             accelerator.set_rng_state(state, *where)
 
 
+_open: list[Saved] = []
+"""The models that are isolated now. Not a ContextVar: backward hooks run on threads of their own."""
+
+
+def is_explaining() -> bool:
+    """Tell whether a model is being explained right now.
+
+    For a forward or a hook of your own that writes to a logger or a file, which can't be undone:
+
+        if not lightning_aop.is_explaining():
+            self.logger.experiment.add_histogram(...)
+    """
+    return bool(_open)
+
+
+@contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Leave `model`, and all that hangs on it, bit for bit as it was, whatever is done inside.
+
+    Afterwards, also after an error, these are what they were: parameters, buffers, tensors, arrays,
+    containers, generators and plain objects that hang on any of its modules; its modules, their
+    modes, hooks and other attributes; gradients and `requires_grad`; all random state. Inside,
+    gradients are set aside, what a LightningModule logs is dropped, compiled models run eagerly
+    and inference mode is left.
+
+    Open it once around all that is done to a model: it copies the weights, and is free inside
+    another for the same model.
+    """
+    if any(model in saved for saved in _open):
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        if "torch._dynamo" in sys.modules:
+            # Importing dynamo costs seconds; whoever compiled a model has already paid for it.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(isolated_rng())
+        saved = Saved(model)
+        for device in saved.devices():
+            stack.enter_context(isolated_rng(device))
+        stack.callback(saved.restore)
+        saved.set_gradients_aside()
+        for module in model.modules():
+            if hasattr(
+                type(module), "_log_dict_through_fabric"
+            ):  # a LightningModule of any Lightning
+                vars(module)["log"] = vars(module)["log_dict"] = _drop
+        _open.append(saved)
+        stack.callback(_open.remove, saved)
+        yield
+
+
+def _drop(*args: object, **kwargs: object) -> None:
+    """Log nothing."""
+
+
+def foreign_state(model: nn.Module) -> dict[str, str]:
+    """Return by its place what hangs on a model, could change in a forward, and can't be put back.
+
+    Such are iterators, queues, open files and what holds threads or locks.
+    """
+    return Saved(model).foreign
+
+
 @contextmanager
 def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Make `model` ready to be explained, and leave it bit for bit as it was.
 
-    Inside: eval mode, gradients enabled (inference mode is left first), no parameter requires a
-    gradient, compiled models run eagerly so that hooks are heard, and torch is seeded.
-    Afterwards, also after an error: the mode of every submodule, its hooks, its submodules and other
-    attributes, `requires_grad`, every buffer and all random state are what they were. `.grad` is
-    never written.
+    Inside: what `isolated` does, and eval mode, gradients enabled, no parameter requires a gradient,
+    and torch is seeded. Inside an `isolated` block for the same model nothing is copied: modes,
+    `requires_grad` and random state are put back here, the rest at the end of that block.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad) for p in model.parameters()]
     with ExitStack() as stack:
+        stack.enter_context(isolated(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if "torch._dynamo" in sys.modules:
-            # Importing dynamo costs seconds; whoever compiled a model has already paid for it.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(isolated_rng(device_of(model), seed))
-        stack.enter_context(_restored_buffers(model))
-        stack.enter_context(_restored_attributes(model))
+        modes = [(module, module.training) for module in model.modules()]
+        parameters = [(p, p.requires_grad) for p in model.parameters()]
         try:
             for module, _ in modes:
                 # The attribute, not `.eval()`: an overridden `train` may do more than switch.
                 module.training = False
             for parameter, _ in parameters:
-                parameter.requires_grad_(False)
+                parameter.requires_grad = False  # what a lazy layer's takes, too
             yield
         finally:
             for module, training in modes:
                 module.training = training
             for parameter, requires_grad in parameters:
-                parameter.requires_grad_(requires_grad)
-
-
-@contextmanager
-def _restored_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back every buffer that a forward changed in place or replaced (counters, observers)."""
-    saved = [
-        (module, name, buffer, buffer.detach().clone(), _version(buffer))
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.inference_mode(False), torch.no_grad():
-            for module, name, buffer, value, version in saved:
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
-                # Unconditional copies would bump version counters that a pending backward checks.
-                if version is None or buffer._version != version:
-                    with torch.inference_mode(buffer.is_inference()):
-                        buffer.copy_(value)
-
-
-@contextmanager
-def _restored_attributes(model: nn.Module) -> Iterator[None]:
-    """Put back every module's attributes, and what its tables of hooks and submodules held.
-
-    Other packages register hooks and leave notes on modules, and may not clean up after an error.
-    """
-
-    def tables(module: nn.Module) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in vars(module).items()
-            if (name == "_modules" or "_hooks" in name) and isinstance(value, dict)
-        }
-
-    saved = [
-        (module, dict(vars(module)), {n: dict(t) for n, t in tables(module).items()})
-        for module in model.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes, contents in saved:
-            now = vars(module)
-            for name in now.keys() - attributes.keys():
-                del now[name]
-            now.update(attributes)
-            for name, table in tables(module).items():
-                if table != contents[name]:
-                    table.clear()
-                    table.update(contents[name])
+                parameter.requires_grad = requires_grad
 
 
 @contextmanager
@@ -171,10 +176,6 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for table, own in buffers:
             table.update(own)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def device_of(model: nn.Module) -> torch.device:

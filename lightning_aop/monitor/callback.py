@@ -13,7 +13,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_aop._version import __version__
 from lightning_aop.history.store import HistoryWriter
-from lightning_aop.model.isolation import device_of, isolated_rng
+from lightning_aop.model.isolation import device_of, isolated, isolated_rng
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explain import Way, explain
@@ -416,7 +416,8 @@ class ExplanationMonitor(Callback):
                 if not processes.from_first(lambda: run.budget.allows_another(extra)):
                     run.budget.skipped += 1
                     return False
-                explanation = self._explain(trainer, pl_module, processes)
+                with isolated(pl_module):
+                    explanation = self._explain(trainer, pl_module, processes)
                 before: list[Earlier] = []  # for the one process that draws
 
                 def drift_since() -> list[float | None]:

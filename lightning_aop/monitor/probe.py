@@ -12,9 +12,7 @@ may offer beside its samples is found by name, also under wrappers with a `datas
   features that were computed before.
 """
 
-import copy
 import hashlib
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -24,9 +22,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from lightning_aop.errors import InvalidTypeError, InvalidValueError
+from lightning_aop.monitor.reading import Collate, Stream, read_batch
 from lightning_aop.types import Images
 
 ProbeSource: TypeAlias = (
@@ -111,15 +110,9 @@ class Probe:
         """
         if self.labels is None:
             return self
-        positive = self.labels > 0.5 if self.labels.ndim == 2 else None
         pairs, masks = [], []
         for row in range(len(self.images)):
-            classes = (
-                [int(self.labels[row])]
-                if positive is None
-                else positive[row].nonzero()[:, 0].tolist()
-            )
-            if classes:
+            if classes := self.classes_of(row):
                 pairs += [(row, index) for index in classes]
                 masks.append(read(row, classes).bool().cpu())
         if not masks:
@@ -132,6 +125,14 @@ class Probe:
                 "by nearest neighbour"
             )
         return replace(self, masks=found, mask_pairs=torch.tensor(pairs))
+
+    def classes_of(self, row: int) -> list[int]:
+        """Return the classes that an image is labelled with."""
+        if self.labels is None:
+            return []
+        if self.labels.ndim == 2:
+            return (self.labels[row] > 0.5).nonzero()[:, 0].tolist()
+        return [int(self.labels[row])]
 
     def masks_of(
         self, rows: Int[Tensor, " p"], targets: Int[Tensor, " p"]
@@ -248,7 +249,7 @@ class Collected:
 
 
 def collect(source: ProbeSource, loaders: Any) -> Collected:
-    """Return a batch for the probe.
+    """Return a batch for the probe. Datasets and random states are left as they were.
 
     Args:
         source: a number of samples to take from the loaders; or a batch; or a dataset, used whole;
@@ -256,9 +257,7 @@ def collect(source: ProbeSource, loaders: Any) -> Collected:
         loaders: a DataLoader, or several in a list, dictionary or CombinedLoader: the first counts.
     """
     if isinstance(source, int):
-        loader = _first_loader(loaders)
-        reader = _mask_reader(getattr(loader, "dataset", None))
-        return Collected(first_samples(loader, source), source, reader)
+        return first_samples(_first_loader(loaders), source)
     if isinstance(source, (Tensor, Mapping, tuple, list)):
         return Collected(source)
     if callable(source):
@@ -268,9 +267,7 @@ def collect(source: ProbeSource, loaders: Any) -> Collected:
             f"probe must be a number, a batch, a dataset with a length or a callable, got "
             f"{type(source).__name__}"
         )
-    dataset: Any = _pictures(source)
-    batch = default_collate([dataset[index] for index in range(len(dataset))])
-    return Collected(batch, None, _mask_reader(dataset))
+    return replace(_read(_pictures(source), len(source), default_collate), limit=None)
 
 
 def _layers(dataset: Any) -> Iterator[tuple[Any, list[Sequence[int]]]]:
@@ -311,36 +308,77 @@ def _masks_below(
     return read(index, classes)
 
 
-def first_samples(loader: Any, count: int) -> Any:
+def first_samples(loader: Any, count: int) -> Collected:
     """Return the first samples of the loader's dataset as one batch, without iterating the loader.
 
     Its workers, sampler and generator are not used, so that their state stays what it was. All
-    samples are taken if there are fewer than `count`. An iterable dataset is read from a copy.
+    samples are taken if there are fewer than `count`. Of a loader without a dataset, it is the first
+    batch.
     """
     dataset: Any = getattr(loader, "dataset", None)
     if dataset is None:
-        raise InvalidValueError(
-            f"a {type(loader).__name__} has no dataset to take {count} samples from: pass the probe "
-            "itself, probe=(images, labels)"
-        )
+        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+            raise InvalidValueError(
+                f"a {type(loader).__name__} has no dataset to take {count} samples from: pass the "
+                "probe itself, probe=(images, labels)"
+            )
+        return _read(Stream(loader), count, _as_it_is, ready=True)
     pictures = _pictures(dataset)
-    collate = (
-        getattr(loader, "collate_fn", default_collate) if pictures is dataset else default_collate
+    collate = default_collate
+    if pictures is dataset:
+        collate = getattr(loader, "collate_fn", None) or default_collate
+    # The dataset may make its own batches.
+    ready = isinstance(loader, DataLoader) and loader.batch_sampler is None
+    return _read(pictures, count, collate, loader, ready)
+
+
+def _read(
+    dataset: Any, count: int, collate: Collate, loader: Any = None, ready: bool = False
+) -> Collected:
+    """Read a batch and its masks where that leaves no mark."""
+    note = partial(_masks_of_batch, _mask_reader(dataset), count)
+    batch, masks = read_batch(
+        dataset, count, collate=collate, loader=loader, ready=ready, note=note
     )
-    dataset = pictures
-    samples: list[Any]
-    if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
-        samples = [dataset[index] for index in range(min(count, len(dataset)))]
-    else:
-        stream: Iterable[Any] = copy.deepcopy(dataset)
-        samples = list(itertools.islice(stream, count))
-    if not samples:
-        raise InvalidValueError(
-            "the dataset is empty: pass the probe itself, probe=(images, labels)"
-        )
-    if isinstance(loader, DataLoader) and loader.batch_sampler is None:
-        return samples[0]  # The dataset makes its own batches.
-    return collate(samples)
+    return Collected(batch, count, None if masks is None else _KnownMasks(masks))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+_Masks: TypeAlias = dict[tuple[int, tuple[int, ...]], Tensor]
+
+
+def _masks_of_batch(read: MaskReader | None, count: int, batch: Any) -> _Masks | str | None:
+    """Return the masks of what a batch is labelled with, or why they could not be read."""
+    if read is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is all said again where the batch has arrived
+            probe = Probe.from_batch(batch, count)
+    except Exception:
+        return None
+    if probe.masks is not None:
+        return None
+    labelled = [(row, probe.classes_of(row)) for row in range(len(probe.images))]
+    try:
+        return {(row, tuple(some)): read(row, some) for row, some in labelled if some}
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class _KnownMasks:
+    """Gives masks that were read before, or says why there are none."""
+
+    masks: _Masks | str
+
+    def __call__(self, row: int, classes: Sequence[int]) -> Tensor:
+        if isinstance(self.masks, str):
+            raise RuntimeError(self.masks)
+        return self.masks[row, tuple(classes)]
 
 
 def _first_loader(loaders: Any) -> Any:

@@ -1,8 +1,13 @@
 """What a probe is read from, apart from any Trainer: the kinds of batch, and what is refused."""
 
+import multiprocessing
+import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -97,3 +102,152 @@ def test_what_cannot_be_a_probe_is_refused() -> None:
     with pytest.raises(ValueError, match="no data loader to take the probe from"):
         collect(2, [])
     assert source_of(2, []) is None
+
+
+# --------------------------------------------------------------------------------------------------
+# the dataset that training uses is left as it was
+
+
+class Marked(Dataset[Any]):
+    """Counts its reads, draws from its own generator, and opens a file at the first sample."""
+
+    def __init__(self, path: Path) -> None:
+        path.write_bytes(bytes(range(100)))
+        self.path, self.file = path, None
+        self.generator, self.reads = np.random.default_rng(0), 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        self.generator.random()
+        self.file = self.file or self.path.open("rb", buffering=0)  # type: ignore[assignment]
+        assert self.file is not None
+        return IMAGES[index] + self.file.read(1)[0], LABELS[index]
+
+    def input_masks(self, index: int, classes: Any) -> Tensor:
+        self.reads += 1
+        return torch.full((len(classes), 6, 5), index == 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_leaves_no_mark(tmp_path: Path, workers: int) -> None:
+    data = Marked(tmp_path / "data")
+    before, rng = repr(data.generator.bit_generator.state), torch.get_rng_state()
+    found = collect(2, DataLoader(data, batch_size=1, num_workers=workers))
+    assert torch.equal(found.batch[0], IMAGES[:2] + torch.tensor([0.0, 1.0])[:, None, None, None])
+    assert found.read_masks is not None
+    probe = Probe.from_batch(found.batch, found.limit).with_masks(found.read_masks)
+    assert probe.masks is not None
+    assert probe.masks.flatten(1).all(dim=1).tolist() == [False, True]
+    assert torch.equal(collect(data, None).batch[1], LABELS)
+    assert (data.file, data.reads) == (None, 0)
+    assert before == repr(data.generator.bit_generator.state)
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a fork is tried on Linux only")
+def test_a_file_that_is_open_already_keeps_its_place(tmp_path: Path) -> None:
+    data = Marked(tmp_path / "data")
+    data[0]
+    assert data.file is not None
+    collect(3, DataLoader(data))
+    assert data.file.tell() == 1
+    data.file.close()
+
+
+class Lines(IterableDataset[Any]):
+    """Goes on where it was left."""
+
+    def __init__(self) -> None:
+        self.samples = ((image, label) for image, label in zip(IMAGES, LABELS, strict=True))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.samples
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a fork is tried on Linux only")
+def test_a_stream_is_not_used_up() -> None:
+    data = Lines()
+    assert collect(2, DataLoader(data)).batch[1].tolist() == [2, 0]
+    assert len(list(data)) == 3
+
+
+def test_a_stream_that_cannot_be_copied_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_aop.monitor.reading._context", lambda loader: None)
+    with pytest.raises(
+        ValueError, match=r"Lines can't be copied .*generator.*: pass the probe itself"
+    ):
+        collect(2, DataLoader(Lines()))
+
+
+def test_a_queue_that_other_processes_read_is_refused() -> None:
+    class Received(IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.queue = multiprocessing.get_context("spawn").SimpleQueue()
+
+        def __iter__(self) -> Iterator[Any]:
+            yield self.queue.get()
+
+    with pytest.raises(
+        ValueError, match=r"Received reads from a SimpleQueue.*pass the probe itself"
+    ):
+        collect(2, DataLoader(Received()))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the copy's file
+def test_a_copy_is_read_where_there_can_be_no_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_aop.monitor.reading._context", lambda loader: None)
+    data = Marked(tmp_path / "data")
+    assert collect(2, DataLoader(data)).batch[1].tolist() == [2, 0]
+    assert (data.file, data.reads) == (None, 0)
+
+
+class Broken(Dataset[Any]):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        raise KeyError("no such picture")
+
+
+def test_an_error_in_the_worker_is_one_sentence() -> None:
+    text = "3 samples of Broken could not be read in a worker process. KeyError: .*no such picture"
+    with pytest.raises(RuntimeError, match=text) as raised:
+        collect(3, DataLoader(Broken(), num_workers=1))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(KeyError, match="no such picture"):
+        collect(3, DataLoader(Broken()))
+
+
+class Stuck(Broken):
+    def __getitem__(self, index: int) -> Any:
+        threading.Event().wait()
+
+
+def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_aop.monitor.reading._SECONDS", 0.5)
+    with pytest.raises(RuntimeError, match=r"timed out after 0\.5 seconds"):
+        collect(3, DataLoader(Stuck(), num_workers=1))
+
+
+def test_a_loader_without_a_dataset_gives_its_first_batch() -> None:
+    class Around:
+        def __iter__(self) -> Iterator[Any]:
+            return iter(DataLoader(TensorDataset(IMAGES, LABELS), batch_size=2))
+
+    assert collect(2, Around()).batch[1].tolist() == [2, 0]
+
+
+def test_the_worker_is_started_as_the_loader_does() -> None:
+    def start(worker: int) -> None:
+        info = torch.utils.data.get_worker_info()
+        assert info is not None
+        info.dataset.tensors[1].fill_(4)  # type: ignore[attr-defined]
+
+    loader = DataLoader(TensorDataset(IMAGES, LABELS.clone()), num_workers=2, worker_init_fn=start)
+    assert collect(2, loader).batch[1].tolist() == [4, 4]
+    assert torch.equal(loader.dataset.tensors[1], LABELS)  # type: ignore[attr-defined]

@@ -1,0 +1,360 @@
+"""All that hangs on a module, saved by value and put back bit for bit.
+
+A forward pass may change far more than its buffers: memory banks and codebooks are written through
+`.data`, observers by fused kernels, arrays by NumPy; lists, deques and metrics collect; generators
+move on; momentum encoders and spectral norms write parameters. None of it can be told from a version
+counter. So `Saved` walks from a module through attributes, containers, closures and plain objects,
+keeps a copy of each value, and compares bits afterwards. Only what differs is written.
+
+The walk stops at what is no part of the model: trainers, loggers, datasets, optimizers, and objects
+with open files, threads or locks. `foreign` names those that a forward could change all the same.
+"""
+
+import collections
+import functools
+import io
+import queue
+import random
+import socket
+import threading
+import types
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from copyreg import _slotnames  # type: ignore[attr-defined]
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = ["Saved"]
+
+# Plain objects of these packages are not the model's own: trainers, loggers, optimizers, datasets.
+_OTHERS = {
+    *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"),
+    *("logging", "threading", "multiprocessing", "concurrent", "asyncio", "subprocess", "weakref"),
+    "lightning_aop",  # counts evaluations, and keeps what it computed
+    *("wandb", "mlflow", "tensorboard", "tensorboardX", "comet_ml", "neptune", "clearml", "aim"),
+}
+_ATOMS = {
+    *(type(None), bool, int, float, complex, str, bytes, type, range, slice),
+    *(torch.dtype, torch.device, torch.Size, types.BuiltinFunctionType, types.ModuleType),
+    *(weakref.ref, weakref.ProxyType, weakref.CallableProxyType),
+}
+_LIVE = (
+    *(io.IOBase, socket.socket, threading.Thread),
+    *(type(threading.Lock()), type(threading.RLock())),
+)
+_PIECE = 2**26  # bytes that are copied, and compared, at once
+
+
+class Saved:
+    """The values of all that is reachable from a module, as of when this was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.foreign: dict[str, str] = {}
+        """By its place, the type of each object that could change and cannot be put back."""
+        self._classes: list[tuple[Any, type]] = []
+        self._containers: list[tuple[Any, list[Any]]] = []
+        self._slots: list[tuple[Any, str, Any]] = []
+        self._cells: list[tuple[types.CellType, Any]] = []
+        self._arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+        self._generators: list[Callable[[], Any]] = []
+        self._tensors: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._seen: dict[int, Any] = {}  # holds each object, so that its identity stays its own
+        # Uninitialised parameters of lazy layers refuse most functions otherwise.
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            self._walk(model)
+            counted = [t for t, *_ in self._tensors if not t.is_inference()]
+            self._versions = _unsafe_preserve_version_counter(tuple(counted))
+            self._pieces = _pieces(self._storages.values())
+
+    def restore(self) -> None:
+        """Put back whatever is different now."""
+        for thing, kind in self._classes:
+            if type(thing) is not kind:
+                thing.__class__ = kind
+        for container, items in self._containers:
+            now = _items(container)
+            if len(now) != len(items) or any(a is not b for a, b in zip(now, items, strict=True)):
+                _refill(container, items)
+        for thing, name, value in self._slots:
+            if getattr(thing, name, None) is not value:
+                object.__setattr__(thing, name, value)  # a frozen dataclass refuses its own
+        for cell, value in self._cells:
+            if cell.cell_contents is not value:
+                cell.cell_contents = value
+        for values, copy in self._arrays:
+            if values.tobytes() != copy.tobytes():
+                values[...] = copy
+        for give_back in self._generators:
+            give_back()
+        with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
+            for tensor, alias, requires_grad, grad in self._tensors:
+                if _layout(tensor) != _layout(alias):
+                    with torch.inference_mode(tensor.is_inference()):
+                        tensor.data = alias
+                if tensor.is_leaf:
+                    if tensor.requires_grad is not requires_grad:
+                        tensor.requires_grad_(requires_grad)
+                    if tensor.grad is not grad:
+                        tensor.grad = grad
+            for piece in self._pieces:
+                piece.restore()
+            # A pending backward looks at the counters. The values are those that it knows.
+            self._versions.__exit__()
+
+    def set_gradients_aside(self) -> None:
+        """Let no tensor have a gradient until `restore`, so that none is added to."""
+        for tensor, _, _, grad in self._tensors:
+            if grad is not None:
+                tensor.grad = None
+
+    def devices(self) -> set[torch.device]:
+        """Return the devices that the values are on."""
+        return {storage.device for storage in self._storages.values()}
+
+    def __contains__(self, thing: object) -> bool:
+        return self._seen.get(id(thing)) is thing
+
+    # ---------------------------------------------------------------------------------------------
+    # the walk
+
+    def _walk(self, model: nn.Module) -> None:
+        ahead: list[tuple[str, Any]] = [("", model)]
+        while ahead:
+            place, thing = ahead.pop()
+            if type(thing) in _ATOMS or id(thing) in self._seen:
+                continue
+            self._seen[id(thing)] = thing
+            for name, value in self._save(place, thing):
+                if type(value) not in _ATOMS:
+                    ahead.append((f"{place}.{name}" if place else name, value))
+
+    def _save(self, place: str, thing: Any) -> Iterable[tuple[str, Any]]:
+        """Save one object; return what it leads to."""
+        # By type: a weak proxy would pass for what it stands for.
+        kind = type(thing)
+        if issubclass(kind, Tensor):
+            return self._save_tensor(thing)
+        if issubclass(kind, nn.Module):
+            self._classes.append((thing, kind))  # a lazy layer becomes another
+            self._containers.append((vars(thing), _items(vars(thing))))
+            leads = list(vars(thing).items())
+            if isinstance(thing, torch.jit.ScriptModule):
+                leads += [
+                    *thing.named_parameters(recurse=False),
+                    *thing.named_buffers(recurse=False),
+                ]
+            return leads
+        if issubclass(kind, _CONTAINERS):
+            items = _items(thing)
+            self._containers.append((thing, items))
+            return _members(thing, items)
+        if issubclass(kind, (tuple, frozenset)):
+            return _members(thing, list(thing))
+        if issubclass(kind, np.ndarray) and not issubclass(kind, np.memmap):
+            if thing.flags.writeable:
+                self._arrays.append((thing, thing.copy()))
+            return _members(thing, thing.ravel().tolist()) if thing.dtype.hasobject else ()
+        if give_back := _random_state(thing):
+            self._generators.append(give_back)
+            return ()
+        if kind is types.MethodType:
+            return (("__self__", thing.__self__), ("__func__", thing.__func__))
+        if kind is functools.partial:
+            return (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))
+        if kind is types.FunctionType:
+            return self._save_function(thing)
+        if _is_foreign(thing):
+            self.foreign[place] = kind.__name__
+            return ()
+        return self._save_object(place, thing)
+
+    def _save_tensor(self, tensor: Tensor) -> Iterable[tuple[str, Any]]:
+        leads = list(vars(tensor).items()) if hasattr(tensor, "__dict__") else []
+        if leads:
+            self._containers.append((vars(tensor), _items(vars(tensor))))
+        if is_traceable_wrapper_subclass(tensor):
+            return [*leads, *((n, getattr(tensor, n)) for n in tensor.__tensor_flatten__()[0])]
+        if tensor.layout is torch.sparse_coo:
+            return [*leads, ("indices", tensor._indices()), ("values", tensor._values())]
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return leads
+        self._classes.append((tensor, type(tensor)))
+        grad = tensor.grad if tensor.is_leaf else None
+        self._tensors.append((tensor, tensor.detach(), tensor.requires_grad, grad))
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            self._storages.setdefault(storage.data_ptr(), storage)
+        return leads
+
+    def _save_function(self, function: types.FunctionType) -> Iterable[tuple[str, Any]]:
+        if function.__module__ is None or _root(function.__module__) in _OTHERS:
+            return []
+        leads: list[tuple[str, Any]] = []
+        names = function.__code__.co_freevars
+        for name, cell in zip(names, function.__closure__ or (), strict=True):
+            try:
+                self._cells.append((cell, cell.cell_contents))
+            except ValueError:  # not assigned yet
+                continue
+            leads.append((name, cell.cell_contents))
+        return [*leads, ("__dict__", vars(function))] if vars(function) else leads
+
+    def _save_object(self, place: str, thing: Any) -> Iterable[tuple[str, Any]]:
+        kind = type(thing)
+        if issubclass(kind, type) or any(
+            _root(base.__module__) in _OTHERS for base in kind.__mro__
+        ):
+            return ()
+        attributes: dict[str, Any] = getattr(thing, "__dict__", {})
+        slots = [(n, getattr(thing, n)) for n in _slotnames(kind) if hasattr(thing, n)]
+        if any(
+            issubclass(type(value), _LIVE)
+            for value in (*attributes.values(), *dict(slots).values())
+        ):
+            self.foreign[place] = kind.__name__
+            return ()
+        if attributes:
+            self._containers.append((attributes, _items(attributes)))
+        self._slots += [(thing, name, value) for name, value in slots]
+        return [*attributes.items(), *slots]
+
+
+def _is_foreign(thing: object) -> bool:
+    """Tell whether something moves on when it is used, and can't be moved back."""
+    if isinstance(thing, (*_LIVE, queue.SimpleQueue)):
+        return True
+    # An iterator that is written in Python is saved as any object.
+    return isinstance(thing, Iterator) and not hasattr(thing, "__dict__")
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# containers
+
+_CONTAINERS = (collections.OrderedDict, dict, list, collections.deque, set, bytearray, array)
+
+
+def _items(container: Any) -> list[Any]:
+    """Return what a container holds, of a dictionary its keys and then its values."""
+    if isinstance(container, collections.OrderedDict):
+        return [
+            *collections.OrderedDict.keys(container),
+            *collections.OrderedDict.values(container),
+        ]
+    if isinstance(container, dict):
+        return [*dict.keys(container), *dict.values(container)]
+    return list(container)
+
+
+def _members(container: Any, items: list[Any]) -> Iterable[tuple[str, Any]]:
+    if isinstance(container, dict):
+        half = len(items) // 2
+        return zip(map(str, items[:half]), items[half:], strict=True)
+    return ((str(i), item) for i, item in enumerate(items) if type(item) not in _ATOMS)
+
+
+def _refill(container: Any, items: list[Any]) -> None:
+    """Let a container hold what it held, by the methods of its own base."""
+    base: Any = next(b for b in type(container).__mro__ if b in _CONTAINERS)
+    if issubclass(base, dict):
+        half = len(items) // 2
+        base.clear(container)
+        for key, value in zip(items[:half], items[half:], strict=True):
+            base.__setitem__(container, key, value)
+    elif base is set:
+        base.clear(container)
+        base.update(container, items)
+    elif base is collections.deque:
+        base.clear(container)
+        base.extend(container, items)
+    else:
+        same = array(container.typecode, items) if base is array else base(items)
+        base.__setitem__(container, slice(None), same)
+
+
+# --------------------------------------------------------------------------------------------------
+# generators
+
+
+def _random_state(thing: Any) -> Callable[[], Any] | None:
+    """Return what gives a random generator its present state back, None for other things."""
+    if isinstance(thing, torch.Generator):
+        set_state: Callable[[Tensor], Any] = thing.set_state
+        return functools.partial(set_state, thing.get_state())
+    if isinstance(thing, random.Random) and not isinstance(thing, random.SystemRandom):
+        return functools.partial(thing.setstate, thing.getstate())
+    if isinstance(thing, np.random.RandomState):
+        return functools.partial(thing.set_state, thing.get_state())
+    bits = (
+        getattr(thing, "bit_generator", thing) if isinstance(thing, np.random.Generator) else thing
+    )
+    if isinstance(bits, np.random.BitGenerator):
+        return functools.partial(setattr, bits, "state", bits.state)
+    return None
+
+
+# --------------------------------------------------------------------------------------------------
+# tensors
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.size(), tensor.stride(), tensor.dtype, tensor.device
+
+
+class _Piece:
+    """Some storages of one device, and a copy of their bits."""
+
+    def __init__(self, storages: list[torch.UntypedStorage], dtype: torch.dtype) -> None:
+        self._storages = [(storage, storage.nbytes()) for storage in storages]
+        self._dtype = dtype
+        now = self._now()
+        try:
+            self._copy = torch.cat(now)
+        except torch.OutOfMemoryError:
+            self._copy = torch.cat([bits.cpu() for bits in now])
+
+    def _now(self) -> list[Tensor]:
+        return [self._bits(storage, size) for storage, size in self._storages]
+
+    def _bits(self, storage: torch.UntypedStorage, size: int) -> Tensor:
+        if storage.nbytes() < size:
+            storage.resize_(size)
+        bits: Tensor = torch.empty(0, dtype=self._dtype, device=storage.device)
+        bits.set_(storage)
+        return bits[: size // self._dtype.itemsize]
+
+    def restore(self) -> None:
+        """Write back the storages whose bits are others now."""
+        now = self._now()
+        # Elsewhere than on the CPU each comparison waits for the device: one for all of them first.
+        if len(now) > 1 and not self._copy.is_cpu and torch.equal(torch.cat(now), self._copy):
+            return
+        before = self._copy.split([len(bits) for bits in now])
+        for bits, saved in zip(now, before, strict=True):
+            if not torch.equal(bits.to(saved.device), saved):
+                bits.copy_(saved)
+
+
+def _pieces(storages: Iterable[torch.UntypedStorage]) -> list[_Piece]:
+    """Put storages of one device together, as many as make a piece."""
+    parts: dict[tuple[torch.device, torch.dtype], list[list[torch.UntypedStorage]]] = {}
+    filled: dict[tuple[torch.device, torch.dtype], int] = {}
+    for storage in storages:
+        size = storage.nbytes()
+        kind = storage.device, torch.uint8 if size % 4 else torch.int32
+        if filled.get(kind, _PIECE) + size > _PIECE:
+            parts.setdefault(kind, []).append([])
+            filled[kind] = 0
+        parts[kind][-1].append(storage)
+        filled[kind] += size
+    return [_Piece(part, dtype) for (_, dtype), found in parts.items() for part in found]

@@ -1,0 +1,221 @@
+"""Read the first samples of a dataset without leaving a mark on it, or on the process.
+
+Reading a sample opens files, moves generators and counters, and fills caches, and training goes on with
+the same dataset: a file that is opened before the loader's workers start is one file to all of them.
+So samples are read in a worker process of their own, as the loader would, which ends with all that it
+opened; or from a copy of the dataset, where there can be no such process.
+"""
+
+import copy
+import gc
+import multiprocessing
+import os
+import pickle
+import socket
+import stat
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection, queues
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_aop.errors import InvalidValueError
+from lightning_aop.model.isolation import isolated_rng
+
+__all__ = ["Collate", "Stream", "read_batch"]
+
+Collate: TypeAlias = Callable[[Any], Any]
+
+_SECONDS = 60.0  # that a worker has for the first batch
+_INSTEAD = "pass the probe itself, probe=(images, labels)"
+
+
+class Stream(IterableDataset[Any]):
+    """Whatever can be iterated, as a dataset."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
+def read_batch(
+    dataset: Any,
+    count: int,
+    *,
+    collate: Collate,
+    loader: Any = None,
+    ready: bool = False,
+    note: Callable[[Any], Any],
+) -> tuple[Any, Any]:
+    """Return the first samples of a dataset as a batch, and what `note` says of the batch.
+
+    Args:
+        dataset: with a length and indices, or one to iterate.
+        count: how many samples; all, if there are fewer.
+        collate: makes a batch of samples.
+        loader: whose way of starting workers is used.
+        ready: a sample of the dataset is a batch already, and the first one is taken.
+        note: called where the samples are read, since it may read the dataset, too.
+
+    Raises:
+        ValueError: there are no samples, or they can't be read without using up the dataset's.
+        RuntimeError: reading failed in the worker.
+    """
+    if shared := _shared(dataset):
+        raise InvalidValueError(
+            f"{_name(dataset)} reads from a {type(shared).__name__}, and what the probe took from it "
+            f"would be missing in training: {_INSTEAD}"
+        )
+    workers = int(getattr(loader, "num_workers", 0))
+    settings: dict[str, Any] = {"collate_fn": _Packed(collate, note)}
+    settings["batch_size"] = None if ready else count
+    if not hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
+        dataset = Stream(dataset)
+    if not isinstance(dataset, IterableDataset):
+        settings["sampler"] = range(min(1 if ready else count, len(dataset)))
+    with isolated_rng(seed=0):
+        if context := _context(loader):
+            start = _Started(getattr(loader, "worker_init_fn", None))
+            seconds = max(_SECONDS, float(getattr(loader, "timeout", 0)))
+            process: dict[str, Any] = {"num_workers": 1, "prefetch_factor": 1, "timeout": seconds}
+            process |= {"multiprocessing_context": context, "worker_init_fn": start}
+            try:
+                return _first(DataLoader(dataset, **settings, **process), dataset)
+            except _EmptyError:
+                raise
+            except Exception as error:
+                # A dataset that no loader reads in workers, may not work in one.
+                if workers:
+                    raise RuntimeError(
+                        f"the first {count} samples of {_name(dataset)} could not be read in a worker "
+                        f"process. {_last_line(error)}. If training reads them, {_INSTEAD}"
+                    ) from error
+        try:
+            # Together, for both may be methods of the dataset.
+            copied, settings["collate_fn"] = copy.deepcopy((dataset, settings["collate_fn"]))
+        except Exception as error:
+            raise InvalidValueError(
+                f"{_name(dataset)} can't be copied ({_last_line(error)}), and reading it for the "
+                f"probe would change what training reads: {_INSTEAD}"
+            ) from error
+        return _first(DataLoader(copied, **settings), dataset)
+
+
+class _EmptyError(InvalidValueError):
+    """There are no samples."""
+
+
+def _first(loader: DataLoader[Any], dataset: Any) -> tuple[Any, Any]:
+    """Return the first batch of a loader, whose worker ends then."""
+    loader.generator = torch.Generator().manual_seed(0)  # the worker's seed is drawn from it
+    with warnings.catch_warnings():
+        # That a fork is unsafe beside threads: a worker that hangs for it is given up in time.
+        warnings.simplefilter("ignore")
+        batches = iter(loader)
+    try:
+        packed = next(batches, None)
+    finally:
+        getattr(batches, "_shutdown_workers", lambda: None)()
+    if packed is None:
+        raise _EmptyError(f"the dataset is empty: {_INSTEAD}")
+    batch, note = pickle.loads(packed)
+    return batch, note
+
+
+def _context(loader: Any) -> Any:
+    """Return how to start a worker: as the loader does, or by a fork; None for not at all."""
+    if multiprocessing.current_process().daemon:
+        return None  # may not have children
+    if getattr(loader, "num_workers", 0):
+        return loader.multiprocessing_context or multiprocessing.get_context()
+    # Elsewhere a new process imports the user's script, which may not be written for that.
+    return multiprocessing.get_context("fork") if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Makes a batch, and bytes of it: what can't be sent fails here, with a message."""
+
+    collate: Collate
+    note: Callable[[Any], Any]
+
+    def __call__(self, samples: Any) -> bytes:
+        batch = self.collate(samples)
+        return pickle.dumps((batch, self.note(batch)))
+
+
+@dataclass(frozen=True)
+class _Started:
+    """What a worker does first."""
+
+    user: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        _open_files_anew()
+        if self.user is not None:
+            self.user(worker)
+
+
+def _open_files_anew() -> None:
+    """Give the process places of its own in the files that it was forked with.
+
+    To read from an inherited file moves the place of the parent, too.
+    """
+    if sys.platform != "linux":
+        return
+    import fcntl
+
+    for number in os.listdir("/proc/self/fd"):
+        descriptor = int(number)
+        with suppress(OSError):
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            if descriptor > 2 and regular and flags & os.O_ACCMODE != os.O_WRONLY:
+                own = os.open(f"/proc/self/fd/{descriptor}", flags)
+                os.lseek(own, os.lseek(descriptor, 0, os.SEEK_CUR), os.SEEK_SET)
+                os.dup2(own, descriptor, inheritable=False)
+                os.close(own)
+
+
+_SHARED = (
+    *(socket.socket, queues.Queue, queues.SimpleQueue),
+    *((connection._ConnectionBase,) if hasattr(connection, "_ConnectionBase") else ()),
+)
+_LEAVES = (type, types.ModuleType, types.FunctionType, Tensor, np.ndarray, str, bytes, int, float)
+_MOST = 10_000  # objects that are looked at
+
+
+def _shared(dataset: Any) -> Any:
+    """Return what a dataset reads from that other processes use up, too; None without any."""
+    ahead, seen = [dataset], {id(dataset)}
+    while ahead and len(seen) < _MOST:
+        thing = ahead.pop()
+        if issubclass(type(thing), _SHARED):
+            return thing
+        for inner in gc.get_referents(thing):
+            if not issubclass(type(inner), _LEAVES) and id(inner) not in seen:
+                seen.add(id(inner))
+                ahead.append(inner)
+    return None
+
+
+def _name(dataset: Any) -> str:
+    return type(dataset.items if isinstance(dataset, Stream) else dataset).__name__
+
+
+def _last_line(error: Exception) -> str:
+    """Return what went wrong, without the traceback that a worker puts into its message."""
+    lines = str(error).strip().splitlines()
+    if "Original Traceback" in str(error):
+        return lines[-1]
+    return f"{type(error).__name__}: {' '.join(lines)}"
