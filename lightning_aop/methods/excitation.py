@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_aop.checks import require_finite
 from lightning_aop.methods.cam import ActivationMap
 from lightning_aop.model.adapter import Classifier
-from lightning_aop.model.layers import Capture
+from lightning_aop.model.layers import Capture, not_overwritten
 from lightning_aop.scores import full_precision, logit
 from lightning_aop.types import Images, Targets
 
@@ -74,8 +74,7 @@ class ExcitationBackprop(ActivationMap):
         # constants. The clone may be overwritten by the model, a leaf may not.
         traced = images.detach().requires_grad_().clone()
         # Sums are often written into the output of a layer: the signal is wanted before that.
-        layer = classifier.model.get_submodule(captured.name)
-        with layer.register_forward_hook(lambda m, a, output: output.clone()), _Rules():
+        with not_overwritten(classifier.model, captured.name), _Rules():
             scores = classifier.scores(traced, targets, logit)
         _, signal = captured.activation_and_gradient(scores)
         if scores.isfinite().all():  # else the logit is to blame, which is looked at for all passes

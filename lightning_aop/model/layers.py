@@ -231,8 +231,8 @@ def find_feature_map(model: nn.Module, images: Images) -> FeatureMap:
     - is heard at its cells, not at a class token alone, and through a weight: the scores of a
       classifier that is a convolution are no feature map.
 
-    A module that pools to a fixed size, or is called several times, is not taken, and a grid of two
-    cells a side at most only where there is no finer one among the later layers. This is `layer4.2`
+    A module that pools to a fixed size, or is called several times, is not taken, and a grid of one cell
+    only where there is no finer one among the later layers. This is `layer4.2`
     of ResNet50, `features.norm5` of DenseNet201, `Mixed_7c` of Inception v3 and `features.36` of
     VGG19, the layers of the paper. In a vision transformer it is the final norm where the tokens are
     pooled, and `norm1` of the last block where a class token is classified.
@@ -293,7 +293,7 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
         found = FeatureMap(name, layout.grid, layout)
         if not after:
             scores = scores or found
-        elif max(layout.grid) <= 2:
+        elif max(layout.grid) == 1:
             small = small or found
         else:
             return found
@@ -450,6 +450,14 @@ def _normalised(
             finally:
                 handle.remove()
     return output.name
+
+
+@contextmanager
+def not_overwritten(model: nn.Module, name: str) -> Iterator[None]:
+    """Hand on a copy of a layer's output, which what comes after may write into."""
+    layer = model.get_submodule(name)
+    with layer.register_forward_hook(lambda module, args, output: output.clone()):
+        yield
 
 
 def separate_activations(model: nn.Module, images: Images) -> None:
