@@ -98,6 +98,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the feature map of .* hardly says where")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_whole_networks_are_the_published_algorithm(architecture: str) -> None:
     network = random_network(architecture)

@@ -27,7 +27,7 @@ TIMM = [
     Row("resnet18", (224, 224), "layer4.1.act2", (7, 7)),
     Row("resnet26", (96, 160), "layer4.1.act3", (3, 5)),
     Row("resnetv2_50", (128, 128), "norm.act", (4, 4)),
-    Row("vgg11", (64, 64), "features.19", (4, 4)),
+    Row("vgg11", (64, 64), "features.20", (2, 2)),
     Row("repvgg_a0", (224, 224), "stages.3.0.act", (7, 7)),
     Row("convnextv2_atto", (96, 160), "stages.3.blocks.1", (3, 5)),
     Row("efficientnet_b0", (224, 224), "bn2.act", (7, 7)),
