@@ -54,9 +54,8 @@ class Classifier:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
                 f"{name_of(self.model)} must map images [B, C, H, W] to logits [B, K], got "
-                f"{got} for {len(images)} images: give the model of "
-                "find_adapter(module, batch).model(module) in its place, or wrap it in a module "
-                "whose forward returns the logits"
+                f"{got} for {len(images)} images: wrap it in a module whose forward returns the "
+                "logits, as find_adapter(module, batch).model(module) does"
             )
         if self.highest >= logits.shape[1]:
             raise ValueError(
