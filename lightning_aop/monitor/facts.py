@@ -4,8 +4,9 @@ All of it is a guess from attributes that people name in a few ways. One that do
 the images is left out, with a note that says so; none is ever an error.
 """
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -107,13 +108,10 @@ def _attribute(source: Any, name: str) -> Any:
     """Return an attribute, or what a method of the name returns; None if there is none."""
     try:
         value = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
-        return value() if name in (*_CLASSES, *_INDICES) and _is_method(value) else value
+        is_method = name in (*_CLASSES, *_INDICES) and inspect.ismethod(value)
+        return value() if is_method else value
     except Exception:  # a property or method that can't be had now
         return None
-
-
-def _is_method(value: Any) -> bool:
-    return isinstance(value, Callable) and hasattr(value, "__func__")  # type: ignore[arg-type]
 
 
 def _names(found: Any) -> list[str] | None:
@@ -139,14 +137,16 @@ def _names(found: Any) -> list[str] | None:
 
 
 def _steps(transform: Any, depth: int = 3) -> list[Any]:
+    """Return a transform, or the steps that it is composed of."""
     if transform is None:
         return []
-    inner = transform.values() if isinstance(transform, Mapping) else None
-    if inner is None:
-        inner = getattr(transform, "transforms", None)
-    if depth == 0 or not isinstance(inner, (list, tuple, type({}.values()))):
+    if isinstance(transform, Mapping):  # one for each stage
+        parts: Any = list(transform.values())
+    else:
+        parts = getattr(transform, "transforms", None)
+    if depth == 0 or not isinstance(parts, (list, tuple)):
         return [transform]
-    return [step for part in inner for step in _steps(part, depth - 1)]
+    return [step for part in parts for step in _steps(part, depth - 1)]
 
 
 def _numbers(found: Any) -> list[float] | None:

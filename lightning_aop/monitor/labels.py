@@ -217,9 +217,9 @@ def _find(batch: Any, inputs: Inputs) -> Labels | None:
     if isinstance(batch, (tuple, list)):
         here = [key for key, _ in parts].index(inputs.path[0])
         others = [part for _, part in (*parts[here + 1 :], *parts[:here])]
-        found = [f for f in (as_labels(part, inputs) for part in others) if f is not None]
+        several = [f for f in (as_labels(part, inputs) for part in others) if f is not None]
         # Beside labels, the samples' own numbers.
-        chosen = [f for f in found if not _counts_up(f)] or found
+        chosen = [f for f in several if not _counts_up(f)] or several
         if chosen:
             return chosen[0]
     if len(inputs.path) > 1:  # beside the images, in a part of the batch

@@ -231,8 +231,7 @@ class Probe:
         if "tables" in state:
             channels = [t[images[:, c].long()] for c, t in enumerate(state["tables"])]
             images = torch.stack(channels, dim=1)
-        rest = {name: state.get(name) for name in ("labels", "masks", "mask_pairs")}
-        return cls(images, **rest)
+        return cls(images, *(state.get(name) for name in ("labels", "masks", "mask_pairs")))
 
     @property
     def multilabel(self) -> bool:
