@@ -4,7 +4,6 @@ All of it is a guess from attributes that people name in a few ways. One that do
 the images is left out, with a note that says so; none is ever an error.
 """
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,9 +106,8 @@ def _wrapped(sources: Sequence[Any]) -> Iterator[Any]:
 def _attribute(source: Any, name: str) -> Any:
     """Return an attribute, or what a method of the name returns; None if there is none."""
     try:
-        value = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
-        is_method = name in (*_CLASSES, *_INDICES) and inspect.ismethod(value)
-        return value() if is_method else value
+        value: Any = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+        return value() if name in (*_CLASSES, *_INDICES) and callable(value) else value
     except Exception:  # a property or method that can't be had now
         return None
 

@@ -231,7 +231,8 @@ class Probe:
         if "tables" in state:
             channels = [t[images[:, c].long()] for c, t in enumerate(state["tables"])]
             images = torch.stack(channels, dim=1)
-        return cls(images, *(state.get(name) for name in ("labels", "masks", "mask_pairs")))
+        rest: dict[str, Any] = {name: state.get(name) for name in ("labels", "masks", "mask_pairs")}
+        return cls(images, **rest)
 
     @property
     def multilabel(self) -> bool:
