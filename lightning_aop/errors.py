@@ -46,8 +46,8 @@ def require_finite(values: Tensor, targets: Targets, what: str) -> None:
         )
 
 
-def require_positive(owner: str, **values: float) -> None:
-    """Raise ValueError for a setting that must be above zero."""
+def require_positive(owner: str, **values: float | None) -> None:
+    """Raise ValueError for a setting that must be above zero where it is given."""
     for name, value in values.items():
-        if value <= 0:
+        if value is not None and value <= 0:
             raise ValueError(f"{owner}: {name} must be above 0, got {value}")

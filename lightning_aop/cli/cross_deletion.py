@@ -13,7 +13,7 @@ from lightning_aop.methods.names import METHODS
 from lightning_aop.metrics import deletion_curve
 from lightning_aop.scores import softmax
 from lightning_aop.types import Images, Maps
-from lightning_aop.view.overlay import displayable, overlay
+from lightning_aop.view.heat import displayable, overlay
 
 _COLOURS = ("#c44536", "#2a6f97")
 

@@ -27,7 +27,9 @@ def described(value: object) -> str:
         return f"{getattr(value, '__module__', '')}.{name}{described(bound) if bound else ''}"
     if dataclasses.is_dataclass(value) or type(value).__repr__ is object.__repr__:
         kind = type(value)
-        return f"{kind.__module__}.{kind.__qualname__}({described(vars(value))})"
+        # How many images go through the network at once changes no result.
+        settings = {name: v for name, v in vars(value).items() if name != "eval_batch_size"}
+        return f"{kind.__module__}.{kind.__qualname__}({described(settings)})"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 

@@ -27,9 +27,8 @@ from lightning_aop.methods.names import METHODS, MethodName
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.metrics.functional import BLUR
 from lightning_aop.model.adapter import predict
-from lightning_aop.model.chunks import with_chunk
 from lightning_aop.model.layers import find_target_layer
-from lightning_aop.model.passes import count_evaluations
+from lightning_aop.model.passes import Passes, count_evaluations, out_of_memory
 from lightning_aop.scores import softmax
 from lightning_aop.types import Images, SaliencyMethod, Targets
 
@@ -57,7 +56,7 @@ class Rules:
     steps: int = 112
     pixels_per_step: int | None = None
     group_size: int = 8
-    eval_batch_size: int = 32
+    eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "pixels_per_step", "group_size", "eval_batch_size"):
@@ -112,16 +111,12 @@ def run(
         model = network.build()
         preprocess = network.preprocess(data.size, data.resize)
         layer = network.layer or _last_layer(model, preprocess)
-        named = {label: _made(method, layer, rules) for label, method in methods.items()}
-        # How many images go through the network at once is no matter of the results.
-        without_chunk = dataclasses.replace(rules, eval_batch_size=1)
-        settings = described(
-            [network.model, preprocess, without_chunk, trainer.precision, __version__]
-        )
+        named = {label: _made(method, layer) for label, method in methods.items()}
+        settings = described([network.model, preprocess, rules, trainer.precision, __version__])
         digest = hashlib.sha256(f"{settings} {listing}".encode())
         update_with_weights(digest, model)
         folder = output / f"{slug(name)}-{digest.hexdigest()[:12]}"
-        told = {label: described(with_chunk(method, 1)) for label, method in named.items()}
+        told = {label: described(method) for label, method in named.items()}
         digests = {k: hashlib.sha256(v.encode()).hexdigest()[:12] for k, v in told.items()}
         done = finished(folder, groups)
         whole = set.intersection(*(done.get(digest, set()) for digest in digests.values()))
@@ -194,7 +189,7 @@ class _Judge(pl.LightningModule):
         self.model, self.rules, self.folder = model, rules, folder
         self.methods, self.digests, self.done = dict(methods), digests, done
         self.pictures = pictures
-        self.chunk = rules.eval_batch_size
+        self.passes = Passes(rules.eval_batch_size)
 
     def predict_step(self, batch: _Batch, batch_idx: int) -> int:
         """Explain a group, and return how many images it has."""
@@ -202,7 +197,8 @@ class _Judge(pl.LightningModule):
         if number == NOTHING:
             return 0
         labels = [self.pictures[row].label for row in rows]
-        logits = predict(self.model, images, self.chunk).float()
+        logits, _ = self.passes.within_memory(lambda: predict(self.model, images), len(images))
+        logits = logits.float()
         predicted = logits.nan_to_num(-torch.inf).argmax(dim=1).tolist()
         targets = labels if self.rules.target == "label" else predicted
         finite = logits.isfinite().all(dim=1).tolist()
@@ -262,21 +258,20 @@ class _Judge(pl.LightningModule):
         self, method: SaliencyMethod, images: Images, targets: Targets, blurred: Images
     ) -> list[dict[str, Any]]:
         """Return the figures of each image, or the reason why there are none."""
-        while True:
-            try:
-                return self._figures(with_chunk(method, self.chunk), images, targets, blurred)
-            except (ValueError, RuntimeError) as error:
-                if _out_of_memory(error) and self.chunk > 1:
-                    self.chunk //= 2
-                    continue
-                if _of_the_machine(error):
-                    raise
-                if len(images) == 1:
-                    words = (str(error).strip() or "no words").splitlines()[0]
-                    return [{"reason": f"{type(error).__name__}: {words}"}]
-                # One image must not cost the others of its group their figures.
-                each = zip(images.split(1), targets.split(1), blurred.split(1), strict=True)
-                return [self._judged(method, *one)[0] for one in each]
+        try:
+            found, _ = self.passes.within_memory(
+                lambda: self._figures(method, images, targets, blurred), len(images)
+            )
+        except (ValueError, RuntimeError) as error:
+            if _of_the_machine(error):
+                raise
+            if len(images) == 1:
+                words = (str(error).strip() or "no words").splitlines()[0]
+                return [{"reason": f"{type(error).__name__}: {words}"}]
+            # One image must not cost the others of its group their figures.
+            each = zip(images.split(1), targets.split(1), blurred.split(1), strict=True)
+            return [self._judged(method, *one)[0] for one in each]
+        return found
 
     def _figures(
         self, method: SaliencyMethod, images: Images, targets: Targets, blurred: Images
@@ -295,7 +290,6 @@ class _Judge(pl.LightningModule):
             baseline=lambda _: blurred,
             steps=self.rules.steps,
             pixels_per_step=self.rules.pixels_per_step,
-            eval_batch_size=self.chunk,
         )
         deletion, insertion = (curve.double().cpu() for curve in curves)
         judged = time.perf_counter()
@@ -317,14 +311,12 @@ class _Judge(pl.LightningModule):
         ]
 
 
-def _made(method: MethodName | SaliencyMethod, layer: str, rules: Rules) -> SaliencyMethod:
+def _made(method: MethodName | SaliencyMethod, layer: str) -> SaliencyMethod:
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
         method = METHODS[method](layer, softmax)
-    return _with(
-        _with(method, "target_layer", None, layer), "eval_batch_size", 32, rules.eval_batch_size
-    )
+    return _with(method, "target_layer", None, layer)
 
 
 def _with(method: Method, name: str, default: object, value: object) -> Method:
@@ -346,16 +338,7 @@ def _last_layer(model: nn.Module, preprocess: Preprocess) -> str:
     return find_target_layer(model, torch.zeros(1, 3, preprocess.size, preprocess.size))
 
 
-def _out_of_memory(error: Exception) -> bool:
-    told = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "out of memory" in told
-        or "can't allocate memory" in told
-    )
-
-
 def _of_the_machine(error: Exception) -> bool:
     """Tell what fails for the next image too, or says nothing about the method: no result."""
     fatal = getattr(torch, "AcceleratorError", ())
-    return _out_of_memory(error) or isinstance(error, fatal) or "CUDA error" in str(error)
+    return out_of_memory(error) or isinstance(error, fatal) or "CUDA error" in str(error)

@@ -21,7 +21,7 @@ from lightning_aop.errors import require_positive
 from lightning_aop.files import write_whole
 from lightning_aop.history.store import History, Record
 from lightning_aop.view.grid import heatmap_grid
-from lightning_aop.view.overlay import overlay
+from lightning_aop.view.heat import overlay
 from lightning_aop.view.text import PAPER
 
 __all__ = ["write_film"]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lightning_aop.files import write_whole
 from lightning_aop.history.store import History, Record
-from lightning_aop.view.overlay import BRIGHTNESS, EXPONENT, SATURATION
+from lightning_aop.view.heat import BRIGHTNESS, EXPONENT, SATURATION
 
 __all__ = ["write_report"]
 
@@ -122,6 +122,8 @@ def _record(record: Record, maps: Bytes) -> str:
         "targets": record.targets,
         "scores": record.scores,
         "blank": record.blank,
+        "predicted": record.predicted,
+        "verdicts": record.verdicts,
         "drift": record.drift,
         "deletion_auc": record.deletion_auc,
         "insertion_auc": record.insertion_auc,

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from lightning_aop.history.store import History
-from lightning_aop.view.overlay import overlay
+from lightning_aop.view.heat import overlay
 
 COLUMNS = (
     "epoch",

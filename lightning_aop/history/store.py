@@ -51,6 +51,9 @@ class Record:
         insertion_auc: likewise.
         controls: the figures, by name, that maps which know nothing of the model had at that time, by
             their own name; empty where they were not measured.
+        predicted: the likeliest class of each explanation's image.
+        verdicts: what the model said of each against its label: right, wrong, missed, false positive or
+            absent; None without labels.
         first: its maps are `maps[first : first + len(images)]`.
     """
 
@@ -66,6 +69,8 @@ class Record:
     deletion_auc: list[float | None]
     insertion_auc: list[float | None]
     controls: dict[str, dict[str, float]] = field(default_factory=dict)
+    predicted: list[int] = field(default_factory=list)
+    verdicts: list[str | None] = field(default_factory=list)
     first: int = 0
 
     @property

@@ -92,7 +92,7 @@ def sigcam(
     scale: float = 0.15,
     score: Score = softmax,
     warmup: int = 5,
-    eval_batch_size: int = 32,
+    eval_batch_size: int | None = None,
 ) -> AOP:
     """Return the paper's SIGCAM: WGradCAM, filtered and scaled, refined by I-GOS with a warm-up.
 
@@ -106,7 +106,8 @@ def sigcam(
         score: F_c of the second stage; the activation map always explains the logit.
         warmup: iterations, of 15 in all, with a lighter blur. The paper gives no values for it; none
             at all (0) has measured better.
-        eval_batch_size: images in one pass of the model, which bounds the memory.
+        eval_batch_size: images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
     """
     return AOP(
         WGradCAM(target_layer, eval_batch_size),
@@ -121,7 +122,7 @@ def fast_sigcam(
     *,
     iterations: int = 9,
     score: Score = softmax,
-    eval_batch_size: int = 32,
+    eval_batch_size: int | None = None,
 ) -> AOP:
     """Return the method for use while training: WGradCAM, refined by `RankedMask`.
 
@@ -133,7 +134,8 @@ def fast_sigcam(
         target_layer: a name, a module, or None for the last feature map before the classifier.
         iterations: the dial between speed and quality.
         score: F_c of the second stage; the activation map always explains the logit.
-        eval_batch_size: images in one pass of the model, which bounds the memory.
+        eval_batch_size: images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
     """
     return AOP(
         WGradCAM(target_layer, eval_batch_size),

@@ -13,7 +13,6 @@ model gives, the forward is one of what follows it (`frozen.FrozenPart`).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, final
 
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from lightning_aop.errors import require_finite, require_positive
 from lightning_aop.model.adapter import Classifier, explaining
-from lightning_aop.model.frozen import evaluated
 from lightning_aop.model.layers import (
     Capture,
     Reshape,
@@ -31,6 +29,7 @@ from lightning_aop.model.layers import (
     find_target_layer,
     named_layer,
 )
+from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max, resize
 from lightning_aop.scores import logit
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
@@ -58,14 +57,15 @@ class ActivationMap(ABC):
     Attributes:
         target_layer: the layer whose feature map is looked at: a name as in `model.named_modules()`,
             a module, or None for the last feature map before the classifier.
-        eval_batch_size: the number of images in one pass of the model, which bounds the memory.
+        eval_batch_size: the number of images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
         reshape: a function that turns the layer's output into feature maps [B, C, h, w]. Without it,
             maps with the channels last (Swin) and tokens (vision transformers; class and register
             tokens first) are known by the images' proportions.
     """
 
     target_layer: str | nn.Module | None = None
-    eval_batch_size: int = 32
+    eval_batch_size: int | None = None
     reshape: Reshape | None = None
 
     def __post_init__(self) -> None:
@@ -88,11 +88,9 @@ class ActivationMap(ABC):
             maps, logits = [], []
             size = (x.shape[2], x.shape[3])
             with capture(classifier.model, name, size, self.reshape) as captured:
-                for part, classes in zip(
-                    x.split(self.eval_batch_size), t.split(self.eval_batch_size), strict=True
-                ):
-                    work = partial(self._evidence, classifier, captured, part, classes)
-                    evidence, scores = evaluated(classifier.model, name, part, work)
+                passes = (each.split(pass_size(self.eval_batch_size)) for each in (x, t))
+                for part, classes in zip(*passes, strict=True):
+                    evidence, scores = self._evidence(classifier, captured, part, classes)
                     maps.append(evidence.relu())
                     logits.append(scores.detach())
             require_finite(torch.cat(logits), t, "the logit")

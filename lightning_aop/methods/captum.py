@@ -20,6 +20,7 @@ from lightning_aop.methods.xrai import superpixels
 from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.model.isolation import isolated_rng
 from lightning_aop.model.layers import named_layer, separate_activations
+from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max, resize
 from lightning_aop.scores import Score, logit, softmax
 from lightning_aop.types import Images, Maps, Targets
@@ -73,7 +74,8 @@ class CaptumAttribution:
         sign: "absolute" counts evidence for and against the class, "positive" that for it.
         score: F_c; the logit, or `softmax` or `sigmoid`.
         seed: one seed gives one answer.
-        eval_batch_size: images in one pass of the model, which bounds the memory.
+        eval_batch_size: images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
 
     Raises:
         ImportError: captum is not installed.
@@ -89,7 +91,7 @@ class CaptumAttribution:
     sign: Literal["absolute", "positive"] = "absolute"
     score: Score = logit
     seed: int = 0
-    eval_batch_size: int = 32
+    eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         require_positive("CaptumAttribution", eval_batch_size=self.eval_batch_size)
@@ -171,15 +173,15 @@ class CaptumAttribution:
         method = kind(network, **settings)
         arguments = {name: _tuples(value) for name, value in self.arguments.items()}
         takes = inspect.signature(kind.attribute).parameters
+        together = pass_size(self.eval_batch_size)
         for batching in ("internal_batch_size", "perturbations_per_eval"):
             if batching in takes:
-                arguments.setdefault(batching, self.eval_batch_size)
-        together = self.eval_batch_size
+                arguments.setdefault(batching, together)
         if self.noise_tunnel is not None or {"perturbations_per_eval", "n_samples"} & set(takes):
             together = 1
         if self.noise_tunnel is not None:
             method = captum.attr.NoiseTunnel(method)
-            arguments.setdefault("nt_samples_batch_size", self.eval_batch_size)
+            arguments.setdefault("nt_samples_batch_size", pass_size(self.eval_batch_size))
             arguments |= self.noise_tunnel
 
         def attribute(images: Images, targets: Targets) -> Float[Tensor, "n k i j"]:
@@ -235,7 +237,7 @@ def _quiet() -> Iterator[None]:
 # those that the paper names
 
 
-def gradient(eval_batch_size: int = 32) -> CaptumAttribution:
+def gradient(eval_batch_size: int | None = None) -> CaptumAttribution:
     """Return the vanilla gradient, |∂z_c/∂x| (Simonyan, Vedaldi and Zisserman 2014).
 
     Costs 2 evaluations an image.
@@ -243,7 +245,7 @@ def gradient(eval_batch_size: int = 32) -> CaptumAttribution:
     return CaptumAttribution("Saliency", {"abs": False}, eval_batch_size=eval_batch_size)
 
 
-def input_x_gradient(eval_batch_size: int = 32) -> CaptumAttribution:
+def input_x_gradient(eval_batch_size: int | None = None) -> CaptumAttribution:
     """Return |x · ∂z_c/∂x| (Shrikumar et al. 2016), for 2 evaluations an image.
 
     x is the normalised image: a pixel of the data's mean colour gets nothing.
@@ -251,7 +253,7 @@ def input_x_gradient(eval_batch_size: int = 32) -> CaptumAttribution:
     return CaptumAttribution("InputXGradient", eval_batch_size=eval_batch_size)
 
 
-def integrated_gradients(steps: int = 50, eval_batch_size: int = 32) -> CaptumAttribution:
+def integrated_gradients(steps: int = 50, eval_batch_size: int | None = None) -> CaptumAttribution:
     """Return integrated gradients from the mean image (Sundararajan, Taly and Yan 2017).
 
     Costs 2·`steps` evaluations an image. The points are those of Gauss-Legendre quadrature.
@@ -262,7 +264,7 @@ def integrated_gradients(steps: int = 50, eval_batch_size: int = 32) -> CaptumAt
 
 
 def smoothgrad(
-    samples: int = 50, noise: float = 0.15, seed: int = 0, eval_batch_size: int = 32
+    samples: int = 50, noise: float = 0.15, seed: int = 0, eval_batch_size: int | None = None
 ) -> CaptumAttribution:
     """Return the mean gradient over noisy copies of the image (Smilkov et al. 2017).
 
@@ -272,13 +274,13 @@ def smoothgrad(
         samples: noisy copies of an image.
         noise: standard deviation, as a share of the image's range; the paper takes 0.1 to 0.2.
         seed: one seed gives one answer.
-        eval_batch_size: images in one pass of the model.
+        eval_batch_size: images in one pass of the model; None for the usual number.
     """
     return _in_noise("smoothgrad", samples, noise, seed, eval_batch_size)
 
 
 def vargrad(
-    samples: int = 50, noise: float = 0.15, seed: int = 0, eval_batch_size: int = 32
+    samples: int = 50, noise: float = 0.15, seed: int = 0, eval_batch_size: int | None = None
 ) -> CaptumAttribution:
     """Return the variance of the gradient over noisy copies of the image (Adebayo et al. 2018).
 
@@ -288,13 +290,13 @@ def vargrad(
         samples: noisy copies of an image.
         noise: standard deviation, as a share of the image's range.
         seed: one seed gives one answer.
-        eval_batch_size: images in one pass of the model.
+        eval_batch_size: images in one pass of the model; None for the usual number.
     """
     return _in_noise("vargrad", samples, noise, seed, eval_batch_size)
 
 
 def _in_noise(
-    kind: str, samples: int, noise: float, seed: int, eval_batch_size: int
+    kind: str, samples: int, noise: float, seed: int, eval_batch_size: int | None
 ) -> CaptumAttribution:
     require_positive(kind, samples=samples, noise=noise)
     return CaptumAttribution(
@@ -306,7 +308,7 @@ def _in_noise(
     )
 
 
-def guided_backprop(eval_batch_size: int = 32) -> CaptumAttribution:
+def guided_backprop(eval_batch_size: int | None = None) -> CaptumAttribution:
     """Return guided backprop (Springenberg et al. 2015), for 2 evaluations an image, and one more.
 
     The gradient, with negative signals stopped at each ReLU. It looks like the objects' edges, for
@@ -315,7 +317,7 @@ def guided_backprop(eval_batch_size: int = 32) -> CaptumAttribution:
     return CaptumAttribution("GuidedBackprop", eval_batch_size=eval_batch_size)
 
 
-def deeplift(eval_batch_size: int = 32) -> CaptumAttribution:
+def deeplift(eval_batch_size: int | None = None) -> CaptumAttribution:
     """Return DeepLift's rescale rule, against the mean image (Shrikumar, Greenside and Kundaje 2017).
 
     Costs 4 evaluations an image, and one more: the baseline goes through the network beside it.
@@ -328,7 +330,7 @@ def lime(
     superpixels: int = 50,
     score: Score = softmax,
     seed: int = 0,
-    eval_batch_size: int = 32,
+    eval_batch_size: int | None = None,
 ) -> CaptumAttribution:
     """Return LIME over superpixels (Ribeiro, Singh and Guestrin 2016).
 
@@ -341,7 +343,7 @@ def lime(
         superpixels: how many SLIC is asked for.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         seed: one seed gives one answer.
-        eval_batch_size: images in one pass of the model.
+        eval_batch_size: images in one pass of the model; None for the usual number.
     """
     require_positive("lime", samples=samples, superpixels=superpixels)
     try:

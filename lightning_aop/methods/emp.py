@@ -8,6 +8,7 @@ from torch import nn
 from lightning_aop.errors import require_finite, require_positive
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
+from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import Baseline, GaussianBlur, total_variation
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
@@ -39,7 +40,8 @@ class EMP:
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         baseline: the image without information.
         align_corners: the mask is enlarged with aligned corners.
-        eval_batch_size: perturbed images in one pass of the model, which bounds the memory.
+        eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
     """
 
     iterations: int = 500
@@ -51,7 +53,7 @@ class EMP:
     score: Score = softmax
     baseline: Baseline = field(default_factory=GaussianBlur)
     align_corners: bool = True
-    eval_batch_size: int = 32
+    eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(
@@ -77,7 +79,7 @@ class EMP:
                 keep = enlarged.detach().requires_grad_()
                 through_model = torch.zeros_like(keep)
                 scores = []
-                for rows in everyone.split(self.eval_batch_size):
+                for rows in everyone.split(pass_size(self.eval_batch_size)):
                     score = perturbed.at(keep[rows], rows)
                     through_model += torch.autograd.grad(score.sum(), keep)[0]
                     scores.append(score.detach())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_aop.errors import require_finite, require_positive
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
+from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import Baseline, GaussianBlur, total_variation
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
@@ -94,7 +95,8 @@ class IGOS:
         search: the line search.
         align_corners: the mask is enlarged with aligned corners, as in I-GOS.
         seed: one seed gives one answer.
-        eval_batch_size: perturbed images in one pass of the model, which bounds the memory.
+        eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
     """
 
     iterations: int = 15
@@ -110,7 +112,7 @@ class IGOS:
     search: ArmijoSearch = field(default_factory=ArmijoSearch)
     align_corners: bool = True
     seed: int = 0
-    eval_batch_size: int = 32
+    eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(
@@ -184,7 +186,7 @@ class IGOS:
         keep = enlarged.detach().requires_grad_()
         total = torch.zeros_like(keep)
         pairs = torch.arange(len(x) * samples, device=x.device)
-        for part in pairs.split(self.eval_batch_size):
+        for part in pairs.split(pass_size(self.eval_batch_size)):
             rows, sample = part // samples, part % samples
             fraction = ((sample + 1) / samples)[:, None, None].to(keep.dtype)
             scores = perturbed.at(

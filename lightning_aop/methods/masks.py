@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_aop.model.adapter import Classifier
+from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import blend, resize
 from lightning_aop.scores import Score
 from lightning_aop.types import CoarseMaps, Images, Targets
@@ -21,7 +22,7 @@ class PerturbedScore:
     baseline: Images
     targets: Targets
     score: Score
-    eval_batch_size: int
+    eval_batch_size: int | None
 
     def at(
         self,
@@ -37,7 +38,7 @@ class PerturbedScore:
 
     def values(self, keep: Float[Tensor, "a h w"], rows: Int[Tensor, " a"]) -> Float[Tensor, " a"]:
         """Return the same without a graph, in chunks."""
-        size = self.eval_batch_size
+        size = pass_size(self.eval_batch_size)
         with torch.no_grad():
             parts = zip(keep.split(size), rows.split(size), strict=True)
             return torch.cat([self.at(masks, part) for masks, part in parts])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_aop.errors import require_finite, require_positive
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
+from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import Baseline, GaussianBlur, min_max
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
@@ -62,7 +63,8 @@ class RankedMask:
         baseline: the image without information.
         align_corners: the mask is enlarged with aligned corners.
         seed: one seed gives one answer.
-        eval_batch_size: perturbed images in one pass of the model, which bounds the memory.
+        eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
     """
 
     iterations: int = 9
@@ -78,7 +80,7 @@ class RankedMask:
     baseline: Baseline = field(default_factory=GaussianBlur)
     align_corners: bool = True
     seed: int = 0
-    eval_batch_size: int = 32
+    eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(
@@ -115,7 +117,9 @@ class RankedMask:
                 enlarged = upsampled(kept, x, self.align_corners)
                 keep = enlarged.detach().requires_grad_()
                 through_model = torch.zeros_like(keep)
-                for part in torch.arange(len(rows), device=x.device).split(self.eval_batch_size):
+                for part in torch.arange(len(rows), device=x.device).split(
+                    pass_size(self.eval_batch_size)
+                ):
                     scores = sign[part] * perturbed.at(keep[part], rows[part])
                     through_model += torch.autograd.grad(scores.sum(), keep)[0]
                     gained.index_add_(0, rows[part], scores.detach().to(gained))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_aop.errors import require_finite, require_positive
 from lightning_aop.model.adapter import explaining
+from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max, resize
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import Images, Maps, Targets
@@ -34,7 +35,8 @@ class RISE:
         probability: p, with which a cell is kept.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         seed: one seed gives one answer.
-        eval_batch_size: masked images in one pass of the model, which bounds the memory.
+        eval_batch_size: masked images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
     """
 
     masks: int = 4000
@@ -42,7 +44,7 @@ class RISE:
     probability: float = 0.5
     score: Score = softmax
     seed: int = 0
-    eval_batch_size: int = 32
+    eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(
@@ -59,7 +61,7 @@ class RISE:
             # An image after the other for each mask, so that a pass has few masks to enlarge.
             count, first = len(x), 0
             for part in torch.arange(self.masks * count, device=x.device).split(
-                self.eval_batch_size
+                pass_size(self.eval_batch_size)
             ):
                 rows, mask = part % count, part // count - first // count
                 keep = masks.enlarged(first // count, (first + len(part) - 1) // count + 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_aop.errors import require_finite, require_positive
 from lightning_aop.model.adapter import Classifier, explaining
+from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import Images, Maps, Targets
@@ -207,7 +208,8 @@ class XRAI:
         min_area: segments that would add fewer pixels than this to a picture of 224 × 224 are dropped;
             in smaller pictures fewer in proportion, or none of their segments would be left.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
-        eval_batch_size: images in one pass of the model, which bounds the memory.
+        eval_batch_size: images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
     """
 
     steps: int = 100
@@ -215,7 +217,7 @@ class XRAI:
     fast: bool = False
     min_area: int = 50
     score: Score = softmax
-    eval_batch_size: int = 32
+    eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         require_positive("XRAI", min_area=self.min_area, eval_batch_size=self.eval_batch_size)
@@ -262,7 +264,9 @@ class XRAI:
         origins = torch.stack([low, high], dim=1).repeat_interleave(self.steps, dim=1)[:, :points]
         total = torch.zeros_like(images)
         scores = torch.empty(len(images) * points, device=images.device, dtype=images.dtype)
-        for part in torch.arange(len(scores), device=images.device).split(self.eval_batch_size):
+        for part in torch.arange(len(scores), device=images.device).split(
+            pass_size(self.eval_batch_size)
+        ):
             rows, point = part // points, part % points
             x, origin = images[rows], origins[rows, point][:, None, None, None]
             inputs = torch.lerp(origin, x, fractions[point][:, None, None, None]).requires_grad_()

@@ -37,7 +37,8 @@ class _FaithfulnessAUC(Metric, ABC):
         baseline: what takes the place of a pixel, a function of the images; the paper's blur.
         steps: the number of steps of each game, if `pixels_per_step` is None.
         pixels_per_step: N of the protocol, 448 in the default at 224 × 224.
-        eval_batch_size: perturbed images in one pass of the model, which bounds the memory.
+        eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
         evaluations: of an image, at all its games together, for an estimate by `estimate_curves`, whose
             standard errors are `auc_errors`; None for the full curves.
         kwargs: torchmetrics' own arguments, such as `sync_on_compute`.
@@ -60,7 +61,7 @@ class _FaithfulnessAUC(Metric, ABC):
         baseline: Baseline = BLUR,
         steps: int = 112,
         pixels_per_step: int | None = None,
-        eval_batch_size: int = 32,
+        eval_batch_size: int | None = None,
         evaluations: int | None = None,
         **kwargs: Any,
     ) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_aop.errors import require_finite, require_positive
 from lightning_aop.model.adapter import Classifier, explaining
+from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import Baseline, GaussianBlur
 from lightning_aop.scores import Score, full_precision, softmax
 from lightning_aop.types import Images, Maps, Targets
@@ -50,7 +51,7 @@ def deletion_curve(
     baseline: Baseline = BLUR,
     steps: int = 112,
     pixels_per_step: int | None = None,
-    eval_batch_size: int = 32,
+    eval_batch_size: int | None = None,
 ) -> Float[Tensor, "b points"]:
     """Return the score after 0, N, 2N, … of the most salient pixels were replaced by the baseline.
 
@@ -66,7 +67,8 @@ def deletion_curve(
         steps: the number of steps, if `pixels_per_step` is None; then N = ceil(H·W / steps), 448
             pixels at 224 × 224.
         pixels_per_step: N; all channels of a pixel move together.
-        eval_batch_size: perturbed images in one pass of the model, which bounds the memory.
+        eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
+            for 32, or fewer where memory runs out.
 
     Raises:
         ValueError: the shapes don't fit each other, a map holds NaN, or a score is not finite.
@@ -85,7 +87,7 @@ def insertion_curve(
     baseline: Baseline = BLUR,
     steps: int = 112,
     pixels_per_step: int | None = None,
-    eval_batch_size: int = 32,
+    eval_batch_size: int | None = None,
 ) -> Float[Tensor, "b points"]:
     """Return the score after 0, N, 2N, … of the most salient pixels were put into the baseline.
 
@@ -105,7 +107,7 @@ def deletion_insertion_curves(
     baseline: Baseline = BLUR,
     steps: int = 112,
     pixels_per_step: int | None = None,
-    eval_batch_size: int = 32,
+    eval_batch_size: int | None = None,
 ) -> tuple[Float[Tensor, "b points"], Float[Tensor, "b points"]]:
     """Return both curves for 2n evaluations an image: each starts where the other ends.
 
@@ -142,7 +144,7 @@ def estimate_curves(  # noqa: D417
     baseline: Baseline = BLUR,
     steps: int = 112,
     pixels_per_step: int | None = None,
-    eval_batch_size: int = 32,
+    eval_batch_size: int | None = None,
 ) -> dict[GameName, CurveEstimate]:
     """Return the curves from fewer evaluations: large steps first, halved where the score moves.
 
@@ -216,20 +218,24 @@ class _Game:
     def steps(self) -> int:
         return ceil(self.ranks[0].numel() / self.pixels_per_step)
 
-    def play(self, insert: bool, steps: range, chunk: int) -> Float[Tensor, "b points"]:
+    def play(self, insert: bool, steps: range, chunk: int | None) -> Float[Tensor, "b points"]:
         """Return the scores after the given numbers of steps, evaluated in chunks."""
         taken = torch.arange(steps.start, steps.stop, device=self.images.device)
         inserted = torch.full_like(taken, insert, dtype=torch.bool)
         images = len(self.images)
         return self._scores(taken.expand(images, -1), inserted.expand(images, -1), chunk)
 
-    def play_both(self, chunk: int) -> tuple[Float[Tensor, "b points"], Float[Tensor, "b points"]]:
+    def play_both(
+        self, chunk: int | None
+    ) -> tuple[Float[Tensor, "b points"], Float[Tensor, "b points"]]:
         """Return the full curves of deletion and of insertion."""
         deletion = self.play(insert=False, steps=range(self.steps + 1), chunk=chunk)
         between = self.play(insert=True, steps=range(1, self.steps), chunk=chunk)
         return deletion, torch.cat([deletion[:, -1:], between, deletion[:, :1]], dim=1)
 
-    def refine(self, inserts: list[bool], evaluations: int, chunk: int) -> list[CurveEstimate]:
+    def refine(
+        self, inserts: list[bool], evaluations: int, chunk: int | None
+    ) -> list[CurveEstimate]:
         """Return the estimate for each game from fewer evaluations than the full curves take.
 
         The curves of an image's games lie end to end, and a place counts along all of them.
@@ -281,10 +287,11 @@ class _Game:
         ]
 
     def _scores(
-        self, steps: Int[Tensor, "b m"], insert: Bool[Tensor, "b m"], chunk: int
+        self, steps: Int[Tensor, "b m"], insert: Bool[Tensor, "b m"], wanted: int | None
     ) -> Float[Tensor, "b m"]:
         """Return the scores after numbers of steps of a game that may differ from image to image."""
-        require_positive("deletion and insertion", eval_batch_size=chunk)
+        require_positive("deletion and insertion", eval_batch_size=wanted)
+        chunk = pass_size(wanted)
         moved = (steps * self.pixels_per_step).to(self.ranks)
         # Blocks of images × steps: no image is copied only to be perturbed.
         at_once = max(min(8, chunk), chunk // moved.shape[1])

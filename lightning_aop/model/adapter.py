@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lightning_aop.errors import check_batch
 from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
-from lightning_aop.model.frozen import evaluated
 from lightning_aop.model.isolation import device_of, undisturbed, unwrap
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
+from lightning_aop.model.passes import pass_size
 from lightning_aop.scores import Score, full_precision
 from lightning_aop.types import Images, Targets
 
@@ -91,16 +91,13 @@ def explaining(
         yield Classifier(model, high), full_precision(images.detach().clone().to(device)), targets
 
 
-def predict(model: nn.Module, images: Images, eval_batch_size: int = 32) -> Float[Tensor, "b k"]:
+def predict(
+    model: nn.Module, images: Images, eval_batch_size: int | None = None
+) -> Float[Tensor, "b k"]:
     """Return the model's logits in eval mode, leaving it undisturbed."""
     anything = torch.zeros(len(images), dtype=torch.long, device=images.device)
     with explaining(model, images, anything) as (classifier, x, _), torch.no_grad():
-        return torch.cat(
-            [
-                evaluated(classifier.model, None, part, partial(classifier.logits, part))
-                for part in x.split(eval_batch_size)
-            ]
-        )
+        return torch.cat([classifier.logits(part) for part in x.split(pass_size(eval_batch_size))])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,143 +3,173 @@
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_aop._version import __version__
-from lightning_aop.history.rows import COLUMNS, evolution_rows
-from lightning_aop.history.store import History, HistoryWriter, Record
-from lightning_aop.methods.aop import fast_sigcam
-from lightning_aop.methods.controls import CentreGaussian, RandomMap
-from lightning_aop.metrics import EnergyPointingGame, Faithfulness, OverallAUC, PointingGame
-from lightning_aop.model.adapter import predict
-from lightning_aop.model.chunks import largest_chunk, with_chunk
-from lightning_aop.model.frozen import FrozenPart
-from lightning_aop.model.isolation import device_of, in_float32, isolated_rng, undisturbed, unwrap
+from lightning_aop.history.store import HistoryWriter
+from lightning_aop.model.isolation import device_of, isolated_rng
+from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
-from lightning_aop.monitor.explanation import Found, Plan
+from lightning_aop.monitor.explain import Way, explain
+from lightning_aop.monitor.explanation import Explanation, Moment, mean_drift
+from lightning_aop.monitor.judge import Judge
 from lightning_aop.monitor.lightning import (
     Callback,
     LightningModule,
     Trainer,
+    drawn_probe,
+    loaders_of,
+    log_scalars,
+    logs_folder,
     misconfiguration,
+    moment_of,
+    precision_of,
     rank_zero_warn,
+    unsupported,
+    wants_files,
 )
-from lightning_aop.monitor.loggers import has_tables, log_image, log_table
-from lightning_aop.monitor.panels import draw_change, draw_probe
 from lightning_aop.monitor.probe import (
     Probe,
     ProbeSource,
     TargetChoice,
     class_names_of,
-    collect,
     normalisation_of,
     source_of,
 )
-from lightning_aop.monitor.processes import Team
+from lightning_aop.monitor.processes import Processes
 from lightning_aop.monitor.progress import progress_bar
-from lightning_aop.monitor.run_folder import Earlier, RunFiles
-from lightning_aop.scores import Score, sigmoid, softmax
-from lightning_aop.types import Maps, SaliencyMethod, Targets
+from lightning_aop.monitor.run_folder import Earlier, RunFolder
+from lightning_aop.monitor.sinks import Look, Pictures, Scalars, Sink, Warnings, write_tables
+from lightning_aop.scores import Score
+from lightning_aop.types import SaliencyMethod
 from lightning_aop.view.grid import PANELS, Panel
-from lightning_aop.view.overlay import displayable
+from lightning_aop.view.heat import displayable
 
-T = TypeVar("T")
-Moment: TypeAlias = Literal["start", "step", "epoch"]
-
-
-# What knows nothing of the model, and what the figures of its maps are called after.
-_CONTROLS: dict[str, SaliencyMethod] = {
-    "random map": RandomMap(),
-    "centre gaussian": CentreGaussian(),
-}
+# What is logged where there is no value yet: nothing better than this is promised to who compares.
+_WORST = {"deletion_auc": 1.0, "insertion_auc": 0.0, "overall_auc": -1.0}
 
 
 @dataclass
-class _Worked:
-    """What one process has done of the work."""
+class _Run:
+    """All state of one fit, or of a validation without one.
 
-    maps: Maps
-    curves: Float[Tensor, "mine 2 points"]
-    metric: Metric | MetricCollection | None
+    Attributes:
+        judge: the metrics and controls.
+        budget: the time that explanations may take.
+        warn: tells the user each trouble once.
+        folder: what the run leaves in files.
+        passes: how many images go through the model at once.
+        probe: the images, once they are chosen.
+        resumed: the probe is a checkpoint's, and not compared with the data yet.
+        last_step: the optimizer steps at the last look at them.
+        last_epoch: the epochs that were over when one was explained last.
+        validations: how many there were.
+        held: the values last logged.
+    """
+
+    judge: Judge
+    budget: Budget
+    warn: Warnings
+    folder: RunFolder
+    passes: Passes = field(default_factory=Passes)
+    probe: Probe | None = None
+    resumed: bool = False
+    last_step: int = 0
+    last_epoch: int = 0
+    validations: int = 0
+    held: dict[str, float] = field(default_factory=dict)
+
+    def hold(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the values, and the last ones in place of those that are missing or not finite."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.held |= finite
+        return values | self.held
 
 
 class ExplanationMonitor(Callback):
-    """Explain the same pictures again and again while a model trains, and log what is seen.
+    """Explain the same images again and again while a model trains, and log what the model looks at.
 
     Before training, at every chosen validation, and under `trainer.validate()`, the monitor logs
 
-    - `explain/heatmaps`: each probe picture beside its overlay, with the class, its score and the map's
-      over-all AUC, on one colour scale for the whole run; what is more than 32 explanations goes on in
+    - `explain/heatmaps`: each image of the probe beside its overlay, with the class, its score and the
+      map's overall AUC, on one colour scale for the whole run; more than 32 explanations continue in
       `explain/heatmaps-2` and so on;
-    - `explain/deletion_auc`, `explain/insertion_auc`, `explain/overall_auc`: how faithful the maps
-      are (`ModelCheckpoint(monitor="explain/overall_auc", mode="max")` works);
+    - `explain/deletion_auc`, `explain/insertion_auc`, `explain/overall_auc`: how faithful the maps are;
     - `explain/overall_auc_random_map`, `explain/overall_auc_centre_gaussian`: the same for two maps that
-      know nothing of the model, measured at the 1st, 2nd, 4th, 8th … explanation and held in between;
-    - `explain/change`: the first map, the previous one and that of now side by side, of up to 16
+      don't depend on the model, measured at the 1st, 2nd, 4th, 8th … explanation and held in between;
+    - `explain/change`: the first map, the previous one and the current one side by side, for up to 16
       explanations;
     - `explain/pointing_game`, `explain/energy_in_mask`: where the data has masks, how often the
       maximum of a map lies on the object, and which share of the heat; means over the classes;
-    - `explain/drift`: how much the maps have changed since the explanation before, 1 − their rank
-      correlation: 0 for none, 1 for no likeness;
-    - `explain/blank_maps`: how many maps show nothing, or NaN; such are labelled in the picture;
-    - `explain/seconds`: what it took.
+    - `explain/drift`: how much the maps have changed since the previous explanation, 1 − their rank
+      correlation: 0 for no change, 1 for no resemblance;
+    - `explain/blank_maps`: how many maps show nothing, or NaN; they are labelled in the picture;
+    - `explain/seconds`: wall-clock time.
+
+    `ModelCheckpoint(monitor="explain/overall_auc", mode="max")`, `EarlyStopping` and schedulers may rely
+    on these metrics: a validation without an explanation keeps the last value, and the worst before
+    there is one. So does a value that is not finite.
 
     Where the data has masks (a dataset with `input_masks(index, classes)`, or a batch with bool
-    `masks`), their outlines are drawn. Multilabel pictures show also what the model sees but the
+    `masks`), their outlines are drawn. Multilabel images also show what the model sees but the
     labels don't (a score above 0.5): the strongest such class is explained, but not judged.
 
-    Under `fit` the maps and figures are also stored, in the folder `explanations` beside the logger's
+    Under `fit` the maps and metrics are also stored, in the folder `explanations` beside the logger's
     files, or in `default_root_dir`: `report.html`, a page to look through all of them, which
-    grows as the run goes, and at the end `evolution.gif`, a film. `history.History` reads them.
+    grows during the run, and at the end `evolution.gif`, an animation. `history.History` reads them.
 
     Training is left bit for bit as it would have been: weights, buffers, gradients, modes and random
     state. An explanation that fails gives a warning, and training goes on; one that runs out of
-    memory is tried again with half as many images in a pass. With a callback that swaps weights
-    around validation (`WeightAveraging`), the weights in place at its end are explained. Under DDP
-    each process explains its share of the probe, with the first one's BatchNorm statistics. What a
-    frozen backbone makes of the probe is computed once, and kept while its weights stay the same.
+    memory is tried again with half as many images in a pass. With a callback that swaps weights around
+    validation (`WeightAveraging`), the weights that validation saw are explained: the monitor takes its
+    place before it in `trainer.callbacks`. Under DDP each process explains its share of the probe, with
+    the first one's BatchNorm statistics.
 
     Args:
-        method: how to explain; `fast_sigcam()` by default, 39 model evaluations an explanation.
-        probe: which pictures: a number of validation samples (training samples where there are no
+        method: how to explain; `fast_sigcam()` by default, 39 model evaluations per explanation.
+        probe: which images: a number of validation samples (training samples where there are no
             validation ones); or a batch as a DataLoader gives it; or a dataset; or a function
             without arguments that returns a batch. Chosen once, and kept when a run is resumed.
         targets: which classes: "label" for the true ones, one explanation for each positive class of
-            a multilabel picture; "predicted" for the likeliest; or a list of class indices, each
-            explained for every picture.
+            a multilabel image; "predicted" for the likeliest; or a list of class indices, each
+            explained for every image.
         target_layer: for the default method, the layer whose feature map it starts from: a name, a
             module, or None for the last one before the classifier.
-        score: F_c; by default `scores.sigmoid` for multi-hot labels and `scores.softmax` for others.
-        every_n_epochs: explain at validations of every n-th epoch (at the end of the training epoch
-            where there is no validation); 1 by default, 0 for never.
-        every_n_train_steps: explain after every n-th optimizer step instead.
+        score: the class score; by default `scores.sigmoid` for multi-hot labels and
+            `scores.softmax` for others.
+        every_n_epochs: explain at the validations of every n-th epoch, or at the next one where that
+            epoch has none (at the end of the training epoch without any validation); of an endless
+            epoch, at every n-th validation. 1 by default, 0 for never.
+        every_n_train_steps: explain whenever n more optimizer steps have been taken instead.
         metrics: what judges the maps, a metric with `update(model, images, maps, targets)` whose
             `compute()` gives a value or a dictionary of values; by default `Faithfulness(steps=28)`,
-            56 model evaluations an explanation, as `Faithfulness(evaluations=56)` takes for a closer
+            56 model evaluations per explanation, as `Faithfulness(evaluations=56)` takes for a closer
             estimate. False for none.
-        controls: judge a random map and a centre gaussian too, where the metric is `Faithfulness` or
-            `OverallAUC`: 112 evaluations an explanation when they are measured.
-        panels: what stands beside each picture: "overlay"; "map", the heat alone; "curves", its
+        controls: judge a random map and a centre gaussian too, where a metric is `Faithfulness` or
+            `OverallAUC`: 112 evaluations per explanation when they are measured.
+        panels: what stands beside each image: "overlay"; "map", the heat alone; "curves", its
             deletion and insertion.
         class_names: names by class index; by default the dataset's `classes`, or the index.
-        mean, std: what the pictures were normalised with, to show them as they were; by default what
-            the dataset's `transform` says.
-        max_classes_per_image: the most positive classes of one multilabel picture to explain.
+        mean: what the images were normalised with, to show them as they were; by default what the
+            dataset's `transform` says.
+        std: likewise.
+        max_classes_per_image: the most positive classes of one multilabel image to explain.
         max_overhead: leave out explanations so that they take no more than this share of the training
             time (0.05 for a twentieth), as `explain/overhead` and `explain/skipped` tell. The first
             is always made, and paid off before the next. None for no limit.
-        store: keep the maps and figures in files. Without them there is no drift.
+        store: keep the maps and metrics in files. Without them there is no drift.
         full_precision: explain in float32 whatever the trainer's precision; by default in the
             trainer's, but for the parts that need more.
+        sinks: who else gets every `Explanation` with its `Moment`, on every process: objects with
+            `write(explanation, moment)`.
+        name: tells several monitors of one Trainer apart: they log under `explain/NAME/…`, and store in
+            `explanations-NAME`.
     """
 
     def __init__(
@@ -162,6 +192,8 @@ class ExplanationMonitor(Callback):
         max_overhead: float | None = None,
         store: bool = True,
         full_precision: bool = False,
+        name: str | None = None,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         super().__init__()
         self.method = method
@@ -182,52 +214,51 @@ class ExplanationMonitor(Callback):
         self.max_overhead = max_overhead
         self.store = store
         self.full_precision = full_precision
-        self._kept: Probe | None = None
-        self._resumed = False  # the probe is a checkpoint's, and not compared with the data yet
-        self._files = RunFiles(self._warn)
-        self._explained = 0  # times
-        self._controls: dict[str, dict[str, float]] = {}
-        self._control_seconds = 0.0  # what they took when last measured
-        self._last_step = 0
-        self._chunk: int | None = None  # images in a pass, once there was too little memory
-        self._budget = Budget(max_overhead)
-        self._frozen = FrozenPart()
-        self._warned: set[str] = set()
+        self.name = name
+        self.sinks = sinks
+        self._run: _Run | None = None
 
     # ---------------------------------------------------------------------------------------------
     # when
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what can't work before any work is done."""
-        problem = self._misuse() or _unsupported(trainer)
+        problem = self._misuse() or self._twin(trainer) or unsupported(trainer)
         if problem:
             raise misconfiguration(trainer, f"ExplanationMonitor: {problem}")
         if stage == "fit":
-            self._kept, self._last_step, self._resumed = None, 0, False
-            self._files, self._explained, self._controls = RunFiles(self._warn), 0, {}
-            self._budget = Budget(self.max_overhead)
+            self._run = self._new_run()
+            _step_before_averaging(self, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain the untrained model; a resumed run has done so."""
-        self._budget.started = time.perf_counter()
+        run = self._state
+        run.budget.started = time.perf_counter()
+        run.last_step, run.last_epoch = trainer.global_step, trainer.current_epoch
         if trainer.global_step == 0 and self._enabled:
             self._fire(trainer, pl_module, "start")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Explain after every n-th optimizer step."""
-        step = trainer.global_step
-        if self.every_n_train_steps and step != self._last_step:
-            self._last_step = step
-            if step % self.every_n_train_steps == 0:
-                self._fire(trainer, pl_module, "step")
+        """Explain after every n-th optimizer step; a batch may have several, or none."""
+        run, n, step = self._state, self.every_n_train_steps, trainer.global_step
+        if n and step // n > run.last_step // n:
+            self._fire(trainer, pl_module, "step")
+        run.last_step = step
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen validations, never in the sanity check."""
-        due = self._enabled if trainer.state.fn != "fit" else self._due(trainer)
-        if due and not trainer.sanity_checking:
-            self._fire(trainer, pl_module, "epoch")
+        if trainer.sanity_checking or not self._enabled:
+            return
+        self._state.validations += 1
+        due = trainer.state.fn != "fit" or self._due(trainer)
+        explained = due and self._fire(trainer, pl_module, "epoch")
+        if not explained and trainer.state.fn == "fit":
+            # A checkpoint or a stop that watches these values would end the training without them.
+            # Lightning keeps them once they were logged.
+            for name, value in self._state.held.items():
+                trainer.callback_metrics.setdefault(self._prefix + name, torch.tensor(value))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen epochs where there is no validation."""
@@ -235,28 +266,32 @@ class ExplanationMonitor(Callback):
             self._fire(trainer, pl_module, "epoch")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make a film of the maps, and a table for loggers that have tables."""
-        folder = self._files.folder
-        if folder is None:
+        """Make an animation of the maps, and a table for loggers that have tables."""
+        run = self._state
+        if run.folder.folder is None:
             return
+        step = moment_of(trainer, "epoch").logged_step
         try:
             with isolated_rng():
-                self._files.finish()
-                for logger in filter(has_tables, trainer.loggers):
-                    rows = evolution_rows(History.load(folder))
-                    log_table(logger, "explain/evolution", COLUMNS, rows, _step(trainer))
+                run.folder.finish()
+                write_tables(run.folder.folder, trainer.loggers, self._prefix, step)
         except Exception as error:
-            self._warn(
-                f"ExplanationMonitor: no film or table of the maps. {type(error).__name__}: {error}"
-            )
+            run.warn(f"no animation or table of the maps. {type(error).__name__}: {error}")
 
     @property
     def _enabled(self) -> bool:
         return bool(self.every_n_epochs or self.every_n_train_steps)
 
     def _due(self, trainer: Trainer) -> bool:
-        n = self.every_n_epochs
-        return n > 0 and (trainer.current_epoch + 1) % n == 0
+        run, n, epochs = self._state, self.every_n_epochs, trainer.current_epoch + 1
+        if n <= 0:
+            return False
+        if math.isinf(trainer.num_training_batches):
+            return run.validations % n == 0
+        due = epochs % n == 0 or epochs // n > run.last_epoch // n
+        if due:
+            run.last_epoch = epochs
+        return due
 
     def _misuse(self) -> str | None:
         """Return what is wrong with the arguments, or None."""
@@ -276,6 +311,8 @@ class ExplanationMonitor(Callback):
             )
         if self.max_classes_per_image < 1:
             return f"max_classes_per_image={self.max_classes_per_image} must be at least 1"
+        if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
+            return f"name={self.name!r} must be made of letters, digits, '_', '-' and '.'"
         if self.max_overhead is not None and self.max_overhead <= 0:
             return f"max_overhead={self.max_overhead} must be above 0, such as 0.05 for a twentieth"
         if isinstance(self.panels, str) or not self.panels or set(self.panels) - set(PANELS):
@@ -291,384 +328,248 @@ class ExplanationMonitor(Callback):
             return "target_layer is for the default method: name the layer in the method given"
         return None
 
+    def _twin(self, trainer: Trainer) -> str | None:
+        """Return what is wrong with several monitors, or None."""
+        names = [each.name for each in _callbacks(trainer) if isinstance(each, ExplanationMonitor)]
+        if names.count(self.name) > 1:
+            return (
+                f"{names.count(self.name)} monitors have name={self.name!r}: give each another, such as "
+                "ExplanationMonitor(name='gradcam')"
+            )
+        return None
+
     # ---------------------------------------------------------------------------------------------
     # what is kept in a checkpoint
 
+    @property
+    def state_key(self) -> str:
+        """The monitor's entry in a checkpoint."""
+        key: str = super().state_key
+        return key if self.name is None else f"{key}[{self.name}]"
+
     def state_dict(self) -> dict[str, Any]:
         """Return the probe and where the history is, so that a resumed run goes on with both."""
-        state = {} if self._kept is None else self._kept.state()
-        state |= {"explained": self._explained, "controls": self._controls}
-        return state | self._files.state()
+        run = self._state
+        state = {} if run.probe is None else run.probe.state()
+        state |= {"explained": run.judge.explained, "controls": run.judge.lines}
+        return state | {"held": run.held} | run.folder.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the probe and the history of the run that is resumed."""
-        self._files.take_up(state_dict)
-        self._explained = state_dict.get("explained", 0)
-        self._controls = state_dict.get("controls", {})
+        run = self._state
+        run.folder.take_up(state_dict)
+        run.judge.explained = state_dict.get("explained", 0)
+        run.judge.lines = state_dict.get("controls", {})
+        run.held |= {
+            name: value
+            for name, value in state_dict.get("held", {}).items()
+            if self.controls or not name.startswith("overall_auc_")
+        }
         if "images" in state_dict:
-            self._kept, self._resumed = Probe.from_state(state_dict), True
+            run.probe, run.resumed = Probe.from_state(state_dict), True
+
+    @property
+    def _state(self) -> _Run:
+        if self._run is None:
+            self._run = self._new_run()
+        return self._run
+
+    def _new_run(self) -> _Run:
+        own = "" if self.name is None else f"({self.name})"
+        warn = Warnings(lambda text: rank_zero_warn(text, stacklevel=2), f"ExplanationMonitor{own}")
+        run = _Run(
+            Judge(self.metrics, self.controls), Budget(self.max_overhead), warn, RunFolder(warn)
+        )
+        if self.metrics is True:
+            run.held |= _WORST
+        return run
+
+    @property
+    def _prefix(self) -> str:
+        return "explain/" if self.name is None else f"explain/{self.name}/"
 
     # ---------------------------------------------------------------------------------------------
     # what happens
 
-    def _fire(self, trainer: Trainer, pl_module: LightningModule, moment: Moment) -> None:
-        """Explain and log; whatever goes wrong becomes a warning, and no state is left changed."""
-        device, team, started = device_of(pl_module), Team(), time.perf_counter()
+    def _fire(
+        self, trainer: Trainer, pl_module: LightningModule, kind: Literal["start", "step", "epoch"]
+    ) -> bool:
+        """Explain and log; whatever goes wrong becomes a warning, and no state is left changed.
+
+        Returns:
+            Whether values were logged.
+        """
+        run, processes, started = self._state, Processes(), time.perf_counter()
+        moment = moment_of(trainer, kind)
+        logged = False
         try:
-            with isolated_rng(device), torch.inference_mode(False), torch.no_grad():
+            with (
+                isolated_rng(device_of(pl_module)),
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):
                 # Each process has a clock of its own, and one must not wait for the others.
-                if not team.from_first(self._affordable):
-                    self._budget.skipped += 1
-                    return
-                found = self._explain(trainer, pl_module, team)
+                extra = run.judge.extra_seconds
+                if not processes.from_first(lambda: run.budget.allows_another(extra)):
+                    run.budget.skipped += 1
+                    return False
+                explanation = self._explain(trainer, pl_module, processes)
                 before: list[Earlier] = []  # for the one process that draws
 
                 def drift_since() -> list[float | None]:
                     nonlocal before
-                    drift, before = self._before(trainer, found)
+                    drift, before = self._before(trainer, explanation)
                     return drift
 
-                drift = team.from_first(drift_since)
-                values = dict(found.values)
-                known = [value for value in drift if value is not None]
-                if known:
-                    values["drift"] = sum(known) / len(known)
-                values["seconds"] = time.perf_counter() - started
-                if self.max_overhead is not None:
-                    values["skipped"] = float(self._budget.skipped)
-                    extra = self._control_seconds if found.controls else 0.0
-                    self._budget.pay(values["seconds"], extra)
-                    values["overhead"] = self._budget.overhead
-                fresh = bool(found.controls)
-                if fresh:
-                    self._controls = found.controls
-                if trainer.state.fn == "fit":
-                    self._explained += 1
-                self._log_values(trainer, pl_module, values | self._lines(), moment, team)
+                drift = processes.from_first(drift_since)
+                explanation = self._timed(replace(explanation, drift=drift), started)
+                if explanation.controls:
+                    run.judge.lines = explanation.controls
+                if moment.fitting:
+                    run.judge.explained += 1
+                scalars = self._scalars(trainer, pl_module, explanation)
+                logged = self._write(scalars, explanation, moment)
                 if trainer.is_global_zero:
-                    self._store(trainer, found, values, drift, fresh)
-                    self._log_pictures(trainer, found, drift, before, moment)
+                    self._write(run.folder, explanation, moment)
+                    self._write(self._pictures(trainer, before), explanation, moment)
+                for sink in self.sinks:
+                    self._write(sink, explanation, moment)
         except Exception as error:
-            self._budget.pay(time.perf_counter() - started)
-            self._warn(
-                f"ExplanationMonitor: no explanation at step {_step(trainer)}, training goes on. "
+            run.budget.pay(time.perf_counter() - started)
+            run.warn(
+                f"no explanation at step {moment.step}, training goes on. "
                 f"{type(error).__name__}: {error}"
             )
+        return logged
 
-    def _explain(self, trainer: Trainer, pl_module: LightningModule, team: Team) -> Found:
-        """Return the maps and the metrics of the probe as the model is now, the same everywhere."""
-        if self._kept is None:
-            self._kept = team.from_first(lambda: self._draw(trainer, pl_module))
-        elif self._resumed:
-            self._resumed = False
-            self._compare(trainer, pl_module)
-        probe = self._kept
-        device = device_of(pl_module)
-        score = self.score or (sigmoid if probe.multilabel else softmax)
-        with (
-            self._precision(trainer, pl_module),
-            team.buffers_of_first(pl_module),
-            self._frozen.kept(unwrap(pl_module), len(probe.images)),
-            progress_bar(trainer, pl_module, len(probe.images)),
-        ):
-            images = probe.images.to(device)
-            plan = team.from_first(lambda: self._plan(pl_module, probe, images))
-            rows, targets = plan.rows.to(device), plan.targets.to(device)
-            # Where a process would have nothing to judge, each does all the work.
-            workers = team if int(plan.judged.sum()) >= team.size else Team.alone()
-            mine = workers.share(len(rows)).to(device)
-
-            def work(chunk: int) -> _Worked:
-                method = self.method or fast_sigcam(self.target_layer, score=score)
-                maps = with_chunk(method, chunk).explain(
-                    pl_module, images[rows[mine]], targets[mine]
-                )
-                judged = plan.judged.to(device)[mine]
-                worked = _Worked(maps, maps.new_full((len(maps), 2, 2), torch.nan), None)
-                metric = self._metric(score, chunk, workers)
-                if metric is None or not judged.any():
-                    return worked
-                batch = images[rows[mine[judged]]], maps[judged], targets[mine[judged]]
-                worked.metric = _updated(metric, pl_module, *batch)
-                curves = getattr(metric, "last_curves", {})
-                if len(curves) == 2:
-                    both = torch.stack([curves["deletion"], curves["insertion"]], dim=1)
-                    worked.curves = both.new_full((len(maps), *both.shape[1:]), torch.nan)
-                    worked.curves[judged] = both
-                return worked
-
-            def judge_controls(chunk: int) -> dict[str, Metric | MetricCollection]:
-                metric = self._metric(score, chunk, workers)
-                assert metric is not None
-                judged = mine[plan.judged.to(device)[mine]]
-                pictures, classes = images[rows[judged]], targets[judged]
-                return {
-                    name: _updated(
-                        metric.clone(),
-                        pl_module,
-                        pictures,
-                        control.explain(pl_module, pictures, classes),
-                        classes,
-                    )
-                    for name, control in _CONTROLS.items()
-                }
-
-            values: dict[str, float] = {}
-            controls: dict[str, dict[str, float]] = {}
-            maps = images.new_zeros(0, *images.shape[2:], dtype=torch.float32)
-            curves = images.new_zeros(0, 2, 2, dtype=torch.float32)
-            if len(rows):
-                worked = team.together(lambda: self._within_memory(work, score))
-                maps = workers.gather(worked.maps.float(), len(rows))
-                curves = workers.gather(worked.curves.float(), len(rows))
-                if worked.metric is not None:
-                    values |= _computed(worked.metric)
-                    if self._controls_due(trainer, worked.metric):
-                        controls = self._judged(
-                            team, lambda: self._within_memory(judge_controls, score)
-                        )
-        maps, curves = (_with_nan(found, plan.finite) for found in (maps, curves))
-        masks, known = probe.masks_of(plan.all_rows, plan.all_targets)
-        known &= plan.finite
-        num_classes = plan.logits.shape[1]
-        values |= _located(maps[known], masks[known], plan.all_targets[known], num_classes)
-        pairs = plan.all_rows, plan.all_targets
-        found = Found(*pairs, maps, masks, curves, plan.logits, score, values, controls)
-        values["blank_maps"] = float(found.blank.sum())
-        return found
-
-    def _judged(
-        self, team: Team, work: Callable[[], dict[str, Metric | MetricCollection]]
-    ) -> dict[str, dict[str, float]]:
-        """Return the figures of the controls; a failure costs them only."""
-        started = time.perf_counter()
+    def _write(self, sink: Sink, explanation: Explanation, moment: Moment) -> bool:
+        """Let a sink write, and tell whether it could: the others must not miss theirs."""
         try:
-            return {name: _computed(metric) for name, metric in team.together(work).items()}
+            sink.write(explanation, moment)
         except Exception as error:
-            self._warn(
-                f"ExplanationMonitor: no figures of the controls. {type(error).__name__}: {error}"
+            lost = getattr(sink, "fails", f"{type(sink).__name__} could not take the explanation")
+            self._state.warn(f"{lost}. {type(error).__name__}: {error}")
+            return False
+        return True
+
+    def _explain(
+        self, trainer: Trainer, pl_module: LightningModule, processes: Processes
+    ) -> Explanation:
+        """Return the maps and the metrics of the probe as the model is now, the same everywhere."""
+        run = self._state
+        if run.probe is None:
+            run.probe = processes.from_first(
+                lambda: drawn_probe(self.probe, trainer, pl_module, run.warn)
             )
-            return {}
-        finally:
-            self._control_seconds = time.perf_counter() - started
-
-    def _affordable(self) -> bool:
-        return self._budget.allows_another(self._control_seconds if self._controls_next else 0.0)
-
-    def _controls_due(self, trainer: Trainer, metric: Metric | MetricCollection) -> bool:
-        # What a map that knows nothing gets depends on the model, which learns ever more slowly: after
-        # 1, 2, 4, 8, … explanations it is measured again.
-        wanted = self.controls and isinstance(metric, (Faithfulness, OverallAUC))
-        return wanted and (trainer.state.fn != "fit" or self._controls_next)
+        elif run.resumed:
+            run.resumed = False
+            self._compare(trainer, pl_module, run.probe)
+        with (
+            precision_of(trainer, pl_module, self.full_precision),
+            processes.buffers_of_first(pl_module),
+            progress_bar(trainer, pl_module, len(run.probe.images)),
+        ):
+            return explain(
+                pl_module, run.probe, self._way, run.judge, processes, run.passes, run.warn
+            )
 
     @property
-    def _controls_next(self) -> bool:
-        number = self._explained + 1
-        return number & (number - 1) == 0
+    def _way(self) -> Way:
+        return Way(
+            self.method, self.target_layer, self.targets, self.score, self.max_classes_per_image
+        )
 
-    def _lines(self) -> dict[str, float]:
-        """Return the over-all AUC of the controls, as last measured."""
-        return {
-            f"overall_auc_{name.replace(' ', '_')}": figures["overall_auc"]
-            for name, figures in self._controls.items()
-            if self.controls and "overall_auc" in figures
-        }
-
-    def _plan(self, pl_module: LightningModule, probe: Probe, images: Tensor) -> Plan:
-        """Choose what is explained."""
-        logits = predict(pl_module, images, self._chunk or 32).cpu()
-        rows, targets = probe.pairs(self.targets, logits, self.max_classes_per_image)
-        labelled = len(rows)
-        if probe.multilabel and self.targets == "label":
-            # Judged are the labelled classes only, which stay the same from epoch to epoch.
-            wrong = probe.false_positives(logits.sigmoid())
-            rows, targets = (torch.cat(both) for both in zip((rows, targets), wrong, strict=True))
-        finite = logits.isfinite().all(dim=1)[rows]
-        judged = (torch.arange(len(rows)) < labelled)[finite]
-        return Plan(rows, targets, finite, judged, logits)
-
-    def _within_memory(self, work: Callable[[int], T], score: Score) -> T:
-        """Do the work, with ever fewer images in a pass while there is too little memory for it."""
-        chunk = self._chunk or largest_chunk(self.method or fast_sigcam(score=score)) or 32
-        while True:
-            try:
-                return work(chunk)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or chunk == 1:
-                    raise
-            # Out of the handler, whose traceback holds on to the tensors of the failed pass.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            chunk = self._chunk = chunk // 2
-            self._warn(
-                "ExplanationMonitor: out of memory; from now on with fewer images in a pass, "
-                f"{chunk} at first"
+    def _timed(self, explanation: Explanation, started: float) -> Explanation:
+        """Add how much has changed, and how long it took; the budget pays for it."""
+        budget, values = self._state.budget, dict(explanation.values)
+        if (drift := mean_drift(explanation.drift)) is not None:
+            values["drift"] = drift
+        values["seconds"] = time.perf_counter() - started
+        if self.max_overhead is not None:
+            values["skipped"] = float(budget.skipped)
+            budget.pay(
+                values["seconds"], self._state.judge.seconds if explanation.controls else 0.0
             )
+            values["overhead"] = budget.overhead
+        return replace(explanation, values=values)
 
-    def _metric(self, score: Score, chunk: int, team: Team) -> Metric | MetricCollection | None:
-        if self.metrics is False:
-            return None
-        if self.metrics is True:
-            return Faithfulness(
-                score, steps=28, eval_batch_size=chunk, sync_on_compute=team.size > 1
-            )
-        return self.metrics
+    def _scalars(
+        self, trainer: Trainer, pl_module: LightningModule, explanation: Explanation
+    ) -> Scalars:
+        run = self._state
+        values = run.hold(explanation.values | run.judge.scalars())
+        return Scalars(
+            lambda scalars, moment: log_scalars(trainer, pl_module, scalars, moment, run.warn),
+            self._prefix,
+            values,
+        )
 
-    def _compare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell whether the data still has the pictures of the run that is resumed."""
-        assert self._kept is not None
+    def _pictures(self, trainer: Trainer, before: Sequence[Earlier]) -> Pictures:
+        run = self._state
+        look, root = self._look(trainer), trainer.default_root_dir
+        return Pictures(trainer.loggers, root, look, before, self._prefix, run.warn)
+
+    def _look(self, trainer: Trainer) -> Look:
+        loaders = loaders_of(trainer)
+        source, validation = (source_of(p, loaders) for p in (self.probe, 1))
+        names = self.class_names or class_names_of(source) or class_names_of(validation)
+        mean, std = self.mean, self.std
+        if mean is None and std is None:
+            mean, std = normalisation_of(source) or (None, None)
+        return Look(names, mean, std, self.panels)
+
+    def _compare(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
+        """Tell whether the data still has the images of the run that is resumed."""
         if callable(self.probe) and not hasattr(self.probe, "__getitem__"):
-            return  # a function may give other pictures each time
+            return  # a function may give other images each time
         try:
-            changed = self._draw(trainer, pl_module).fingerprint != self._kept.fingerprint
+            found = drawn_probe(self.probe, trainer, pl_module, self._state.warn)
+            changed = found.fingerprint != probe.fingerprint
         except Exception:
             changed = True
         if changed:
-            self._warn(
-                "ExplanationMonitor: the data that the probe was taken from has changed since the run "
-                "was started: the pictures of the checkpoint go on being explained; for others, start "
-                "a new run"
+            self._state.warn(
+                "the data that the probe was taken from has changed since the run was started: the "
+                "images of the checkpoint go on being explained; for others, start a new run"
             )
 
-    @contextmanager
-    def _precision(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """Compute in the trainer's precision, or in float32."""
-        kind = device_of(pl_module).type
-        if self.full_precision:
-            with in_float32(pl_module), torch.autocast(kind, enabled=False):
-                yield
-            return
-        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-        dtype = mixed.get(str(trainer.precision))  # other precisions are the weights' own
-        with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-            yield
-
-    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> Probe:
-        """Take the probe from its source, the way a validation batch would come to the model."""
-        stage = trainer.state.stage
+    def _before(
+        self, trainer: Trainer, explanation: Explanation
+    ) -> tuple[list[float | None], list[Earlier]]:
+        """Return each map's drift, None without one, and the maps that were found before."""
+        folder = self._state.folder
         try:
-            # Hooks such as on_after_batch_transfer must not augment it as if it were for training.
-            trainer.validating = True
-            with undisturbed(pl_module), torch.no_grad():
-                found = collect(self.probe, _loaders(trainer))
-                batch = trainer.precision_plugin.convert_input(found.batch)
-                batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        finally:
-            trainer.state.stage = stage
-        probe, count = Probe.from_batch(batch, found.limit), found.limit
-        if found.read_masks is not None and probe.masks is None:
-            try:
-                probe = probe.with_masks(found.read_masks)
-            except Exception as error:
-                self._warn(
-                    "ExplanationMonitor: no outlines and no pointing game, for the masks of the "
-                    f"probe could not be read. {type(error).__name__}: {error}"
-                )
-        if count is not None and len(probe.images) < count:
-            self._warn(
-                f"ExplanationMonitor: probe={count} samples asked for, but the data has "
-                f"{len(probe.images)}: all of them are explained; lower probe to silence this"
+            if self.store and trainer.state.fn == "fit" and wants_files(trainer):
+                name = "explanations" if self.name is None else f"explanations-{self.name}"
+                folder.open(logs_folder(trainer) / name, lambda path: self._begun(trainer, path))
+            return folder.compare(explanation)
+        except Exception as error:
+            self._state.warn(
+                f"the run's history can't be read or written. {type(error).__name__}: {error}"
             )
-        return probe
+            return [None] * len(explanation.rows), []
 
-    def _log_values(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        values: Mapping[str, float],
-        moment: Moment,
-        team: Team,
-    ) -> None:
-        scalars = {f"explain/{name}": value for name, value in values.items()}
-        together = team.size > 1
-        if moment == "epoch":
-            pl_module.log_dict(
-                scalars, on_step=False, on_epoch=True, batch_size=1, sync_dist=together
-            )
-            return
-        # Lightning would drop what is logged at a step off its log_every_n_steps, and refuses
-        # to log before training: the loggers get it directly, ModelCheckpoint by log_dict.
-        if moment == "step":
-            pl_module.log_dict(
-                scalars, on_step=True, on_epoch=False, logger=False, sync_dist=together
-            )
-        for logger in trainer.loggers:
-            try:
-                logger.log_metrics(scalars, step=_logged_step(trainer, moment))
-            except Exception as error:
-                name = type(logger).__name__
-                self._warn(
-                    f"ExplanationMonitor: {name} took no figures. {type(error).__name__}: {error}"
-                )
-
-    def _log_pictures(
-        self,
-        trainer: Trainer,
-        found: Found,
-        drift: list[float | None],
-        before: list[Earlier],
-        moment: Moment,
-    ) -> None:
-        assert self._kept is not None
-        names, (mean, std) = self._names(trainer), self._normalisation(trainer)
-        title, step = _title(trainer), _logged_step(trainer, moment)
-        look: dict[str, Any] = {"title": title, "mean": mean, "std": std}
-        pages = draw_probe(self._kept, found, names, panels=self.panels, **look)
-        for number, panel in enumerate(pages, start=1):
-            tag = "explain/heatmaps" if number == 1 else f"explain/heatmaps-{number}"
-            self._log_picture(trainer, tag, panel, step)
-        change = draw_change(self._kept, found, before, drift, names, **look)
-        if change is not None:
-            self._log_picture(trainer, "explain/change", change, step)
-
-    def _log_picture(self, trainer: Trainer, tag: str, panel: Tensor, step: int) -> None:
-        sinks: list[object] = [*trainer.loggers] or [None]
-        for sink in sinks:
-            try:
-                root = None if sink else trainer.default_root_dir
-                log_image(sink, tag, panel, step, fallback=root, caption=_title(trainer))
-            except Exception as error:
-                path = log_image(None, tag, panel, step, trainer.default_root_dir)
-                self._warn(
-                    f"ExplanationMonitor: {type(error).__name__}: {error}.",
-                    f" The picture is at {path}",
-                )
-
-    def _normalisation(
-        self, trainer: Trainer
-    ) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-        if self.mean is None and self.std is None:
-            return normalisation_of(source_of(self.probe, _loaders(trainer))) or (None, None)
-        return self.mean, self.std
-
-    def _names(self, trainer: Trainer) -> Sequence[str] | None:
-        source, validation = (source_of(p, _loaders(trainer)) for p in (self.probe, 1))
-        return self.class_names or class_names_of(source) or class_names_of(validation)
-
-    def _begun(self, trainer: Trainer, found: Found, folder: Path) -> HistoryWriter:
+    def _begun(self, trainer: Trainer, folder: Path) -> HistoryWriter:
         """Begin the run's history in a folder."""
-        assert self._kept is not None
-        pictures = displayable(self._kept.images, *self._normalisation(trainer))
-        masks: dict[tuple[int, int], Tensor] = {}
-        if self._kept.masks is not None and self._kept.mask_pairs is not None:
-            masks = dict(
-                zip(map(tuple, self._kept.mask_pairs.tolist()), self._kept.masks, strict=True)
-            )
+        probe, look = self._state.probe, self._look(trainer)
+        assert probe is not None
+        masks: dict[tuple[int, int], torch.Tensor] = {}
+        if probe.masks is not None and probe.mask_pairs is not None:
+            masks = dict(zip(map(tuple, probe.mask_pairs.tolist()), probe.masks, strict=True))
         return HistoryWriter(
             folder,
-            (pictures * 255).round().to(torch.uint8),
-            configuration=self._configuration(trainer, found.score),
-            class_names=dict(enumerate(map(str, self._names(trainer) or ()))),
+            (displayable(probe.images, look.mean, look.std) * 255).round().to(torch.uint8),
+            configuration=self._configuration(trainer, probe),
+            class_names=dict(enumerate(map(str, look.names or ()))),
             masks=masks,
         )
 
-    def _configuration(self, trainer: Trainer, score: Score) -> dict[str, str]:
+    def _configuration(self, trainer: Trainer, probe: Probe) -> dict[str, str]:
         found = {
             "model": type(trainer.lightning_module).__name__,
-            "method": _printed(self.method or fast_sigcam(self.target_layer, score=score)),
+            "method": _printed(self._way.method_for(self._way.score_for(probe))),
             "targets": str(self.targets),
-            "metrics": "Faithfulness(steps=28)" if self.metrics is True else _printed(self.metrics),
+            "metrics": str(self._state.judge),
             "precision": "32" if self.full_precision else str(trainer.precision),
             "lightning_aop": __version__,
             "torch": torch.__version__,
@@ -677,145 +578,22 @@ class ExplanationMonitor(Callback):
             found["max_overhead"] = str(self.max_overhead)
         return found
 
-    def _before(self, trainer: Trainer, found: Found) -> tuple[list[float | None], list[Earlier]]:
-        """Return each map's drift, None without one, and the maps that were found before."""
-        try:
-            if self.store:
-                self._files.open(trainer, lambda folder: self._begun(trainer, found, folder))
-            return self._files.drift(found.pairs, found.maps, (~found.blank).tolist())
-        except Exception as error:
-            self._warn(
-                "ExplanationMonitor: the run's history can't be read or written. "
-                f"{type(error).__name__}: {error}"
-            )
-            return [None] * len(found.pairs), []
-
-    def _store(
-        self,
-        trainer: Trainer,
-        found: Found,
-        values: dict[str, float],
-        drift: list[float | None],
-        fresh: bool,
-    ) -> None:
-        """Add what was found to the run's files."""
-        deletion, insertion = found.aucs.T.tolist()
-        record = Record(
-            step=_step(trainer),
-            epoch=trainer.current_epoch,
-            title=_title(trainer),
-            values=values,
-            images=found.rows.tolist(),
-            targets=found.targets.tolist(),
-            scores=found.scores.nan_to_num(0.0).tolist(),
-            blank=found.blank.tolist(),
-            drift=drift,
-            deletion_auc=[None if math.isnan(value) else value for value in deletion],
-            insertion_auc=[None if math.isnan(value) else value for value in insertion],
-            controls=self._controls if fresh else {},
-        )
-        try:
-            self._files.add(record, found.maps)
-        except Exception as error:
-            self._warn(
-                f"ExplanationMonitor: the maps could not be stored. {type(error).__name__}: {error}"
-            )
-
-    def _warn(self, message: str, more: str = "") -> None:
-        # The same trouble comes back at every epoch; its first line is said once.
-        key = re.sub(r"\d+", "", message)
-        if key not in self._warned:
-            self._warned.add(key)
-            rank_zero_warn(message + more, stacklevel=2)
-
-
-def _loaders(trainer: Trainer) -> Any:
-    # Not `or`: the truth of a DataLoader is its length, which an iterable dataset has not.
-    validation = trainer.val_dataloaders
-    return trainer.train_dataloader if validation is None else validation
-
 
 def _printed(value: object) -> str:
     # Functions by name: an address is another in each process.
     return re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", repr(value))
 
 
-def _step(trainer: Trainer) -> int:
-    # What Lightning's own callbacks log at; global_step counts each of several optimizers.
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return list(getattr(trainer, "callbacks"))  # noqa: B009  # which its class does not declare
 
 
-def _logged_step(trainer: Trainer, moment: Moment) -> int:
-    # A first epoch of a single batch ends at step 0 in Lightning's count, as training starts.
-    return _step(trainer) if moment == "start" else max(_step(trainer), 1)
-
-
-def _unsupported(trainer: Trainer) -> str | None:
-    """Return why the monitor can't work with this trainer, or None."""
-    name = type(trainer.strategy).__name__
-    if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"):
-        return (
-            f"{name} shards the weights over the processes, and a map needs all of them in each: use "
-            "DDP, or leave the monitor out and explain a checkpoint by trainer.validate() on one device"
-        )
-    return None
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
-
-
-def _computed(metric: Metric | MetricCollection) -> dict[str, float]:
-    result = metric.compute()
-    if not isinstance(result, Mapping):
-        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(metric).__name__).lower()
-        result = {name: result}
-    return {name: float(value) for name, value in result.items()}
-
-
-def _updated(
-    metric: Metric | MetricCollection,
-    model: LightningModule,
-    images: Tensor,
-    maps: Maps,
-    targets: Targets,
-) -> Metric | MetricCollection:
-    metric = metric.to(images.device)
-    metric.reset()
-    metric.update(model, images, maps, targets)
-    return metric
-
-
-def _with_nan(maps: Float[Tensor, "f h w"], finite: Bool[Tensor, " p"]) -> Float[Tensor, "p h w"]:
-    """Return a map for each pair, or its curves, NaN for those that could not be explained."""
-    every = maps.new_full((len(finite), *maps.shape[1:]), torch.nan)
-    every[finite.to(maps.device)] = maps
-    return every
-
-
-def _title(trainer: Trainer) -> str:
-    if trainer.state.fn != "fit":
-        return "validation"
-    step = trainer.global_step
-    return "before training" if step == 0 else f"epoch {trainer.current_epoch} · step {step}"
-
-
-def _located(
-    maps: Maps, masks: Bool[Tensor, "b h w"], targets: Targets, num_classes: int
-) -> dict[str, float]:
-    """Return how much of the heat lies on the objects, as a mean over their classes."""
-    if len(maps) == 0:
-        return {}
-    games = {
-        "pointing_game": PointingGame(num_classes, score_threshold=None, sync_on_compute=False),
-        "energy_in_mask": EnergyPointingGame(
-            num_classes, score_threshold=None, sync_on_compute=False
-        ),
-    }
-    result = {}
-    for name, game in games.items():
-        game.update(maps.cpu(), masks, targets.cpu())  # in float64, which not every device has
-        result[name] = float(game.compute()["mean"])
-    return result
+def _step_before_averaging(monitor: ExplanationMonitor, trainer: Trainer) -> None:
+    """Take the place before a callback that puts the weights back which it swapped for validation."""
+    callbacks = _callbacks(trainer)
+    own = callbacks.index(monitor)
+    for place, other in enumerate(callbacks[:own]):
+        if any(cls.__name__ == "WeightAveraging" for cls in type(other).__mro__):
+            callbacks.insert(place, callbacks.pop(own))
+            setattr(trainer, "callbacks", callbacks)  # noqa: B010  # another list: Lightning is going through the old one
+            return

@@ -1,12 +1,49 @@
-"""What an explanation of the probe has found, for those who draw it, store it and log it."""
+"""An explanation of the probe: each fact about it once, for all who draw, store and log it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeAlias
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_aop.history.store import stored
 from lightning_aop.metrics.functional import auc
+from lightning_aop.monitor.probe import Probe
 from lightning_aop.scores import Score
+
+Pair: TypeAlias = tuple[int, int]
+"""The image and the class that one map is of."""
+
+Verdict: TypeAlias = Literal["right", "wrong", "missed", "false positive", "absent"]
+"""What the model says of a pair, against its label.
+
+A single-label image is "right" or "wrong", by its likeliest class. A multilabel one has a verdict for
+each class: "right" (labelled, score above 0.5), "missed" (labelled, below), "false positive" (not
+labelled, above) or "absent" (not labelled, below).
+"""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When the probe is explained.
+
+    Attributes:
+        kind: before training, after an optimizer step, or at the end of an epoch.
+        step: optimizer steps until then.
+        logged_step: the step to log images at.
+        epoch: which one, from 0.
+        title: when, in words.
+        fitting: under `fit`; otherwise under `validate` or `test`.
+    """
+
+    kind: Literal["start", "step", "epoch"]
+    step: int
+    logged_step: int
+    epoch: int
+    title: str
+    fitting: bool
 
 
 @dataclass(frozen=True)
@@ -14,85 +51,142 @@ class Plan:
     """What is explained at one time, on the CPU.
 
     Attributes:
-        all_rows: which picture of the probe each pair has.
-        all_targets: which class.
-        finite: the pairs whose picture has finite logits; only those can be explained.
-        judged: of these, the ones that the metrics are about.
-        logits: of all pictures.
-    """
-
-    all_rows: Int[Tensor, " p"]
-    all_targets: Int[Tensor, " p"]
-    finite: Bool[Tensor, " p"]
-    judged: Bool[Tensor, " f"]
-    logits: Float[Tensor, "b k"]
-
-    @property
-    def rows(self) -> Int[Tensor, " f"]:
-        """The pictures of the pairs that can be explained."""
-        return self.all_rows[self.finite]
-
-    @property
-    def targets(self) -> Int[Tensor, " f"]:
-        """The classes of the pairs that can be explained."""
-        return self.all_targets[self.finite]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is known of P pairs of a picture and a class.
-
-    Attributes:
-        rows: which picture of the probe each pair has.
+        rows: which image of the probe each pair has.
         targets: which class.
-        maps: where the model saw it, NaN where that can't be said.
-        masks: where it is; empty where that is not known.
-        curves: deletion and insertion of each, NaN where they were not measured.
-        logits: of all pictures.
-        score: F_c.
-        values: the figures, by name.
-        controls: the figures of maps that know nothing of the model, by their name.
+        finite: the pairs whose image has finite logits; only those can be explained.
+        judged: the pairs that the metrics are about, finite or not.
+        logits: of all images.
+        score: the class score F_c.
     """
 
     rows: Int[Tensor, " p"]
     targets: Int[Tensor, " p"]
+    finite: Bool[Tensor, " p"]
+    judged: Bool[Tensor, " p"]
+    logits: Float[Tensor, "b k"]
+    score: Score
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is known of P pairs of an image and a class.
+
+    Attributes:
+        probe: the images, with what the data says of them.
+        rows: which image of the probe each pair has.
+        targets: which class.
+        maps: where the model sees it, in [0, 1]; NaN where there is no map.
+        blank: the maps that show nothing: constant once stored, or NaN.
+        masks: where the object is; empty where that is not known.
+        curves: deletion and insertion curve of each, NaN where they were not measured.
+        aucs: deletion and insertion AUC of each, NaN where they were not measured.
+        scores: the class score of each.
+        predicted: the likeliest class of each pair's image.
+        predicted_scores: the score of that class.
+        verdicts: what the model says of each against its label; None without labels.
+        drift: 1 − the rank correlation of each map with the one before; None without one.
+        logits: of all images of the probe.
+        values: the metrics, by name.
+        controls: the metrics of maps that don't depend on the model, by their name; empty where they
+            were not measured this time.
+    """
+
+    probe: Probe
+    rows: Int[Tensor, " p"]
+    targets: Int[Tensor, " p"]
     maps: Float[Tensor, "p h w"]
+    blank: Bool[Tensor, " p"]
     masks: Bool[Tensor, "p h w"]
     curves: Float[Tensor, "p 2 points"]
+    aucs: Float[Tensor, "p 2"]
+    scores: Float[Tensor, " p"]
+    predicted: Int[Tensor, " p"]
+    predicted_scores: Float[Tensor, " p"]
+    verdicts: Sequence[Verdict | None]
+    drift: Sequence[float | None]
     logits: Float[Tensor, "n k"]
-    score: Score
     values: dict[str, float]
     controls: dict[str, dict[str, float]]
 
+    @classmethod
+    def of(
+        cls,
+        probe: Probe,
+        plan: Plan,
+        maps: Float[Tensor, "p h w"],
+        curves: Float[Tensor, "p 2 points"],
+        values: dict[str, float],
+        controls: dict[str, dict[str, float]],
+    ) -> "Explanation":
+        """Find out all that follows from the maps, the logits and the labels."""
+        rows, targets, maps, curves = plan.rows, plan.targets, maps.cpu(), curves.cpu()
+        logits = plan.logits[rows]
+        predicted = logits.argmax(dim=1)
+        small = stored(maps).flatten(1)
+        faint = small.amax(dim=1) == small.amin(dim=1)
+        finite = maps.flatten(1).isfinite().all(dim=1)
+        maps = maps.masked_fill((faint & finite)[:, None, None], 0.0)  # the same for who draws it
+        return cls(
+            probe,
+            rows,
+            targets,
+            maps,
+            faint | ~finite,
+            probe.masks_of(rows, targets)[0],
+            curves,
+            auc(curves.flatten(0, 1)).view(-1, 2),
+            plan.score(logits, targets).float(),
+            predicted,
+            plan.score(logits, predicted).float(),
+            _verdicts(probe, rows, targets, logits, predicted),
+            [None] * len(rows),
+            plan.logits,
+            values | {"blank_maps": float((faint | ~finite).sum())},
+            controls,
+        )
+
     @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """The picture and the class of each map."""
+    def pairs(self) -> list[Pair]:
+        """The image and the class of each map."""
         return list(zip(self.rows.tolist(), self.targets.tolist(), strict=True))
 
-    @property
-    def scores(self) -> Float[Tensor, " p"]:
-        """F_c of each."""
-        return self.score(self.logits[self.rows], self.targets)
+    def only(self, chosen: Int[Tensor, " c"]) -> "Explanation":
+        """Return some of the pairs; the metrics stay those of all."""
+        changes: dict[str, object] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("probe", "logits", "values", "controls"):
+                continue
+            changes[field.name] = (
+                value[chosen] if isinstance(value, Tensor) else [value[i] for i in chosen.tolist()]
+            )
+        return replace(self, **changes)  # type: ignore[arg-type]
 
-    @property
-    def blank(self) -> Bool[Tensor, " p"]:
-        """The maps that show nothing."""
-        flat = self.maps.flatten(1)
-        return (flat.amax(dim=1) == flat.amin(dim=1)) | ~flat.isfinite().all(dim=1)
 
-    @property
-    def aucs(self) -> Float[Tensor, "p 2"]:
-        """Deletion and insertion AUC of each, NaN where they were not measured."""
-        return auc(self.curves.flatten(0, 1)).view(-1, 2)
+def _verdicts(
+    probe: Probe,
+    rows: Int[Tensor, " p"],
+    targets: Int[Tensor, " p"],
+    logits: Float[Tensor, "p k"],
+    predicted: Int[Tensor, " p"],
+) -> list[Verdict | None]:
+    if probe.labels is None:
+        return [None] * len(rows)
+    if not probe.multilabel:
+        right = predicted == probe.labels[rows].long()
+        return ["right" if known else "wrong" for known in right.tolist()]
+    labelled = probe.labels[rows, targets] > 0.5
+    over = logits.gather(1, targets[:, None])[:, 0].sigmoid() > 0.5
+    words: dict[tuple[bool, bool], Verdict] = {
+        (True, True): "right",
+        (True, False): "missed",
+        (False, True): "false positive",
+        (False, False): "absent",
+    }
+    return [words[pair] for pair in zip(labelled.tolist(), over.tolist(), strict=True)]
 
-    def only(self, chosen: Int[Tensor, " c"]) -> "Found":
-        """Return some of the pairs; the figures stay those of all."""
-        there = chosen.to(self.maps.device)
-        return replace(
-            self,
-            rows=self.rows[chosen],
-            targets=self.targets[chosen],
-            maps=self.maps[there],
-            masks=self.masks[chosen.to(self.masks.device)],
-            curves=self.curves[there],
-        )
+
+def mean_drift(drift: Sequence[float | None]) -> float | None:
+    """Return the mean over the maps that have an earlier one, None without any."""
+    known = [value for value in drift if value is not None]
+    return float(torch.tensor(known, dtype=torch.float64).mean()) if known else None

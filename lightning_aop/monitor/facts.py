@@ -106,7 +106,9 @@ def _wrapped(sources: Sequence[Any]) -> Iterator[Any]:
 def _attribute(source: Any, name: str) -> Any:
     """Return an attribute, or what a method of the name returns; None if there is none."""
     try:
-        value: Any = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+        value: Any = (
+            source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+        )
         return value() if name in (*_CLASSES, *_INDICES) and callable(value) else value
     except Exception:  # a property or method that can't be had now
         return None

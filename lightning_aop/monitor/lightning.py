@@ -7,8 +7,17 @@ imported would take over the messages of both, also when `logging` was told to l
 """
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lightning_aop.model.isolation import device_of, in_float32, undisturbed
+from lightning_aop.monitor.explanation import Moment
+from lightning_aop.monitor.probe import Probe, ProbeSource, collect
 
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -52,4 +61,139 @@ def misconfiguration(trainer: Trainer, message: str) -> Exception:
     return error
 
 
-__all__ = ["Callback", "LightningModule", "Trainer", "misconfiguration", "rank_zero_warn"]
+def moment_of(trainer: Trainer, kind: Literal["start", "step", "epoch"]) -> Moment:
+    """Return where the training is."""
+    step, epoch = trainer.global_step, trainer.current_epoch
+    # What Lightning's own callbacks log at: of several optimizers' steps in a batch it counts one.
+    logged: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    if kind != "start":
+        logged = max(
+            logged, 1
+        )  # a first epoch of a single batch ends at step 0, as training starts
+    fitting = trainer.state.fn == "fit"
+    title = "validation"
+    if fitting:
+        title = "before training" if step == 0 else f"epoch {epoch} · step {step}"
+    return Moment(kind, step, logged, epoch, title, fitting)
+
+
+def logs_folder(trainer: Trainer) -> Path:
+    """Return where a logger has its files, as Lightning's ModelCheckpoint finds it."""
+    directory: str | Path | None = None
+    for logger in trainer.loggers:
+        directory = getattr(logger, "log_dir", None)
+        if directory is None and logger.save_dir is not None:
+            directory = Path(logger.save_dir) / str(logger.name) / str(logger.version)
+        if directory is not None:
+            break
+    return Path(directory or trainer.default_root_dir)
+
+
+def wants_files(trainer: Trainer) -> bool:
+    """Tell whether the trainer lets a run leave files."""
+    return not (getattr(trainer, "fast_dev_run", False) or getattr(trainer, "barebones", False))
+
+
+def unsupported(trainer: Trainer) -> str | None:
+    """Return why the monitor can't work with this trainer, or None."""
+    name = type(trainer.strategy).__name__
+    if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"):
+        return (
+            f"{name} shards the weights over the processes, and a map needs all of them in each: use "
+            "DDP, or leave the monitor out and explain a checkpoint by trainer.validate() on one device"
+        )
+    return None
+
+
+@contextmanager
+def precision_of(trainer: Trainer, module: LightningModule, full: bool) -> Iterator[None]:
+    """Compute in the trainer's precision, or in float32 if `full`."""
+    kind = device_of(module).type
+    if full:
+        with in_float32(module), torch.autocast(kind, enabled=False):
+            yield
+        return
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    dtype = mixed.get(str(trainer.precision))  # other precisions are the weights' own
+    with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        yield
+
+
+def loaders_of(trainer: Trainer) -> Any:
+    """Return the loaders that the probe is taken from: those of validation, else of training."""
+    # Not `or`: the truth of a DataLoader is its length, which an iterable dataset has not.
+    validation = trainer.val_dataloaders
+    return trainer.train_dataloader if validation is None else validation
+
+
+def drawn_probe(
+    source: ProbeSource, trainer: Trainer, module: LightningModule, warn: Callable[[str], None]
+) -> Probe:
+    """Take the probe from its source, the way a validation batch would come to the model."""
+    stage = trainer.state.stage
+    try:
+        # Hooks such as on_after_batch_transfer must not augment it as if it were for training.
+        trainer.validating = True
+        with undisturbed(module), torch.no_grad():
+            found = collect(source, loaders_of(trainer))
+            batch = trainer.precision_plugin.convert_input(found.batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    finally:
+        trainer.state.stage = stage
+    probe, count = Probe.from_batch(batch, found.limit), found.limit
+    if found.read_masks is not None and probe.masks is None:
+        try:
+            probe = probe.with_masks(found.read_masks)
+        except Exception as error:
+            warn(
+                "no outlines and no pointing game, for the masks of the probe could not be read. "
+                f"{type(error).__name__}: {error}"
+            )
+    if count is not None and len(probe.images) < count:
+        warn(
+            f"probe={count} samples asked for, but the data has {len(probe.images)}: all of them are "
+            "explained; lower probe to silence this"
+        )
+    return probe
+
+
+def log_scalars(
+    trainer: Trainer,
+    module: LightningModule,
+    scalars: dict[str, float],
+    moment: Moment,
+    warn: Callable[[str], None],
+) -> None:
+    """Log values so that loggers, checkpoints and other callbacks get them."""
+    together = trainer.world_size > 1
+    if moment.kind == "epoch":
+        module.log_dict(scalars, on_step=False, on_epoch=True, batch_size=1, sync_dist=together)
+        return
+    # Lightning would drop what is logged at a step off its log_every_n_steps, and refuses to log before
+    # training: the loggers get it directly, ModelCheckpoint by log_dict.
+    if moment.kind == "step":
+        module.log_dict(scalars, on_step=True, on_epoch=False, logger=False, sync_dist=together)
+    for logger in trainer.loggers:
+        try:
+            logger.log_metrics(scalars, step=moment.logged_step)
+        except Exception as error:
+            name = type(logger).__name__
+            warn(f"could not log metrics to {name}. {type(error).__name__}: {error}")
+
+
+__all__ = [
+    "Callback",
+    "LightningModule",
+    "Trainer",
+    "drawn_probe",
+    "loaders_of",
+    "log_scalars",
+    "logs_folder",
+    "misconfiguration",
+    "moment_of",
+    "precision_of",
+    "rank_zero_warn",
+    "unsupported",
+    "wants_files",
+]

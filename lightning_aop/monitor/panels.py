@@ -10,8 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lightning_aop.monitor.explanation import Found
-from lightning_aop.monitor.probe import Probe
+from lightning_aop.monitor.explanation import Explanation
 from lightning_aop.view.grid import Panel, heatmap_grid
 
 Picture: TypeAlias = UInt8[Tensor, "3 height width"]
@@ -22,8 +21,7 @@ _CHANGES = 16
 
 
 def draw_probe(
-    probe: Probe,
-    found: Found,
+    explanation: Explanation,
     names: Sequence[str] | None,
     *,
     title: str,
@@ -31,7 +29,7 @@ def draw_probe(
     std: Sequence[float] | None = None,
     panels: Sequence[Panel] = ("overlay",),
 ) -> Iterator[Picture]:
-    """Draw each explanation with its class, score and over-all AUC, and its mask's outline if known.
+    """Draw each explanation with its class, score and overall AUC, and its mask's outline if known.
 
     Under a single-label picture stands also what the model would have said where it is wrong. The
     explanations of one multilabel picture stand together: found classes, missed ones (a score of at
@@ -40,20 +38,21 @@ def draw_probe(
     Yields:
         As many pictures as are needed: one shows at most 32 explanations, but all of one probe picture.
     """
-    order = found.rows.argsort(stable=True) if probe.multilabel else torch.arange(len(found.rows))
-    pages = _pages(found.rows[order].tolist(), together=probe.multilabel)
+    probe, rows = explanation.probe, explanation.rows
+    order = rows.argsort(stable=True) if probe.multilabel else torch.arange(len(rows))
+    pages = _pages(rows[order].tolist(), together=probe.multilabel)
     for number, page in enumerate(pages):
-        part = found.only(order[page])
+        part = explanation.only(order[page])
         layout: dict[str, Any] = {"mean": mean, "std": std, "panels": panels}
         layout["title"] = title if len(pages) == 1 else f"{title} · {number + 1} of {len(pages)}"
         if probe.multilabel:
             layout["groups"] = part.rows.tolist()
-            layout["headings"] = _headings(probe, part, names)
+            layout["headings"] = _headings(part, names)
         if probe.masks is not None:
             layout["outlines"] = part.masks
         if "curves" in panels:
             layout["curves"] = part.curves.cpu()
-        captions = (_multilabel_captions if probe.multilabel else _captions)(probe, part, names)
+        captions = (_multilabel_captions if probe.multilabel else _captions)(part, names)
         images = probe.images[part.rows].to(part.maps.device)
         yield heatmap_grid(images, part.maps, captions, **layout)
 
@@ -71,10 +70,8 @@ def _pages(rows: list[int], together: bool) -> list[slice]:
 
 
 def draw_change(
-    probe: Probe,
-    found: Found,
+    explanation: Explanation,
     before: Sequence[tuple[str, dict[tuple[int, int], UInt8[Tensor, "i j"]]]],
-    drift: Sequence[float | None],
     names: Sequence[str] | None,
     *,
     title: str,
@@ -84,10 +81,8 @@ def draw_change(
     """Draw the first map, the previous one and that of now side by side, of up to 16 explanations.
 
     Args:
-        probe: what is explained.
-        found: what was found now.
+        explanation: what was found now.
         before: titles and maps of the first time and, if it is another, of the previous one.
-        drift: 1 − the rank correlation of each map with the previous one.
         names: by class index.
         title: when.
         mean: see `heatmap_grid`.
@@ -96,30 +91,32 @@ def draw_change(
     Returns:
         The picture, or None where nothing was explained before.
     """
-    pairs = [n for n, pair in enumerate(found.pairs) if any(pair in maps for _, maps in before)]
+    pairs = [
+        n for n, pair in enumerate(explanation.pairs) if any(pair in maps for _, maps in before)
+    ]
     pairs = pairs[:_CHANGES]
     if not pairs:
         return None
-    height, width = found.maps.shape[1:]
+    height, width = explanation.maps.shape[1:]
     rows, groups, maps, captions, headings = [], [], [], [], []
     names_of_times = ["first", "previous"] if len(before) == 2 else ["previous"]
     for group, n in enumerate(pairs):
-        pair = found.pairs[n]
-        headings.append(f"{_name(names, pair[1])}\n{float(found.scores[n]):.2f}")
+        pair = explanation.pairs[n]
+        headings.append(f"{_name(names, pair[1])}\n{float(explanation.scores[n]):.2f}")
         times = [
-            (f"{word}\n{when}", earlier[pair].to(found.maps) / 255)
+            (f"{word}\n{when}", earlier[pair].to(explanation.maps) / 255)
             for word, (when, earlier) in zip(names_of_times, before, strict=True)
             if pair in earlier
         ]
-        moved = drift[n]
-        times.append(("now" if moved is None else f"now\ndrift {moved:.2f}", found.maps[n]))
+        moved = explanation.drift[n]
+        times.append(("now" if moved is None else f"now\ndrift {moved:.2f}", explanation.maps[n]))
         for caption, each in times:
-            rows.append(int(found.rows[n]))
+            rows.append(int(explanation.rows[n]))
             groups.append(group)
             captions.append(caption)
             maps.append(_enlarged(each, height, width))
     return heatmap_grid(
-        probe.images[rows].to(found.maps.device),
+        explanation.probe.images[rows].to(explanation.maps.device),
         torch.stack(maps),
         captions,
         title=f"{title} · change of the maps",
@@ -136,51 +133,59 @@ def _enlarged(map_: Float[Tensor, "i j"], height: int, width: int) -> Float[Tens
     return interpolate(map_[None, None], (height, width), mode="bilinear")[0, 0]
 
 
-def _captions(probe: Probe, found: Found, names: Sequence[str] | None) -> list[str]:
-    """Return the class, its score and AUC for each pair; for a wrong prediction that one as well."""
-    logits = found.logits[found.rows]
-    predicted = logits.argmax(dim=1)
-    columns = (found.targets, found.scores, predicted, found.score(logits, predicted))
+def _captions(explanation: Explanation, names: Sequence[str] | None) -> list[str]:
+    """Return the class, its score and AUC of each pair; for a wrong prediction that one as well."""
+    columns = (
+        explanation.targets.tolist(),
+        explanation.scores.tolist(),
+        explanation.predicted.tolist(),
+        explanation.predicted_scores.tolist(),
+        _areas(explanation),
+    )
     captions = []
-    for (target, value, other, higher), area in zip(
-        zip(*(c.tolist() for c in columns), strict=True), _areas(found), strict=True
-    ):
+    for target, value, other, higher, area in zip(*columns, strict=True):
         wrong = [] if other == target else [f"predicted {_name(names, other)} {higher:.2f}"]
         captions.append(f"{_name(names, target)} {value:.2f}\n{' · '.join(wrong + area)}")
     return captions
 
 
-def _areas(found: Found) -> list[list[str]]:
-    """Return the over-all AUC of each pair in words, nothing where it was not measured."""
-    deletion, insertion = found.aucs.cpu().unbind(dim=1)
+def _areas(explanation: Explanation) -> list[list[str]]:
+    """Return the overall AUC of each pair in words, nothing where it was not measured."""
+    deletion, insertion = explanation.aucs.cpu().unbind(dim=1)
     overall = (insertion - deletion).tolist()
     # Adding 0 leaves no minus at what is rounded to it.
     return [[] if math.isnan(v) else [f"AUC {round(v, 2) + 0.0:.2f}"] for v in overall]
 
 
-def _multilabel_captions(probe: Probe, found: Found, names: Sequence[str] | None) -> list[str]:
-    assert probe.labels is not None
-    positive = (probe.labels[found.rows, found.targets] > 0.5).tolist()
-    columns = (found.targets.tolist(), found.scores.tolist(), positive, _areas(found))
-    captions = []
-    for target, value, labelled, area in zip(*columns, strict=True):
-        if labelled:
-            verdict = [] if value > 0.5 else ["missed"]
-        else:
-            verdict = ["false positive" if value > 0.5 else "not in the picture"]
-        captions.append(f"{_name(names, target)} {value:.2f}\n{' · '.join(verdict + area)}")
-    return captions
+def _multilabel_captions(explanation: Explanation, names: Sequence[str] | None) -> list[str]:
+    columns = (
+        explanation.targets.tolist(),
+        explanation.scores.tolist(),
+        explanation.verdicts,
+        _areas(explanation),
+    )
+    words: dict[str | None, list[str]] = {
+        "right": [],
+        "missed": ["missed"],
+        "false positive": ["false positive"],
+        "absent": ["not in the image"],
+    }
+    return [
+        f"{_name(names, target)} {value:.2f}\n{' · '.join(words[verdict] + area)}"
+        for target, value, verdict, area in zip(*columns, strict=True)
+    ]
 
 
-def _headings(probe: Probe, found: Found, names: Sequence[str] | None) -> list[str]:
+def _headings(explanation: Explanation, names: Sequence[str] | None) -> list[str]:
     """Return for each picture which classes were found, missed or made up, beside those drawn."""
-    assert probe.labels is not None
-    scores = found.logits.sigmoid().cpu()
-    positive, over = probe.labels > 0.5, scores > 0.5
+    labels = explanation.probe.labels
+    assert labels is not None
+    scores = explanation.logits.sigmoid().cpu()
+    positive, over = labels > 0.5, scores > 0.5
     drawn = torch.zeros_like(positive)
-    drawn[found.rows, found.targets] = True
+    drawn[explanation.rows, explanation.targets] = True
     headings = []
-    for row in found.rows.unique_consecutive().tolist():
+    for row in explanation.rows.unique_consecutive().tolist():
         parts = []
         for word, kind in (
             ("also", positive & over),

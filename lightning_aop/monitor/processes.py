@@ -20,7 +20,7 @@ class ProcessError(RuntimeError):
     """What went wrong on another process."""
 
 
-class Team:
+class Processes:
     """All processes of the run, or this one alone."""
 
     def __init__(self) -> None:
@@ -29,8 +29,8 @@ class Team:
         self.rank = dist.get_rank() if joined else 0
 
     @classmethod
-    def alone(cls) -> "Team":
-        """Return a team of this process only."""
+    def alone(cls) -> "Processes":
+        """Return this process alone."""
         team = cls()
         team.size, team.rank = 1, 0
         return team

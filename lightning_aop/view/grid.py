@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lightning_aop.types import Images, Maps
-from lightning_aop.view.overlay import (
+from lightning_aop.view.heat import (
     LINE,
     RGB,
     Picture,

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from lightning_aop.files import write_whole
-from lightning_aop.view.overlay import Picture
+from lightning_aop.view.heat import Picture
 
 __all__ = ["write_png"]
 

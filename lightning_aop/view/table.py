@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_aop.types import Images
 from lightning_aop.view.grid import colour_bar, panels_of
-from lightning_aop.view.overlay import Picture, displayable
+from lightning_aop.view.heat import Picture, displayable
 from lightning_aop.view.text import BEST, INK, MUTED, PAPER, badge, font_of, lines_of, shortened
 
 

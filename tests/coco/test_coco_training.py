@@ -28,6 +28,7 @@ from lightning_aop.coco.classifier import Report
 from lightning_aop.coco.features import cached_features
 from lightning_aop.data.networks import load_backbone
 from lightning_aop.data.shapes import CLASSES, write_shapes
+from lightning_aop.monitor.probe import Probe
 
 pytest.importorskip("pycocotools")
 
@@ -462,8 +463,7 @@ def test_the_monitor_explains_pictures_where_features_are_trained_on(
     run = trainer(tmp_path, monitor, max_epochs=1)
     run.fit(model(resnet), datamodule=data(root, tmp_path, features="cached"))
     assert {"explain/pointing_game", "explain/energy_in_mask"} <= set(run.callback_metrics)
-    assert monitor._kept is not None
-    assert monitor._kept.images.shape == (3, 3, 48, 48)
+    assert Probe.from_state(monitor.state_dict()).images.shape == (3, 3, 48, 48)
 
 
 KILLED = """

@@ -445,11 +445,11 @@ def test_it_runs_from_python(config: Path, photos: Path, whole: Path, tmp_path: 
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     recipe = {"class_path": "conftest.SmallNet"}
     networks = {
-        "small": benchmark.Network(recipe, str(config.parent / "net.pth"), layer="features")
+        "small": experiments.Network(recipe, str(config.parent / "net.pth"), layer="features")
     }
     data = experiments.Pictures(str(photos), size=SIZE)
     rules = experiments.Rules(steps=9, group_size=2)
-    benchmark.run(trainer, networks, {"mine": GradCAM()}, data, rules, tmp_path)
+    experiments.run(trainer, networks, {"mine": GradCAM()}, data, rules, tmp_path)
     wanted = [r for r in entries(whole) if (r["network"], r["method"]) == ("small", "GradCAM")]
     same = {"seconds": 0, "curve_seconds": 0, "method": "", "method_digest": ""}
     found = entries(tmp_path)

@@ -235,7 +235,7 @@ def test_ten_thousand_images_take_seconds_and_little_memory(
     fast_synthetic(pa, tmp_path, 10_000, networks, methods, group_size=32)
     script = (
         "import resource, sys, time\n"
-        "from lightning_aop.cli import main\n"
+        "from lightning_aop.cli.main import main\n"
         "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()\n"
         "assert main(['table', sys.argv[1]]) == 0\n"
         "seconds = time.perf_counter() - start\n"

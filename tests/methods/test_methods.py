@@ -95,7 +95,7 @@ NESTED: dict[str, Any] = {
     "lightning_aop.HiResCAM": HiResCAM(),
     "{class_path: lightning_aop.CaptumAttribution, init_args: {method: IntegratedGradients, "
     "arguments: {n_steps: 4}}}": integrated_gradients(4),
-    "{class_path: lightning_aop.attribution.smoothgrad, init_args: {samples: 3}}": smoothgrad(3),
+    "{class_path: lightning_aop.methods.smoothgrad, init_args: {samples: 3}}": smoothgrad(3),
     "{class_path: lightning_aop.CaptumAttribution, init_args: {method: Saliency, arguments: "
     "{abs: false}, noise_tunnel: {nt_type: smoothgrad, nt_samples: 3, stdevs: 0.15}}}": smoothgrad(
         3

@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from lightning_aop.history.store import History
 from lightning_aop.methods.controls import RandomMap
 from lightning_aop.metrics import DeletionAUC, Faithfulness, OverallAUC
 from lightning_aop.monitor import panels, progress
+from lightning_aop.monitor.explanation import Explanation, Moment
 from lightning_aop.monitor.probe import Probe
 from lightning_aop.scores import sigmoid
 from lightning_aop.view.grid import heatmap_grid
@@ -108,32 +109,39 @@ class Watch(ExplanationMonitor):
     """The monitor, remembering when it explained and what."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs, sinks=[self])
         self.steps: list[int] = []
-        self.captions: list[list[str]] = []
-        self.layouts: list[dict[str, Any]] = []
 
-    def _explain(self, trainer: Any, *rest: Any) -> Any:
-        self.steps.append(trainer.global_step)
-        return super()._explain(trainer, *rest)
+    def write(self, explanation: Explanation, moment: Moment) -> None:
+        self.steps.append(moment.step)
 
-    def _log_pictures(self, *arguments: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(panels, "heatmap_grid", self._grid)
-            super()._log_pictures(*arguments)
 
-    def _grid(self, images: Any, maps: Any, captions: Any, **layout: Any) -> Any:
-        if "panels" in layout:  # not the picture of the change
-            self.captions.append(list(captions))
-            self.layouts.append(layout)
+Grids: TypeAlias = list[dict[str, Any]]
+
+
+@pytest.fixture
+def grids(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the grids were asked to show, but for those of the change."""
+    calls: list[dict[str, Any]] = []
+
+    def grid(images: Any, maps: Any, captions: Any, **layout: Any) -> Any:
+        if "panels" in layout:
+            calls.append({"captions": list(captions), **layout})
         return heatmap_grid(images, maps, captions, **layout)
+
+    monkeypatch.setattr(panels, "heatmap_grid", grid)
+    return calls
+
+
+def probe_of(monitor: ExplanationMonitor) -> Probe:
+    return Probe.from_state(monitor.state_dict())
 
 
 # --------------------------------------------------------------------------------------------------
 # when and what
 
 
-def test_one_line_is_enough(tmp_path: Path) -> None:
+def test_one_line_is_enough(grids: Grids, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, monitor="explain/overall_auc", mode="max")
     monitor = Watch()
     logger = TensorBoardLogger(tmp_path / "tb")
@@ -151,7 +159,7 @@ def test_one_line_is_enough(tmp_path: Path) -> None:
     assert [image.step for image in events.Images("explain/heatmaps")] == [0, 2, 5]
     assert [value.step for value in events.Scalars("explain/overall_auc")] == [0, 2, 5]
     assert pictures_in(tmp_path / "csv") == [f"step-{step:08d}.png" for step in (0, 2, 5)]
-    assert monitor.captions[0][0].startswith(Pictures.classes[int(Pictures().labels[0])])
+    assert grids[0]["captions"][0].startswith(Pictures.classes[int(Pictures().labels[0])])
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
@@ -262,7 +270,7 @@ def test_a_failing_control_costs_nothing_else(
 
     monkeypatch.setattr(RandomMap, "explain", broken)
     monitor = Watch(GradCAM("net.features"), probe=2)
-    with pytest.warns(UserWarning, match="no figures of the controls. RuntimeError: no noise"):
+    with pytest.warns(UserWarning, match="no metrics of the controls. RuntimeError: no noise"):
         (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
     assert "explain/overall_auc" in result
     assert "explain/overall_auc_centre_gaussian" not in result
@@ -312,11 +320,11 @@ def test_unknown_panels(tmp_path: Path) -> None:
         trainer(tmp_path, Watch(panels=["heat"])).validate(Classifier(), loaders()[1])
 
 
-def test_validate_explains_and_reports(tmp_path: Path) -> None:
+def test_validate_explains_and_reports(grids: Grids, tmp_path: Path) -> None:
     monitor = Watch(GradCAM("net.features"), probe=3)
     (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
     assert "explain/overall_auc" in result
-    assert len(monitor.captions[0]) == 3
+    assert len(grids[0]["captions"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -348,14 +356,14 @@ def test_without_a_validation_loop_the_training_samples_are_explained(tmp_path: 
     assert checkpoint.best_model_score is not None
 
 
-def test_multilabel_labels_give_one_explanation_a_class(tmp_path: Path) -> None:
+def test_multilabel_labels_give_one_explanation_a_class(grids: Grids, tmp_path: Path) -> None:
     labels = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]] * 8).float()
     data = DataLoader(Pictures(24, labels), batch_size=8)
     monitor = Watch(probe=3, max_classes_per_image=4)
     trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(multilabel=True), data, data)
-    labelled = [c.split()[0] for c in monitor.captions[0] if "false positive" not in c]
+    labelled = [c.split()[0] for c in grids[0]["captions"] if "false positive" not in c]
     assert labelled == ["ant", "cat", "ant", "bee", "cat", "dog"]
-    assert all("predicted" not in caption for caption in monitor.captions[0])
+    assert all("predicted" not in caption for caption in grids[0]["captions"])
 
 
 class Masked(Pictures):
@@ -373,12 +381,12 @@ def masked(count: int = 24) -> DataLoader[Any]:
     return DataLoader(Masked(24, labels), batch_size=8)
 
 
-def test_masks_are_outlined_and_judge_the_maps(tmp_path: Path) -> None:
+def test_masks_are_outlined_and_judge_the_maps(grids: Grids, tmp_path: Path) -> None:
     monitor = Watch(GradCAM("net.features"), probe=3)
     model = Classifier(multilabel=True)
     run = trainer(tmp_path, monitor, max_epochs=1)
     run.fit(model, masked(), masked())
-    probe = monitor._kept
+    probe = probe_of(monitor)
     assert probe is not None
     assert probe.mask_pairs is not None
     assert probe.mask_pairs.tolist() == [[0, 0], [0, 2], [2, 1], [2, 4]]
@@ -395,13 +403,13 @@ def test_masks_are_outlined_and_judge_the_maps(tmp_path: Path) -> None:
     # Every class is there once, so the mean over classes is that over pairs.
     assert float(run.callback_metrics["explain/pointing_game"]) == pytest.approx(np.mean(hits))
     assert float(run.callback_metrics["explain/energy_in_mask"]) == pytest.approx(np.mean(shares))
-    layout = monitor.layouts[-1]
-    known = [i for i, c in enumerate(monitor.captions[-1]) if "false positive" not in c]
+    layout = grids[-1]
+    known = [i for i, c in enumerate(grids[-1]["captions"]) if "false positive" not in c]
     assert torch.equal(layout["outlines"][known], masks)
     assert sorted(set(layout["groups"])) == sorted({0, 2} | set(layout["groups"]))
 
 
-def test_false_positives_are_drawn_and_not_judged(tmp_path: Path) -> None:
+def test_false_positives_are_drawn_and_not_judged(grids: Grids, tmp_path: Path) -> None:
     class Sure(Classifier):
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images) * 0.01 + torch.tensor([3.0, -3.0, -3.0, 2.0, 4.0])
@@ -414,21 +422,21 @@ def test_false_positives_are_drawn_and_not_judged(tmp_path: Path) -> None:
         run.validate(Sure(multilabel=True), masked(), verbose=False)
         values.append({k: float(v) for k, v in run.callback_metrics.items() if "auc" in k})
         if targets == "label":
-            found, missed, wrong = monitor.captions[0]
+            found, missed, wrong = grids[0]["captions"]
             assert found.startswith("ant 0.9")
             assert "missed" not in found
             assert missed.startswith("cat 0.0")
             assert missed.split(" · ")[0].endswith("\nmissed")
             assert wrong.startswith("emu 0.9")
             assert wrong.endswith("\nfalse positive")
-            assert monitor.layouts[0]["groups"] == [0, 0, 0]
-            (heading,) = monitor.layouts[0]["headings"]
+            assert grids[0]["groups"] == [0, 0, 0]
+            (heading,) = grids[0]["headings"]
             assert heading.startswith("false: dog 0.8")
-            assert not monitor.layouts[0]["outlines"][2].any()
+            assert not grids[0]["outlines"][2].any()
     assert values[0] == pytest.approx(values[1], abs=1e-6)
 
 
-def test_masks_may_come_with_the_batch(tmp_path: Path) -> None:
+def test_masks_may_come_with_the_batch(grids: Grids, tmp_path: Path) -> None:
     images, labels = torch.rand(2, 3, 32, 32), torch.tensor([1, 3])
     masks = torch.zeros(2, 32, 32).bool()
     masks[:, 8:20, 8:20] = True
@@ -436,7 +444,7 @@ def test_masks_may_come_with_the_batch(tmp_path: Path) -> None:
         monitor = Watch(GradCAM("net.features"), probe=probe, metrics=False)
         (result,) = trainer(tmp_path, monitor).validate(Classifier(), loaders()[1], verbose=False)
         assert "explain/pointing_game" in result
-        assert torch.equal(monitor.layouts[0]["outlines"], masks)
+        assert torch.equal(grids[0]["outlines"], masks)
 
 
 def test_masks_behind_a_subset_are_those_of_its_samples(tmp_path: Path) -> None:
@@ -445,13 +453,12 @@ def test_masks_behind_a_subset_are_those_of_its_samples(tmp_path: Path) -> None:
     trainer(tmp_path, monitor).validate(
         Classifier(multilabel=True), DataLoader(data, batch_size=3), verbose=False
     )
-    assert monitor._kept is not None
-    assert monitor._kept.masks is not None
+    assert probe_of(monitor).masks is not None
     expected = torch.cat([masked().dataset.input_masks(i, [1, 4]) for i in (5, 2)])  # type: ignore[attr-defined]
-    assert torch.equal(monitor._kept.masks, expected)
+    assert torch.equal(probe_of(monitor).masks, expected)
 
 
-def test_masks_that_cannot_be_read_cost_only_the_outlines(tmp_path: Path) -> None:
+def test_masks_that_cannot_be_read_cost_only_the_outlines(grids: Grids, tmp_path: Path) -> None:
     class Broken(Masked):
         def input_masks(self, index: int, classes: Any) -> Tensor:
             return super().input_masks(index, classes)[:, :9]
@@ -460,8 +467,8 @@ def test_masks_that_cannot_be_read_cost_only_the_outlines(tmp_path: Path) -> Non
     monitor = Watch(GradCAM("net.features"), probe=2, metrics=False)
     with pytest.warns(UserWarning, match="no outlines and no pointing game.*size of the images"):
         trainer(tmp_path, monitor).validate(Classifier(multilabel=True), data, verbose=False)
-    assert monitor.captions
-    assert "outlines" not in monitor.layouts[0]
+    assert grids
+    assert "outlines" not in grids[0]
 
 
 def test_a_resumed_run_keeps_its_masks(tmp_path: Path) -> None:
@@ -471,32 +478,29 @@ def test_a_resumed_run_keeps_its_masks(tmp_path: Path) -> None:
     torch.save(monitor.state_dict(), path)
     again = ExplanationMonitor(GradCAM())
     again.load_state_dict(torch.load(path, weights_only=True))
-    assert again._kept is not None
-    assert monitor._kept is not None
     assert_same(monitor.state_dict(), again.state_dict())
 
 
-def test_the_normalisation_is_that_of_the_dataset(tmp_path: Path) -> None:
+def test_the_normalisation_is_that_of_the_dataset(grids: Grids, tmp_path: Path) -> None:
     class Normalised(Pictures):
         transform = v2.Compose([v2.ToImage(), v2.Normalize([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])])
 
     data = DataLoader(Normalised(8), batch_size=8)
     monitor = Watch(GradCAM("net.features"), probe=2, metrics=False)
     trainer(tmp_path, monitor).validate(Classifier(), data, verbose=False)
-    assert list(monitor.layouts[0]["mean"]) == pytest.approx([0.1, 0.2, 0.3])
-    assert list(monitor.layouts[0]["std"]) == pytest.approx([0.4, 0.5, 0.6])
+    assert list(grids[0]["mean"]) == pytest.approx([0.1, 0.2, 0.3])
+    assert list(grids[0]["std"]) == pytest.approx([0.4, 0.5, 0.6])
 
 
 @pytest.mark.parametrize("targets", ["predicted", [4, 1]])
-def test_targets(targets: Any, tmp_path: Path) -> None:
+def test_targets(grids: Grids, targets: Any, tmp_path: Path) -> None:
     monitor = Watch(WGradCAM(), probe=2, targets=targets, class_names=list("VWXYZ"), metrics=False)
     model = Classifier()
     trainer(tmp_path, monitor, max_epochs=1).fit(model, *loaders())
-    names = [caption.split()[0] for caption in monitor.captions[-1]]
+    names = [caption.split()[0] for caption in grids[-1]["captions"]]
     if targets == "predicted":
-        assert monitor._kept is not None
         with torch.no_grad():
-            best = model.eval()(monitor._kept.images).argmax(dim=1).tolist()
+            best = model.eval()(probe_of(monitor).images).argmax(dim=1).tolist()
         assert names == ["VWXYZ"[c] for c in best]
     else:
         assert names == ["Z", "W", "Z", "W"]
@@ -522,10 +526,9 @@ def test_where_the_probe_comes_from(kind: str, tmp_path: Path) -> None:
         val = DataLoader(Stream(), batch_size=2)
     monitor = Watch(WGradCAM(), probe=probe, metrics=False)
     trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(), train, val)
-    assert monitor._kept is not None
-    assert torch.equal(monitor._kept.images, images)
-    assert monitor._kept.labels is not None
-    assert torch.equal(monitor._kept.labels, labels)
+    assert torch.equal(probe_of(monitor).images, images)
+    assert probe_of(monitor).labels is not None
+    assert torch.equal(probe_of(monitor).labels, labels)
 
 
 def test_the_probe_comes_through_the_batch_hooks_of_validation(tmp_path: Path) -> None:
@@ -538,8 +541,7 @@ def test_the_probe_comes_through_the_batch_hooks_of_validation(tmp_path: Path) -
     images, labels = torch.rand(2, 3, 32, 32), torch.tensor([1, 2])
     monitor = Watch(WGradCAM(), probe=(images, labels), metrics=False)
     trainer(tmp_path, monitor, max_epochs=1).fit(OnDevice(), *loaders())
-    assert monitor._kept is not None
-    assert torch.equal(monitor._kept.images, images * 2)
+    assert torch.equal(probe_of(monitor).images, images * 2)
 
 
 def test_metrics_can_be_chosen(tmp_path: Path) -> None:
@@ -562,9 +564,7 @@ def test_the_probe_survives_a_resume(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="data that the probe was taken from has changed"):
         run.fit(Classifier(), loaders()[0], other, ckpt_path=tmp_path / "last.ckpt")
     assert again.steps == [9]
-    assert first._kept is not None
-    assert again._kept is not None
-    assert torch.equal(first._kept.images, again._kept.images)
+    assert torch.equal(probe_of(first).images, probe_of(again).images)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
     assert state["Watch"]["images"].shape == (3, 3, 32, 32)
 
@@ -578,9 +578,7 @@ def test_the_same_data_resumes_without_a_word(tmp_path: Path) -> None:
     run = trainer(tmp_path, again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=3)
     run.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "last.ckpt")
     assert again.steps == [9]
-    assert first._kept is not None
-    assert again._kept is not None
-    assert torch.equal(first._kept.images, again._kept.images)
+    assert torch.equal(probe_of(first).images, probe_of(again).images)
 
 
 def test_pictures_of_8_bits_take_a_byte_a_value_in_a_checkpoint() -> None:
@@ -667,11 +665,11 @@ def test_an_interrupt_is_not_swallowed(tmp_path: Path) -> None:
     assert all(not m._forward_hooks for m in model.modules())
 
 
-def test_a_probe_larger_than_the_data_takes_what_there_is(tmp_path: Path) -> None:
+def test_a_probe_larger_than_the_data_takes_what_there_is(grids: Grids, tmp_path: Path) -> None:
     monitor = Watch(WGradCAM(), probe=64, metrics=False)
     with pytest.warns(UserWarning, match="probe=64 samples asked for, but the data has 10"):
         trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(), *loaders(10))
-    assert len(monitor.captions[0]) == 10
+    assert len(grids[0]["captions"]) == 10
 
 
 class Nowhere(Logger):
@@ -797,11 +795,10 @@ def test_lightning_pytorch_is_served_as_well(tmp_path: Path, unchecked: None) ->
     assert len(events.Images("explain/heatmaps")) == 2
 
 
-def test_score_can_be_chosen(tmp_path: Path) -> None:
+def test_score_can_be_chosen(grids: Grids, tmp_path: Path) -> None:
     monitor = Watch(score=sigmoid, probe=2)
     trainer(tmp_path, monitor, max_epochs=1).fit(model := Classifier(), *loaders())
-    assert monitor._kept is not None
-    assert monitor._kept.labels is not None
+    assert probe_of(monitor).labels is not None
     with torch.no_grad():
-        value = model.eval()(monitor._kept.images)[0, monitor._kept.labels[0]].sigmoid()
-    assert monitor.captions[-1][0].split("\n")[0].endswith(f"{float(value):.2f}")
+        value = model.eval()(probe_of(monitor).images)[0, probe_of(monitor).labels[0]].sigmoid()
+    assert grids[-1]["captions"][0].split("\n")[0].endswith(f"{float(value):.2f}")

@@ -14,9 +14,10 @@ from test_monitor import Classifier, Pictures, Watch, loaders, pictures_in, trai
 from torch import Tensor, nn
 
 from lightning_aop import AOP, IGOS, ExplanationMonitor, GradCAM, WGradCAM, fast_sigcam
-from lightning_aop.model.chunks import largest_chunk, with_chunk
 from lightning_aop.model.isolation import in_float32
+from lightning_aop.model.passes import Passes, pass_size
 from lightning_aop.monitor.budget import Budget
+from lightning_aop.monitor.explanation import Explanation, Moment
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
@@ -31,44 +32,103 @@ class Found(Watch):
         super().__init__(*args, **kwargs)
         self.found: list[Any] = []
 
-    def _explain(self, *arguments: Any) -> Any:
-        self.found.append(super()._explain(*arguments))
-        return self.found[-1]
+    def write(self, explanation: Explanation, moment: Moment) -> None:
+        super().write(explanation, moment)
+        self.found.append(explanation)
 
 
 # --------------------------------------------------------------------------------------------------
 # memory
 
 
-@dataclass(frozen=True)
+@dataclass
 class Greedy:
-    """GradCAM that has memory for so many images in a pass."""
+    """GradCAM that has memory for so many images, however many it is given."""
 
     room: int
-    eval_batch_size: int = 32
-    tried: list[int] = field(default_factory=list, compare=False)
     error: type[BaseException] = torch.OutOfMemoryError
+    tried: list[int] = field(default_factory=list)
 
     def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        self.tried.append(self.eval_batch_size)
-        if self.eval_batch_size > self.room:
+        self.tried.append(len(images))
+        if len(images) > self.room:
             raise self.error("out of memory")
-        return GradCAM("net.features", self.eval_batch_size).explain(model, images, targets)
+        return GradCAM("net.features").explain(model, images, targets)
+
+
+class GreedyMetric(Metric):
+    """Has memory for so many images, too."""
+
+    full_state_update = False
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor) -> None:
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("out of memory")
+        self.total += maps.sum().cpu()
+
+    def compute(self) -> Tensor:
+        return self.total
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
-def test_too_little_memory_halves_the_passes(error: Any, tmp_path: Path) -> None:
-    method, plain = Greedy(5, error=error), Found(GradCAM("net.features"), metrics=False)
+def test_a_method_that_runs_out_of_memory_gets_half_as_many_images(
+    error: Any, tmp_path: Path
+) -> None:
+    method, plain = Greedy(3, error), Found(GradCAM("net.features"), metrics=False)
     monitor = Found(method, metrics=False)
     model = Classifier()
-    with pytest.warns(UserWarning, match="fewer images in a pass, 16 at first") as caught:
+    with pytest.warns(UserWarning, match="fewer images in a pass, 2 at first") as caught:
         trainer(tmp_path, monitor, max_epochs=1).fit(model, *loaders())
     assert sum("out of memory" in str(w.message) for w in caught) == 1
-    assert method.tried == [32, 16, 8, 4, 4]  # the second explanation knows
+    assert method.tried == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]  # the second explanation knows
     torch.manual_seed(0)
     again = trainer(tmp_path, plain, max_epochs=1)
     again.validate(model, loaders()[1], verbose=False)
     torch.testing.assert_close(monitor.found[-1].maps, plain.found[-1].maps)
+
+
+def test_a_metric_that_runs_out_of_memory_gets_half_as_many_images(tmp_path: Path) -> None:
+    small, large = (Found(GradCAM("net.features"), metrics=GreedyMetric(room)) for room in (2, 100))
+    with pytest.warns(UserWarning, match="out of memory"):
+        trainer(tmp_path, small, max_epochs=1).fit(Classifier(), *loaders())
+    trainer(tmp_path, large, max_epochs=1).fit(Classifier(), *loaders())
+    totals = [each.found[0].values["greedy_metric"] for each in (small, large)]
+    assert totals[0] == pytest.approx(totals[1])
+
+
+def test_passes_shrink_to_what_fits_and_grow_again(net: nn.Module, batch: Any) -> None:
+    method = AOP(WGradCAM(eval_batch_size=8), IGOS(iterations=1, samples=3, eval_batch_size=20))
+    expected, passes, seen = method.explain(net, *batch), Passes(), []
+    room = 6
+
+    def heard(module: nn.Module, args: Any) -> None:
+        seen.append(len(args[0]))
+        if len(args[0]) > room:
+            raise torch.OutOfMemoryError("out of memory")
+
+    handle = net.register_forward_pre_hook(heard)
+    maps, ran_out = passes.within_memory(lambda: method.explain(net, *batch), len(batch[0]))
+    assert ran_out
+    assert passes.limit == 5  # of 20, by way of 10
+    torch.testing.assert_close(maps, expected)
+    room = 100
+    sizes = []
+    for _ in range(20):
+        seen.clear()
+        _, ran_out = passes.within_memory(lambda: method.explain(net, *batch), len(batch[0]))
+        assert not ran_out
+        sizes.append(max(seen))
+    handle.remove()
+    assert sizes[0] == 5
+    assert sizes[-1] == max(sizes) > 10
+    assert passes.limit is None
+    assert pass_size(None) == 32
+    assert pass_size(7) == 7
 
 
 def test_too_little_memory_for_one_image_skips_with_one_warning(tmp_path: Path) -> None:
@@ -79,7 +139,7 @@ def test_too_little_memory_for_one_image_skips_with_one_warning(tmp_path: Path) 
     said = [str(w.message) for w in caught if "ExplanationMonitor" in str(w.message)]
     assert sum("training goes on. OutOfMemoryError" in text for text in said) == 1
     assert run.global_step == 6
-    assert method.tried[:6] == [32, 16, 8, 4, 2, 1]
+    assert method.tried[:4] == [8, 4, 2, 1]
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
@@ -93,21 +153,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="no map today"):
         trainer(tmp_path, ExplanationMonitor(Broken()), max_epochs=1).fit(Classifier(), *loaders())
     assert Broken.calls == 2
-
-
-def test_chunks_are_found_and_set_in_all_stages(net: nn.Module, batch: Any) -> None:
-    method = AOP(WGradCAM(eval_batch_size=8), IGOS(iterations=1, samples=3, eval_batch_size=20))
-    assert largest_chunk(method) == 20
-    smaller = with_chunk(method, 5)
-    assert smaller == AOP(
-        WGradCAM(eval_batch_size=5), IGOS(iterations=1, samples=3, eval_batch_size=5)
-    )
-    assert method.perturbation.eval_batch_size == 20  # type: ignore[attr-defined]
-    assert with_chunk(method, 20) is method
-    other = object()
-    assert with_chunk(other, 3) is other
-    assert largest_chunk(other) is None
-    torch.testing.assert_close(smaller.explain(net, *batch), method.explain(net, *batch))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What the logger's pictures show of a probe: pages, captions and the change of the maps."""
 
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_aop.monitor import panels
-from lightning_aop.monitor.explanation import Found
+from lightning_aop.monitor.explanation import Explanation, Plan
 from lightning_aop.monitor.panels import draw_change, draw_probe
 from lightning_aop.monitor.probe import Probe
 from lightning_aop.scores import sigmoid, softmax
@@ -18,28 +19,28 @@ from lightning_aop.view.grid import heatmap_grid
 NAMES = ["ant", "bee", "cat", "dog", "emu"]
 
 
-def found(rows: list[int], targets: list[int], pictures: int, multilabel: bool = False) -> Found:
+def explained(
+    rows: list[int], targets: list[int], labels: Tensor, drift: list[float | None] | None = None
+) -> Explanation:
+    """Return an explanation with random images, maps, curves and logits; the last has no curves."""
     generator = torch.Generator().manual_seed(0)
-    count = len(rows)
+    count, multilabel = len(rows), labels.ndim == 2
     curves = torch.rand(count, 2, 5, generator=generator)
     curves[-1] = torch.nan
-    return Found(
+    maps = torch.rand(count, 32, 32, generator=generator)
+    every = torch.ones(count).bool()
+    plan = Plan(
         torch.tensor(rows),
         torch.tensor(targets),
-        torch.rand(count, 32, 32, generator=generator),
-        torch.zeros(count, 32, 32).bool(),
-        curves,
-        torch.randn(pictures, 5, generator=generator),
+        every,
+        every,
+        torch.randn(len(labels), 5, generator=generator),
         sigmoid if multilabel else softmax,
-        {},
-        {},
     )
-
-
-def probe(pictures: int, labels: Tensor) -> Probe:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(pictures, 3, 32, 32, generator=generator)
-    return Probe.from_batch((images, labels), None)
+    images = torch.rand(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    probe = Probe.from_batch((images, labels), None)
+    found = Explanation.of(probe, plan, maps, curves, {}, {})
+    return found if drift is None else replace(found, drift=drift)
 
 
 class Grids:
@@ -55,8 +56,8 @@ class Grids:
 
 
 def test_captions_tell_score_auc_and_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    grids, what = Grids(monkeypatch), found([0, 1, 2], [0, 1, 2], 3)
-    list(draw_probe(probe(3, torch.arange(3)), what, NAMES, title="t"))
+    grids, what = Grids(monkeypatch), explained([0, 1, 2], [0, 1, 2], torch.arange(3))
+    list(draw_probe(what, NAMES, title="t"))
     (call,) = grids.calls
     chances = what.logits.exp() / what.logits.exp().sum(1, keepdim=True)
     for n, caption in enumerate(call["captions"]):
@@ -75,12 +76,9 @@ def test_captions_tell_score_auc_and_what_is_wrong(monkeypatch: pytest.MonkeyPat
 
 def test_hundreds_of_explanations_take_several_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = Grids(monkeypatch)
-    what = found(list(range(300)), [0] * 300, 300)
+    what = explained(list(range(300)), [0] * 300, torch.zeros(300).long())
     sizes = [
-        tuple(picture.shape)
-        for picture in draw_probe(
-            probe(300, torch.zeros(300).long()), what, NAMES, title="epoch 3", panels=["map"]
-        )
+        tuple(picture.shape) for picture in draw_probe(what, NAMES, title="epoch 3", panels=["map"])
     ]
     assert len(sizes) == 10
     assert max(max(size[1:]) for size in sizes) < 4000
@@ -93,9 +91,8 @@ def test_the_classes_of_a_picture_stay_on_one_page(monkeypatch: pytest.MonkeyPat
     """Thirteen pictures of three classes, given class by class: ten pictures fit 32."""
     grids = Grids(monkeypatch)
     rows, targets = [*range(13)] * 3, [0] * 13 + [1] * 13 + [2] * 13
-    what = found(rows, targets, 13, multilabel=True)
-    labels = torch.tensor([[1.0, 1, 0, 0, 0]] * 13)
-    list(draw_probe(probe(13, labels), what, NAMES, title="t"))
+    what = explained(rows, targets, torch.tensor([[1.0, 1, 0, 0, 0]] * 13))
+    list(draw_probe(what, NAMES, title="t"))
     assert [call["groups"] for call in grids.calls] == [
         [n for n in range(10) for _ in range(3)],
         [10, 10, 10, 11, 11, 11, 12, 12, 12],
@@ -105,7 +102,7 @@ def test_the_classes_of_a_picture_stay_on_one_page(monkeypatch: pytest.MonkeyPat
     for n, (verdict, score) in enumerate(zip(verdicts, scores, strict=True)):
         labelled = n % 3 < 2
         if score <= 0.5:
-            assert verdict == ("missed" if labelled else "not in the picture")
+            assert verdict == ("missed" if labelled else "not in the image")
         else:
             assert verdict.startswith("AUC" if labelled else "false positive")
 
@@ -113,15 +110,17 @@ def test_the_classes_of_a_picture_stay_on_one_page(monkeypatch: pytest.MonkeyPat
 def test_change_shows_the_first_the_previous_and_the_map_of_now(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    grids, what = Grids(monkeypatch), found([0, 1, 2], [0, 1, 4], 3)
+    grids, what = (
+        Grids(monkeypatch),
+        explained([0, 1, 2], [0, 1, 4], torch.arange(3), [0.25, 0.5, None]),
+    )
     generator = torch.Generator().manual_seed(2)
     stored = torch.randint(0, 256, (4, 32, 32), dtype=torch.uint8, generator=generator)
     before = [
         ("before training", {(0, 0): stored[0]}),
         ("epoch 1", {(0, 0): stored[1], (1, 1): stored[2], (9, 9): stored[3]}),
     ]
-    batch = probe(3, torch.arange(3))
-    picture = draw_change(batch, what, before, [0.25, 0.5, None], NAMES, title="epoch 2")
+    picture = draw_change(what, before, NAMES, title="epoch 2")
     assert picture is not None
     (call,) = grids.calls
     assert call["captions"] == [
@@ -134,19 +133,17 @@ def test_change_shows_the_first_the_previous_and_the_map_of_now(
     assert call["groups"] == [0, 0, 0, 1, 1]
     expected = [stored[0] / 255, stored[1] / 255, what.maps[0], stored[2] / 255, what.maps[1]]
     assert torch.equal(call["maps"], torch.stack(expected))
-    assert torch.equal(call["images"], batch.images[[0, 0, 0, 1, 1]])
+    assert torch.equal(call["images"], what.probe.images[[0, 0, 0, 1, 1]])
     assert [text.split("\n")[0] for text in call["headings"]] == ["ant", "bee"]
-    assert draw_change(batch, what, [], [None] * 3, NAMES, title="t") is None
-    assert draw_change(batch, what, [("t", {})], [None] * 3, NAMES, title="t") is None
+    assert draw_change(what, [], NAMES, title="t") is None
+    assert draw_change(what, [("t", {})], NAMES, title="t") is None
 
 
 def test_maps_of_before_are_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
-    grids, what = Grids(monkeypatch), found([0], [0], 1)
+    grids, what = Grids(monkeypatch), explained([0], [0], torch.zeros(1).long(), [0.1])
     half = torch.zeros(8, 8, dtype=torch.uint8)
     half[:, 4:] = 255
-    draw_change(
-        probe(1, torch.zeros(1).long()), what, [("t", {(0, 0): half})], [0.1], None, title="t"
-    )
+    draw_change(what, [("t", {(0, 0): half})], None, title="t")
     shown = grids.calls[0]["maps"][0]
     assert shown.shape == (32, 32)
     assert (shown[:, :14] == 0).all()
@@ -155,9 +152,9 @@ def test_maps_of_before_are_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_colours_of_the_map_alone_are_inferno() -> None:
-    what = found([0], [0], 1)
+    what = explained([0], [0], torch.zeros(1).long())
     what.maps[:] = 1
-    (picture,) = draw_probe(probe(1, torch.zeros(1).long()), what, NAMES, title="t", panels=["map"])
+    (picture,) = draw_probe(what, NAMES, title="t", panels=["map"])
     colour = np.array(matplotlib.colormaps["inferno"](1.0)[:3])
     brightest = torch.from_numpy(np.round(colour * 255).astype(np.uint8))
     assert int((picture == brightest[:, None, None]).all(0).sum()) >= 224 * 224

@@ -7,6 +7,8 @@ FAILING is the process whose explanations fail, or -1.
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_aop import ExplanationMonitor, fast_sigcam
+from lightning_aop.monitor.explanation import Explanation, Moment
 
 out, processes, probe, failing = Path(sys.argv[1]), *map(int, sys.argv[2:])
 torch.set_num_threads(1)
-warnings.filterwarnings("ignore")
+said: list[str] = []
+warnings.showwarning = lambda message, *_: said.append(str(message))
 
 
 def rank() -> int:
@@ -62,23 +66,38 @@ class Failing:
 
 class Watch(ExplanationMonitor):
     def __init__(self, **settings: Any) -> None:
-        super().__init__(Failing(), probe=probe, **settings)
+        super().__init__(Failing(), probe=probe, sinks=[self], **settings)
         self.found: list[Any] = []
         self.shares: list[int] = []
-        self.warnings: list[str] = []
 
-    def _explain(self, trainer: Any, pl_module: Any, team: Any) -> Any:
-        before = {k: v.clone() for k, v in pl_module.state_dict().items()}
-        found = super()._explain(trainer, pl_module, team)
-        after = pl_module.state_dict()
-        assert all(torch.equal(before[k], after[k]) for k in before)
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        with self.unchanged(pl_module):
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        with self.unchanged(pl_module):
+            super().on_train_batch_end(trainer, pl_module, *rest)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        with self.unchanged(pl_module):
+            super().on_train_start(trainer, pl_module)
+
+    @contextmanager
+    def unchanged(self, module: Any) -> Iterator[None]:
+        self.state = {k: v.clone() for k, v in module.state_dict().items()}
+        yield
+        after = module.state_dict()
+        assert all(torch.equal(self.state[k], after[k]) for k in self.state)
+
+    def write(self, explanation: Explanation, moment: Moment) -> None:
         self.found.append(
-            {"maps": found.maps, "values": found.values, "curves": found.curves, "state": before}
+            {
+                "maps": explanation.maps,
+                "values": explanation.values,
+                "curves": explanation.curves,
+                "state": self.state,
+            }
         )
-        return found
-
-    def _warn(self, message: str, more: str = "") -> None:
-        self.warnings.append(message + more)
 
 
 if __name__ == "__main__":
@@ -87,6 +106,7 @@ if __name__ == "__main__":
     labels = torch.randint(0, 5, (24,), generator=generator)
     data = TensorDataset(images, labels)
     for what in ("validate", "fit"):
+        said.clear()
         # After a training step each process has BatchNorm statistics of its own; a validation
         # would have levelled them.
         monitor = Watch(every_n_train_steps=2)
@@ -110,7 +130,11 @@ if __name__ == "__main__":
         else:
             trainer.validate(model, loaders[1], verbose=False)
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        content = {"found": monitor.found, "warnings": monitor.warnings, "metrics": metrics}
+        content = {
+            "found": monitor.found,
+            "warnings": [text for text in said if "ExplanationMonitor" in text],
+            "metrics": metrics,
+        }
         content["state"] = model.state_dict()
         torch.save(content, out / f"{what}-{rank()}.pt")
     if processes > 1:

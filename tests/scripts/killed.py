@@ -82,8 +82,7 @@ class Record(pl.Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("explain/") and name != "explain/seconds"
         }
-        assert self.monitor._kept is not None
-        found["probe"] = self.monitor._kept.fingerprint  # type: ignore[assignment]
+        found["probe"] = self.monitor.state_dict()["fingerprint"]
         (self.out / f"epoch{trainer.current_epoch}.json").write_text(json.dumps(found))
 
 

@@ -49,7 +49,7 @@ elif order != "package":
 from lightning_utilities.core import rank_zero  # noqa: E402
 
 from lightning_aop import ExplanationMonitor, WGradCAM  # noqa: E402
-from lightning_aop.monitor.probe import Probe  # noqa: E402
+from lightning_aop.monitor.explanation import Explanation, Moment  # noqa: E402
 
 L: Any = importlib.import_module(used)
 callbacks: Any = importlib.import_module(f"{used}.callbacks")
@@ -82,16 +82,13 @@ class Watch(ExplanationMonitor):
     """The monitor, remembering when it explained and what."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+        super().__init__(*args, **settings, sinks=[self])
         self.steps: list[int] = []
         self.probes: list[str] = []
 
-    def _explain(self, trainer: Any, *rest: Any) -> Any:
-        found = super()._explain(trainer, *rest)
-        assert isinstance(self._kept, Probe)
-        self.steps.append(trainer.global_step)
-        self.probes.append(self._kept.fingerprint)
-        return found
+    def write(self, explanation: Explanation, moment: Moment) -> None:
+        self.steps.append(moment.step)
+        self.probes.append(explanation.probe.fingerprint)
 
 
 class Failing:

@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_aop.view import grid, text
-from lightning_aop.view import overlay as overlays
+from lightning_aop.view import grid as grids
+from lightning_aop.view import heat as overlays
+from lightning_aop.view import text as texts
 from lightning_aop.view.grid import heatmap_grid
-from lightning_aop.view.overlay import displayable, overlay
+from lightning_aop.view.heat import displayable, overlay
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
 
@@ -254,19 +255,19 @@ def test_more_panels_stand_beside_the_overlay() -> None:
     left = x + 3 * (160 + seam)
     chart = grid[:, y : y + 128, left : left + 160].permute(1, 2, 0).int()
     rows = {}
-    for name, colour in grid._GAMES.items():
+    for name, colour in grids._GAMES.items():
         alike = (chart[40:] - torch.tensor(colour)).abs().sum(2) < 60
         long = alike.sum(1) > 130
         assert 1 <= long.sum() <= 4
         rows[name] = 40 + float(long.nonzero().double().mean())
-    axis = (chart - torch.tensor(grid._AXIS)).abs().sum(2) < 6
+    axis = (chart - torch.tensor(grids._AXIS)).abs().sum(2) < 6
     bottom = float((axis.sum(1) > 130).nonzero().double().mean())
     top = bottom - float(axis.sum(0).max()) + 1
     for name, value in (("deletion", 0.25), ("insertion", 0.75)):
         assert rows[name] == pytest.approx(bottom - value * (bottom - top), abs=1.5)
     # The second has none: no line, but words.
     other = grid[:, heats[1][0] : heats[1][0] + 128, left : left + 160].permute(1, 2, 0).int()
-    for colour in grid._GAMES.values():
+    for colour in grids._GAMES.values():
         assert ((other - torch.tensor(colour)).abs().sum(2) > 60).all()
     assert (other.float().mean(2) > 120).any()
 
@@ -404,7 +405,7 @@ def test_importing_it_imports_no_plotting() -> None:
     source = Path(sys.modules[displayable.__module__].__file__ or "")
     code = (
         "import sys, types; package = types.ModuleType('lightning_aop'); "
-        f"package.__path__ = [{str(source.parent)!r}]; sys.modules['lightning_aop'] = package; "
+        f"package.__path__ = [{str(source.parents[1])!r}]; sys.modules['lightning_aop'] = package; "
         "from lightning_aop.view import heatmap_grid; import torch; "
         "assert 'matplotlib' not in sys.modules; "
         "heatmap_grid(torch.rand(1, 3, 8, 8), torch.rand(1, 8, 8), ['a']); "
@@ -560,7 +561,7 @@ def test_a_group_shows_its_input_once_with_all_outlines() -> None:
     images[1] = images[0]
     maps = torch.zeros(3, 64, 64)
     masks = torch.stack([disc(64, 16, 16, 8), disc(64, 48, 48, 8), disc(64, 32, 32, 8)])
-    panels, _ = grid.panels_of(images, maps, 64, masks, [[0, 1], [2]])
+    panels, _ = grids.panels_of(images, maps, 64, masks, [[0, 1], [2]])
     line = np.round(np.array(overlays.LINE) * 255).astype(np.uint8)
     lines = (panels == line).all(-1)
     inner = torch.stack([disc(64, 16, 16, 8), disc(64, 48, 48, 8)]).any(0).numpy()
@@ -568,9 +569,9 @@ def test_a_group_shows_its_input_once_with_all_outlines() -> None:
     assert lines[0, 0].sum() == lines[0, 1].sum() + lines[1, 1].sum(), "the input has both"
     # Three panels and two, against three pairs: the input that is shown twice is gone.
     grouped = heatmap_grid(images, maps, ["a"] * 3, groups=[4, 4, 7], cell=64)
-    background = (grouped == torch.tensor(text.PAPER, dtype=torch.uint8)[:, None, None]).all(0)
+    background = (grouped == torch.tensor(texts.PAPER, dtype=torch.uint8)[:, None, None]).all(0)
     pairs = heatmap_grid(images, maps, ["a"] * 3, cell=64)
-    empty = (pairs == torch.tensor(text.PAPER, dtype=torch.uint8)[:, None, None]).all(0)
+    empty = (pairs == torch.tensor(texts.PAPER, dtype=torch.uint8)[:, None, None]).all(0)
     saved = int((~empty).sum()) - int((~background).sum())
     assert 0.8 * 64 * 64 < saved < 1.2 * 64 * 64
 
@@ -578,7 +579,7 @@ def test_a_group_shows_its_input_once_with_all_outlines() -> None:
 def test_tiles_do_not_overlap_and_rows_keep_to_their_width() -> None:
     sizes = [(100, 50), (300, 50), (120, 80), (500, 50), (90, 50)]
     for limit in (90, 300, 420, 1200):
-        places = grid._flow(sizes, limit)
+        places = grids._flow(sizes, limit)
         boxes = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(places, sizes, strict=True)]
         for i, a in enumerate(boxes):
             assert a[2] <= limit or a[0] == 0, "wider than the row only where it stands alone"
@@ -680,12 +681,12 @@ def test_outlines_follow_whole_pixels_and_small_objects_stay(cell: int) -> None:
     masks[1, 100, 50:400] = True
     line = torch.tensor(overlays.LINE).mul(255).round().byte().numpy()
     large = torch.full((2, 3, 448, 448), 0.5)
-    panels, _ = grid.panels_of(large, torch.zeros(2, 448, 448), cell, masks, [[0], [1]])
+    panels, _ = grids.panels_of(large, torch.zeros(2, 448, 448), cell, masks, [[0], [1]])
     drawn = (panels[:, 1] == line).all(-1)
     assert drawn[0].any()
     assert drawn[1].any(0).sum() >= 350 * cell // 448
     blocky = disc(16, 7, 8, 5)[None]
-    panels, _ = grid.panels_of(
+    panels, _ = grids.panels_of(
         torch.full((1, 3, 16, 16), 0.5), torch.zeros(1, 16, 16), 96, blocky, [[0]]
     )
     drawn = (panels[0, 0] == line).all(-1)
@@ -697,7 +698,7 @@ def test_outlines_follow_whole_pixels_and_small_objects_stay(cell: int) -> None:
 
 def test_verdicts_have_their_colours() -> None:
     images, maps = torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64)
-    for verdict, colour in rendering._VERDICTS.items():
+    for verdict, colour in texts.VERDICTS.items():
         picture = heatmap_grid(images, maps, [f"dog 0.31\n{verdict}", "cat 0.9"], groups=[0, 1])
         same = (picture == torch.tensor(colour, dtype=torch.uint8)[:, None, None]).all(0)
         assert same.sum() > 20

@@ -1,0 +1,161 @@
+"""How faithful the maps are, and how faithful maps would be that don't depend on the model."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_aop.methods.controls import CentreGaussian, RandomMap
+from lightning_aop.metrics import EnergyPointingGame, Faithfulness, OverallAUC, PointingGame
+from lightning_aop.model.passes import Passes
+from lightning_aop.scores import Score
+from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
+
+Judging: TypeAlias = Metric | MetricCollection
+
+_STEPS = 28  # of the default metric's curves: 56 model evaluations per explanation
+_CONTROLS: dict[str, SaliencyMethod] = {
+    "random map": RandomMap(),
+    "centre gaussian": CentreGaussian(),
+}
+
+
+@dataclass
+class Judge:
+    """The metrics of the maps, and when the controls are measured.
+
+    Attributes:
+        metrics: a metric, True for the default one, False for none.
+        controls: measure the controls, where a metric is `Faithfulness` or `OverallAUC`.
+        explained: explanations so far.
+        lines: the metrics of the controls, as last measured.
+        seconds: how long the controls took when last measured.
+    """
+
+    metrics: Judging | bool = True
+    controls: bool = True
+    explained: int = 0
+    lines: dict[str, dict[str, float]] | None = None
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """Return the metric for the configuration of a run."""
+        if self.metrics is True:
+            return f"Faithfulness(steps={_STEPS})"
+        return str(self.metrics)
+
+    def metric(self, score: Score, together: bool) -> Judging | None:
+        """Return what judges the maps; `together` if several processes judge a share each."""
+        if self.metrics is True:
+            return Faithfulness(score, steps=_STEPS, sync_on_compute=together)
+        return None if self.metrics is False else self.metrics
+
+    @property
+    def controls_due(self) -> bool:
+        """Whether the next explanation measures the controls.
+
+        The 1st, 2nd, 4th, 8th … does: what these maps get hangs on the scores of the model, which learns
+        ever more slowly.
+        """
+        number = self.explained + 1
+        return self.controls and number & (number - 1) == 0
+
+    @property
+    def extra_seconds(self) -> float:
+        """How long the controls of the next explanation will take."""
+        return self.seconds if self.controls_due else 0.0
+
+    def scalars(self) -> dict[str, float]:
+        """Return the overall AUC of the controls, as last measured, by the name that is logged."""
+        return {
+            f"overall_auc_{name.replace(' ', '_')}": values["overall_auc"]
+            for name, values in (self.lines or {}).items()
+            if self.controls and "overall_auc" in values
+        }
+
+    def update_controls(
+        self, metric: Judging, model: nn.Module, images: Images, targets: Targets, passes: Passes
+    ) -> dict[str, Judging]:
+        """Judge the maps of the controls by the metric's `Faithfulness` or `OverallAUC`."""
+        judges = [part for part in _parts(metric) if isinstance(part, (Faithfulness, OverallAUC))]
+        return {
+            name: updated(
+                judges[0].clone(),
+                model,
+                images,
+                control.explain(model, images, targets),
+                targets,
+                passes,
+            )[0]
+            for name, control in _CONTROLS.items()
+            if judges
+        }
+
+
+def updated(
+    metric: Judging,
+    model: nn.Module,
+    images: Images,
+    maps: Maps,
+    targets: Targets,
+    passes: Passes,
+) -> tuple[Judging, Float[Tensor, "b 2 points"] | None]:
+    """Judge maps, from the beginning.
+
+    Returns:
+        The metric, and the deletion and insertion curve of each map where it measures them.
+    """
+    metric = metric.to(images.device)
+    metric.reset()
+    size = passes.at_once(len(images))
+    curves = []
+    for part in zip(images.split(size), maps.split(size), targets.split(size), strict=True):
+        metric.update(model, *part)
+        measured = (getattr(each, "last_curves", {}) for each in _parts(metric))
+        both = next((found for found in measured if len(found) == 2), None)
+        if both is not None:
+            curves.append(torch.stack([both["deletion"], both["insertion"]], dim=1))
+    return metric, torch.cat(curves) if curves else None
+
+
+def computed(metric: Judging) -> dict[str, float]:
+    """Return the metric's values by name."""
+    result = metric.compute()
+    if not isinstance(result, Mapping):
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(metric).__name__).lower()
+        result = {name: result}
+    return {name: float(value) for name, value in result.items()}
+
+
+def located(
+    maps: Maps,
+    masks: Bool[Tensor, "b h w"],
+    targets: Int[Tensor, " b"],
+    num_classes: int,
+) -> dict[str, float]:
+    """Return how much of the heat lies on the objects, as a mean over their classes."""
+    if len(maps) == 0:
+        return {}
+    metrics = {
+        "pointing_game": PointingGame(num_classes, score_threshold=None, sync_on_compute=False),
+        "energy_in_mask": EnergyPointingGame(
+            num_classes, score_threshold=None, sync_on_compute=False
+        ),
+    }
+    result = {}
+    for name, metric in metrics.items():
+        metric.update(maps.cpu(), masks, targets.cpu())  # in float64, which not every device has
+        result[name] = float(metric.compute()["mean"])
+    return result
+
+
+def _parts(metric: Judging) -> Iterator[Metric]:
+    if isinstance(metric, MetricCollection):
+        yield from metric.values(copy_state=False)
+    else:
+        yield metric

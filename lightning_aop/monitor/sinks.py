@@ -1,0 +1,153 @@
+"""Where an explanation goes: each sink reads it, writes what it is for, and computes nothing.
+
+A sink that fails costs the others nothing, and its warning says what it could not do.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lightning_aop.history.rows import COLUMNS, evolution_rows
+from lightning_aop.history.store import History
+from lightning_aop.monitor.explanation import Explanation, Moment
+from lightning_aop.monitor.loggers import has_tables, log_image, log_table
+from lightning_aop.monitor.panels import draw_change, draw_probe
+from lightning_aop.monitor.run_folder import Earlier
+from lightning_aop.view.grid import Panel
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes explanations. Where it fails, a warning gives its `fails`, what is lost in words."""
+
+    def write(self, explanation: Explanation, moment: Moment) -> None:
+        """Take one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """The metrics, for loggers, checkpoints and other callbacks.
+
+    Attributes:
+        log: takes the values by their logged names.
+        prefix: of those names, such as "explain/".
+        more: values that are no explanation's own, such as the lines of the controls.
+    """
+
+    log: Callable[[dict[str, float], Moment], None]
+    prefix: str
+    more: dict[str, float]
+    fails: ClassVar[str] = "the metrics could not be logged"
+
+    def write(self, explanation: Explanation, moment: Moment) -> None:
+        """Log the metrics."""
+        values = explanation.values | self.more
+        self.log({f"{self.prefix}{name}": value for name, value in values.items()}, moment)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How images are shown.
+
+    Attributes:
+        names: of the classes, by index.
+        mean: what the images were normalised with.
+        std: likewise.
+        panels: what stands beside each image.
+    """
+
+    names: Sequence[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    panels: Sequence[Panel] = ("overlay",)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The heatmap grids, for every logger.
+
+    Attributes:
+        loggers: who gets them; PNG files in `fallback` without any.
+        fallback: a folder for pictures that no logger takes.
+        look: how it is shown.
+        before: the first and the previous maps.
+        prefix: of the tags, such as "explain/".
+        warn: is called with a sentence for the user.
+    """
+
+    loggers: Sequence[object]
+    fallback: str | Path
+    look: Look
+    before: Sequence[Earlier]
+    prefix: str
+    warn: Callable[[str, str], None]
+    fails: ClassVar[str] = "the heatmaps could not be drawn"
+
+    def write(self, explanation: Explanation, moment: Moment) -> None:
+        """Draw the explanation, and what has changed, and log both."""
+        look: dict[str, Any] = {
+            "title": moment.title,
+            "mean": self.look.mean,
+            "std": self.look.std,
+        }
+        names = self.look.names
+        pages = draw_probe(explanation, names, panels=self.look.panels, **look)
+        for number, page in enumerate(pages, start=1):
+            tag = "heatmaps" if number == 1 else f"heatmaps-{number}"
+            self._log(tag, page, moment)
+        change = draw_change(explanation, self.before, names, **look)
+        if change is not None:
+            self._log("change", change, moment)
+
+    def _log(self, tag: str, picture: Tensor, moment: Moment) -> None:
+        tag, step = self.prefix + tag, moment.logged_step
+        for logger in [*self.loggers] or [None]:
+            fallback = None if logger else self.fallback
+            try:
+                log_image(logger, tag, picture, step, fallback, caption=moment.title)
+            except Exception as error:
+                self._rescue(logger, error, tag, picture, step)
+
+    def _rescue(
+        self, logger: object, error: Exception, tag: str, picture: Tensor, step: int
+    ) -> None:
+        """Keep a picture that a logger did not take in a file."""
+        what = f"{type(logger).__name__} took no picture" if logger else "no picture was written"
+        problem = f"{what}. {type(error).__name__}: {error}."
+        try:
+            path = log_image(None, tag, picture, step, self.fallback)
+        except Exception as again:
+            self.warn(problem, f" Nor could it be written to {self.fallback} ({again})")
+        else:
+            self.warn(problem, f" The picture is at {path}")
+
+
+def write_tables(folder: Path, loggers: Sequence[object], prefix: str, step: int) -> None:
+    """Log the run's explanations as a table, to the loggers that have tables."""
+    for logger in filter(has_tables, loggers):
+        log_table(logger, f"{prefix}evolution", COLUMNS, evolution_rows(History.load(folder)), step)
+
+
+class Warnings:
+    """Says each trouble once: the same comes back at every epoch.
+
+    Args:
+        emit: says it.
+        name: who says it.
+    """
+
+    def __init__(self, emit: Callable[[str], None], name: str = "ExplanationMonitor") -> None:
+        self._emit, self._name = emit, name
+        self._said: set[str] = set()
+
+    def __call__(self, message: str, more: str = "") -> None:
+        """Warn of `message`, unless it was said before with other numbers; `more` is not compared."""
+        key = re.sub(r"\d+", "", message)
+        if key not in self._said:
+            self._said.add(key)
+            self._emit(f"{self._name}: {message}{more}")
