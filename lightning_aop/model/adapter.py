@@ -6,7 +6,7 @@ finds is a model like any other: `adapter.model(module)` goes wherever a model g
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -221,9 +221,9 @@ def find_adapter(
     if logits is not None:
         raise AdapterError(f"{failures[0]}: logits=fn must return logits [B, K] of {name}")
     # What gave an output is closer to the mark than what raised an error.
-    told = sorted(failures, key=lambda text: " raised " in text)[:2]
+    told = sorted(failures, key=lambda text: " raised " in text)[0]
     raise AdapterError(
-        f"no logits of {name} found: {'; '.join(told)}. Set logits=fn, a function "
+        f"no logits of {name} found: {told}. Set logits=fn, a function "
         "fn(module, images) that returns logits [B, K], such as "
         "lambda module, images: module.head(module.backbone(images))"
     )
@@ -256,8 +256,15 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
     head = next((n for n, size in idle.items() if size == meaning.classes), None)
     if head is not None and expected.classes != meaning.classes and not way.trusted:
         raise OutputError(
-            f"gives {meaning.classes} outputs an image, which '{head}' seems to take for features"
+            f"gives {meaning.classes} outputs an image, which '{head}' seems to take for features, as "
+            f"in lambda module, images: module.{head}(module(images))"
         )
+    with torch.no_grad():
+        of_one = way.call(module, images[:1], exact)
+    try:
+        meaning.read(of_one, 1)
+    except RuntimeError as error:  # another size
+        raise OutputError(f"gives other outputs for one image than for {count}") from error
     form = inputs.form.described
     logits = meaning.read(output, count)
     return Adapter(
@@ -336,6 +343,11 @@ def _ways_of_forward(module: nn.Module, inputs: Inputs) -> list[_Way]:
     first = names[0] if names else ""
     of_images = next((name for name in names if name in IMAGE_NAMES), first)
     ways = [direct]
+    if _is_named(inputs.batch) and (
+        any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        or {str(key) for key in inputs.batch}.issubset(names)
+    ):
+        ways.append(_Way("forward(**batch)", lambda m, x, exact: m(**inputs.with_images(x, exact))))
     if of_images != first:
         keyword = _Way(
             f"forward({of_images}=images)",
@@ -349,6 +361,10 @@ def _ways_of_forward(module: nn.Module, inputs: Inputs) -> list[_Way]:
             ways.append(whole)
         ways = [*_with_others(required, of_images, inputs), *ways]
     return ways
+
+
+def _is_named(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch)
 
 
 def _with_others(required: list[str], of_images: str, inputs: Inputs) -> list[_Way]:

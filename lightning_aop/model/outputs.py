@@ -164,21 +164,21 @@ def _class_outputs(logits: Tensor, expected: Expected) -> Meaning:
     size = f"[B, {classes}]"
 
     def as_it_is(output: Tensor, count: int) -> Tensor:
-        return output if output.shape == (count, classes) else output.reshape(count, -1)
+        return output if output.shape == (count, classes) else output.reshape(count, classes)
 
     if expected.kind == "value" and expected.highest < 0:
         return Meaning(as_it_is, f"{size}, values to predict", logit, classes)
     values = full_precision(logits.detach())
     if _in_unit(values) and bool(((values.sum(dim=1) - 1).abs() < 1e-3).all()):
         return Meaning(
-            lambda t, n: full_precision(t.reshape(n, -1)).clamp_min(_TINY).log(),
+            lambda t, n: full_precision(t.reshape(n, classes)).clamp_min(_TINY).log(),
             f"{size}, probabilities by softmax, of which the logarithm is taken",
             softmax,
             classes,
         )
     if _ends_in(logits, "Sigmoid"):
         return Meaning(
-            lambda t, n: _logit(t.reshape(n, -1)),
+            lambda t, n: _logit(t.reshape(n, classes)),
             f"{size}, probabilities by sigmoid, of which the logit is taken",
             sigmoid,
             classes,

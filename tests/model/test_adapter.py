@@ -223,6 +223,13 @@ class WholeBatch(Takes):
         return logits
 
 
+class Named(Takes):
+    def forward(self, **inputs: Any) -> Tensor:
+        assert inputs["labels"] is not None
+        logits: Tensor = self.net(inputs["pixel_values"])
+        return logits
+
+
 class Inner(Takes):
     def forward(self, sample: Any) -> Tensor:
         logits: Tensor = self.net(sample[0].images)
@@ -261,6 +268,7 @@ class Photos:
     ("module", "batch", "words"),
     [
         (Keyword(), {"pixel_values": IMAGES, "labels": TARGETS}, "forward(pixel_values=images)"),
+        (Named(), {"pixel_values": IMAGES, "labels": TARGETS}, "forward(**batch)"),
         (WholeBatch(), {"image": IMAGES, "name": list("abcd")}, "forward(batch)"),
         (Inner(), [Photos(IMAGES), TARGETS], "forward(batch)"),
         (Pair(), (IMAGES, TARGETS), "forward(x, y) of the batch"),
@@ -390,8 +398,10 @@ def test_what_leads_to_no_logits_is_refused_in_words() -> None:
         find_adapter(module, IMAGES)
     with pytest.raises(AdapterError, match=r"5 outputs .*labels go up to class 9.* logits=fn"):
         find_adapter(SmallNet(), IMAGES, Expected("class", highest=9))
-    with pytest.raises(AdapterError, match=r"5 outputs an image, which 'head' .*logits=fn"):
+    with pytest.raises(AdapterError, match=r"'head' seems to take .* module.head\(module\(im"):
         find_adapter(Embeds(), IMAGES)
+    with pytest.raises(AdapterError, match="gives other outputs for one image than for 4"):
+        find_adapter(Form(lambda z: z @ z.T), IMAGES)  # how like the images are to each other
     with pytest.raises(AdapterError, match=r"raised RuntimeError: .*Set logits=fn") as refused:
         find_adapter(SmallNet(channels=1), IMAGES)
     assert "Conv2d(" not in str(refused.value)
