@@ -13,18 +13,21 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_aop._version import __version__
 from lightning_aop.history.store import HistoryWriter
+from lightning_aop.model.adapter import Adapter, LogitsFunction, find_adapter
 from lightning_aop.model.isolation import device_of, isolated_rng
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explain import Way, explain
 from lightning_aop.monitor.explanation import Explanation, Moment, mean_drift
+from lightning_aop.monitor.facts import class_names, normalisation
 from lightning_aop.monitor.judge import Judge
+from lightning_aop.monitor.labels import ReadBatch, Reading
 from lightning_aop.monitor.lightning import (
     Callback,
     LightningModule,
     Trainer,
     drawn_probe,
-    loaders_of,
+    fact_sources,
     log_scalars,
     logs_folder,
     misconfiguration,
@@ -38,9 +41,6 @@ from lightning_aop.monitor.probe import (
     Probe,
     ProbeSource,
     TargetChoice,
-    class_names_of,
-    normalisation_of,
-    source_of,
 )
 from lightning_aop.monitor.processes import Processes
 from lightning_aop.monitor.progress import progress_bar
@@ -79,6 +79,9 @@ class _Run:
     folder: RunFolder
     passes: Passes = field(default_factory=Passes)
     probe: Probe | None = None
+    adapter: Adapter | None = None
+    model: torch.nn.Module | None = None
+    integers: bool = False
     resumed: bool = False
     last_step: int = 0
     last_epoch: int = 0
@@ -164,6 +167,10 @@ class ExplanationMonitor(Callback):
             time (0.05 for a twentieth), as `explain/overhead` and `explain/skipped` tell. The first
             is always made, and paid off before the next. None for no limit.
         store: keep the maps and metrics in files. Without them there is no drift.
+        logits: `fn(module, images)` that returns logits [B, K], where they are not found or others are
+            meant.
+        read_batch: `fn(batch)` that returns images and labels, where they are not found or others are
+            meant.
         full_precision: explain in float32 whatever the trainer's precision; by default in the
             trainer's, but for the parts that need more.
         sinks: who else gets every `Explanation` with its `Moment`, on every process: objects with
@@ -192,6 +199,8 @@ class ExplanationMonitor(Callback):
         max_overhead: float | None = None,
         store: bool = True,
         full_precision: bool = False,
+        logits: LogitsFunction | None = None,
+        read_batch: ReadBatch | None = None,
         name: str | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
@@ -214,6 +223,7 @@ class ExplanationMonitor(Callback):
         self.max_overhead = max_overhead
         self.store = store
         self.full_precision = full_precision
+        self.logits, self.read_batch = logits, read_batch
         self.name = name
         self.sinks = sinks
         self._run: _Run | None = None
@@ -458,9 +468,13 @@ class ExplanationMonitor(Callback):
         """Return the maps and the metrics of the probe as the model is now, the same everywhere."""
         run = self._state
         if run.probe is None:
-            run.probe = processes.from_first(
-                lambda: drawn_probe(self.probe, trainer, pl_module, run.warn)
+            run.probe, reading, classes = processes.from_first(
+                lambda: self._drawn(trainer, pl_module)
             )
+            expected = reading.expected(pl_module, classes)
+            run.adapter = find_adapter(pl_module, reading.inputs, expected, self.logits)
+            run.model = run.adapter.model(pl_module)
+            run.integers = reading.inputs.form.integer
         elif run.resumed:
             run.resumed = False
             self._compare(trainer, pl_module, run.probe)
@@ -470,14 +484,26 @@ class ExplanationMonitor(Callback):
             progress_bar(trainer, pl_module, len(run.probe.images)),
         ):
             return explain(
-                pl_module, run.probe, self._way, run.judge, processes, run.passes, run.warn
+                run.model or pl_module,
+                run.probe,
+                self._way,
+                run.judge,
+                processes,
+                run.passes,
+                run.warn,
             )
+
+    def _drawn(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[Probe, Reading, int | None]:
+        ways = self.logits, self.read_batch
+        return drawn_probe(self.probe, trainer, pl_module, self._state.warn, *ways)
 
     @property
     def _way(self) -> Way:
-        return Way(
-            self.method, self.target_layer, self.targets, self.score, self.max_classes_per_image
-        )
+        adapter = self._state.adapter
+        score = self.score or (None if adapter is None else adapter.score)
+        return Way(self.method, self.target_layer, self.targets, score, self.max_classes_per_image)
 
     def _timed(self, explanation: Explanation, started: float) -> Explanation:
         """Add how much has changed, and how long it took; the budget pays for it."""
@@ -510,12 +536,12 @@ class ExplanationMonitor(Callback):
         return Pictures(trainer.loggers, root, look, before, self._prefix, run.warn)
 
     def _look(self, trainer: Trainer) -> Look:
-        loaders = loaders_of(trainer)
-        source, validation = (source_of(p, loaders) for p in (self.probe, 1))
-        names = self.class_names or class_names_of(source) or class_names_of(validation)
+        sources, run = fact_sources(self.probe, trainer), self._state
+        count = None if run.adapter is None else run.adapter.classes
+        names = self.class_names or class_names(sources, count).value
         mean, std = self.mean, self.std
-        if mean is None and std is None:
-            mean, std = normalisation_of(source) or (None, None)
+        if mean is None and std is None and run.probe is not None and not run.integers:
+            mean, std = normalisation(sources, run.probe.images.shape[1]).value or (None, None)
         return Look(names, mean, std, self.panels)
 
     def _compare(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
@@ -523,7 +549,7 @@ class ExplanationMonitor(Callback):
         if callable(self.probe) and not hasattr(self.probe, "__getitem__"):
             return  # a function may give other images each time
         try:
-            found = drawn_probe(self.probe, trainer, pl_module, self._state.warn)
+            found = self._drawn(trainer, pl_module)[0]
             changed = found.fingerprint != probe.fingerprint
         except Exception:
             changed = True

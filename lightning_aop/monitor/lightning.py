@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lightning_aop.model.adapter import LogitsFunction, find_adapter
 from lightning_aop.model.isolation import device_of, in_float32, undisturbed
 from lightning_aop.monitor.explanation import Moment
-from lightning_aop.monitor.probe import Probe, ProbeSource, collect
+from lightning_aop.monitor.facts import class_count
+from lightning_aop.monitor.labels import ReadBatch, Reading, read_batch
+from lightning_aop.monitor.probe import Probe, ProbeSource, collect, source_of
 
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -127,9 +130,18 @@ def loaders_of(trainer: Trainer) -> Any:
 
 
 def drawn_probe(
-    source: ProbeSource, trainer: Trainer, module: LightningModule, warn: Callable[[str], None]
-) -> Probe:
-    """Take the probe from its source, the way a validation batch would come to the model."""
+    source: ProbeSource,
+    trainer: Trainer,
+    module: LightningModule,
+    warn: Callable[[str], None],
+    logits: LogitsFunction | None = None,
+    read: ReadBatch | None = None,
+) -> tuple[Probe, Reading, int | None]:
+    """Take the probe from its source, the way a validation batch would come to the model.
+
+    Returns:
+        The probe, the batch that it is from, and the number of classes where the data tells it.
+    """
     stage = trainer.state.stage
     try:
         # Hooks such as on_after_batch_transfer must not augment it as if it were for training.
@@ -141,7 +153,12 @@ def drawn_probe(
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     finally:
         trainer.state.stage = stage
-    probe, count = Probe.from_batch(batch, found.limit), found.limit
+    reading, count = read_batch(batch, found.limit, read), found.limit
+    classes = class_count(fact_sources(source, trainer))
+    adapter = find_adapter(module, reading.inputs, reading.expected(module, classes), logits)
+    probe = Probe.of(reading, adapter)
+    if probe.note:
+        warn(probe.note)
     if found.read_masks is not None and probe.masks is None:
         try:
             probe = probe.with_masks(found.read_masks)
@@ -155,7 +172,13 @@ def drawn_probe(
             f"probe={count} samples asked for, but the data has {len(probe.images)}: all of them are "
             "explained; lower probe to silence this"
         )
-    return probe
+    return probe, reading, classes
+
+
+def fact_sources(source: ProbeSource, trainer: Trainer) -> list[Any]:
+    """Return what may tell the names of classes and the normalisation, the likeliest first."""
+    datasets = [source_of(each, loaders_of(trainer)) for each in (source, 1)]
+    return [*datasets, getattr(trainer, "datamodule", None), trainer.lightning_module]
 
 
 def log_scalars(
