@@ -44,3 +44,14 @@ def softmax(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b
 def sigmoid(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
     """Return the probability in [0, 1] of the class on its own, as BCEWithLogitsLoss trains it."""
     return torch.sigmoid(logit(logits, targets))
+
+
+def of_all_classes(score: Score, logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """Return the score of every class of every image."""
+    if score is softmax:
+        return torch.softmax(full_precision(logits), dim=1)
+    if score is sigmoid:
+        return torch.sigmoid(full_precision(logits))
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    columns = [score(logits, index.expand(len(logits))) for index in classes]
+    return torch.stack(columns, dim=1)

@@ -1,8 +1,16 @@
-"""Evaluate a user's model as images [B, C, H, W] to logits [B, K]."""
+"""Evaluate a user's model as images [B, C, H, W] to logits [B, K].
 
-from collections.abc import Iterator
+`find_adapter` finds the way by trying: how the images get in (a tensor, a keyword, the batch that they
+came in, a network that is an attribute of the module), and what comes out (see `outputs.py`). What it
+finds is a model like any other: `adapter.model(module)` goes wherever a model goes.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -10,12 +18,21 @@ from torch import Tensor, nn
 
 from lightning_aop.checks import check_batch
 from lightning_aop.errors import InvalidTypeError, InvalidValueError
+from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
 from lightning_aop.model.isolation import device_of, undisturbed, unwrap
+from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
 from lightning_aop.model.passes import pass_size
 from lightning_aop.scores import Score, full_precision
 from lightning_aop.types import Images, Targets
 
-__all__ = ["Classifier", "explaining", "predict"]
+__all__ = ["Adapter", "AdapterError", "Classifier", "explaining", "find_adapter", "predict"]
+
+LogitsFunction: TypeAlias = Callable[[nn.Module, Images], Float[Tensor, "b k"]]
+"""The user's own way from a module and images to logits."""
+
+
+class AdapterError(InvalidValueError):
+    """No way from images to logits was found."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +54,14 @@ class Classifier:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InvalidValueError(
-                f"{type(self.model).__name__} must map images [B, C, H, W] to logits [B, K], got "
+                f"{name_of(self.model)} must map images [B, C, H, W] to logits [B, K], got "
                 f"{got} for {len(images)} images: wrap it in a module whose forward returns the "
-                "logits"
+                "logits, as find_adapter(module, batch).model(module) does"
             )
         if self.highest >= logits.shape[1]:
             raise InvalidValueError(
                 f"targets must lie in 0..{logits.shape[1] - 1}, the classes of "
-                f"{type(self.model).__name__}, got {self.highest}"
+                f"{name_of(self.model)}, got {self.highest}"
             )
         return full_precision(logits)
 
@@ -82,3 +99,335 @@ def predict(
     anything = torch.zeros(len(images), dtype=torch.long, device=images.device)
     with explaining(model, images, anything) as (classifier, x, _), torch.no_grad():
         return torch.cat([classifier.logits(part) for part in x.split(pass_size(eval_batch_size))])
+
+
+# --------------------------------------------------------------------------------------------------
+# from any module to logits
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The way from a user's module and images to logits [B, K], as it was found.
+
+    Attributes:
+        logits: the module and images [B, C, H, W] to logits [B, K], differentiable.
+        description: how, in words.
+        score: the class score that fits: `scores.softmax`, `scores.sigmoid` or `scores.logit`.
+        classes: K.
+        plain: whether the module itself maps images to logits.
+    """
+
+    logits: LogitsFunction
+    description: str
+    score: Score
+    classes: int
+    plain: bool = False
+
+    def __call__(self, module: nn.Module, images: Images) -> Float[Tensor, "b k"]:
+        """Return the logits of the module."""
+        return self.logits(module, images)
+
+    def model(self, module: nn.Module) -> nn.Module:
+        """Return the module as a model that maps images to logits: itself where it does so."""
+        return module if self.plain else Adapted(unwrap(module), self)
+
+
+class Adapted(nn.Module):
+    """A user's module as a model that maps images [B, C, H, W] to logits [B, K].
+
+    Its submodules, parameters and buffers are those of the user's module, under the same names.
+    Nothing is registered on that module.
+    """
+
+    def __init__(self, module: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        # Not as a submodule, which would put a prefix before all names.
+        vars(self)["module"] = module
+        self.adapter = adapter
+        self.training = module.training
+
+    def forward(self, images: Images) -> Float[Tensor, "b k"]:
+        """Return the logits of the module."""
+        module: nn.Module = vars(self)["module"]
+        return self.adapter.logits(module, images)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Go through the user's module and its submodules."""
+        module: nn.Module = vars(self)["module"]
+        yield from module.named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the user's module, by which `apply`, `to` and `train` get to all of it."""
+        yield "module", vars(self)["module"]
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return a submodule of the user's module."""
+        module: nn.Module = vars(self)["module"]
+        return module.get_submodule(target)
+
+
+def name_of(model: nn.Module) -> str:
+    """Return the name of a model's class; of an adapted one, that of the user's."""
+    return type(vars(model).get("module", model) if isinstance(model, Adapted) else model).__name__
+
+
+def find_adapter(
+    module: nn.Module,
+    batch: Any,
+    expected: Expected | None = None,
+    logits: LogitsFunction | None = None,
+) -> Adapter:
+    """Find how a module maps images to logits, by trying it on a batch.
+
+    The module is left undisturbed. Of ways that fit, the first counts: the images as the only
+    argument, by keyword, the whole batch with the images in it, what else the forward asks for by
+    the names in the batch, and then networks that are attributes of the module. Costs one evaluation of
+    the batch for each way that is tried.
+
+    Args:
+        module: the user's module, on the device of the batch.
+        batch: a batch as the module's steps get it, or the `Inputs` found in one.
+        expected: what the labels say of the outputs.
+        logits: the user's own way, which takes the place of what would be found.
+
+    Raises:
+        AdapterError: there is none, or its outputs don't fit the labels.
+        BatchError: the batch has no images.
+    """
+    module = unwrap(module)
+    inputs = batch if isinstance(batch, Inputs) else find_inputs(batch)
+    expected = expected or Expected()
+    if len(inputs.images) == 1:
+        # Of one image it can't be told which dimension is the batch's.
+        inputs = Inputs(
+            inputs.with_images(inputs.images.repeat(2, 1, 1, 1)),
+            inputs.path,
+            inputs.form,
+            inputs.images.repeat(2, 1, 1, 1),
+        )
+    ways = _ways(module, inputs) if logits is None else [_given(logits)]
+    failures: list[str] = []
+    with undisturbed(module):
+        for way in ways:
+            try:
+                return _tried(way, module, inputs, expected)
+            except (torch.OutOfMemoryError, KeyboardInterrupt):
+                raise
+            except OutputError as error:
+                failures.append(f"{way.description} {error}")
+            except Exception as error:
+                text = (str(error).strip().splitlines() or [""])[0][:160]
+                failures.append(f"{way.description} raised {type(error).__name__}: {text}")
+    name = type(module).__name__
+    if logits is not None:
+        raise AdapterError(f"{failures[0]}: logits=fn must return logits [B, K] of {name}")
+    # What gave an output is closer to the mark than what raised an error.
+    told = sorted(failures, key=lambda text: " raised " in text)[0]
+    raise AdapterError(
+        f"no logits of {name} found: {told}. Set logits=fn, a function "
+        "fn(module, images) that returns logits [B, K], such as "
+        "lambda module, images: module.head(module.backbone(images))"
+    )
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way into a module: `call` takes it, images [B, C, H, W], and whether integers must be so."""
+
+    description: str
+    call: Callable[[nn.Module, Images, bool], Any]
+    trusted: bool = False  # the user's own
+
+
+def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> Adapter:
+    """Return the adapter of a way; raise OutputError where it leads to no logits."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    images = inputs.images.detach().to(device_of(module), dtype, copy=True).requires_grad_()
+    count, exact = len(images), False
+    with _idle_heads(module) as idle:
+        output = way.call(module, images, False)
+    meaning = find_meaning(output, count, expected)
+    if inputs.form.integer:
+        # A forward may ask for the dtype, and scale integers only.
+        of_integers = way.call(module, images, True)
+        found = find_meaning(of_integers, count, expected)
+        values, wanted = meaning.read(output, count), found.read(of_integers, count)
+        if values.shape != wanted.shape or not torch.allclose(values, wanted, 1e-3, 1e-3):
+            meaning, exact = found, True
+    head = next((n for n, size in idle.items() if size == meaning.classes), None)
+    if head is not None and expected.classes != meaning.classes and not way.trusted:
+        raise OutputError(
+            f"gives {meaning.classes} outputs an image, which '{head}' seems to take for features, as "
+            f"in lambda module, images: module.{head}(module(images))"
+        )
+    with torch.no_grad():
+        of_one = way.call(module, images[:1], exact)
+    try:
+        meaning.read(of_one, 1)
+    except RuntimeError as error:  # another size
+        raise OutputError(f"gives other outputs for one image than for {count}") from error
+    form = inputs.form.described
+    logits = meaning.read(output, count)
+    return Adapter(
+        partial(_logits, way, meaning, exact),
+        f"{way.description}{' with ' * bool(form)}{form} gives {meaning.description}",
+        meaning.score,
+        meaning.classes,
+        plain=way is _DIRECT and not form and logits is output,
+    )
+
+
+def _logits(
+    way: _Way, meaning: Meaning, exact: bool, module: nn.Module, images: Images
+) -> Float[Tensor, "b k"]:
+    return full_precision(meaning.read(way.call(module, images, exact), len(images)))
+
+
+@contextmanager
+def _idle_heads(module: nn.Module) -> Iterator[dict[str, int]]:
+    """Yield the linear layers that don't run in the block, with the number of their inputs."""
+    idle = {name: m.in_features for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, name=name: idle.pop(name, None) and None
+        )
+        for name in idle
+    ]
+    try:
+        yield idle
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --------------------------------------------------------------------------------------------------
+# ways into a module
+
+
+_BATCH_NAMES = ("batch", "batch_data", "sample", "samples", "data", "inputs", "batched_inputs")
+_NETWORKS = ("model", "net", "network", "classifier", "module", "cnn", "resnet", "vit", "backbone")
+_BODIES = ("backbone", "encoder", "feature_extractor", "features", "body", "trunk", "model", "stem")
+_HEADS = ("head", "classifier", "fc", "linear", "cls_head", "decoder", "head_cls", "clf")
+
+
+def _ways(module: nn.Module, inputs: Inputs) -> list[_Way]:
+    """Return the ways to try, the likeliest first."""
+    if _has_forward(module):
+        return _ways_of_forward(module, inputs)
+    children = {name: m for name, m in module.named_children() if list(m.parameters())}
+    pairs = [(b, h) for b in _BODIES for h in _HEADS if b in children and h in children]
+    networks = [name for name in _NETWORKS if name in children]
+    if len(children) == 1:
+        networks = list(children)
+    return [
+        *(_through(body, head, inputs) for body, head in pairs if body != head),
+        *(_attribute(name, inputs) for name in networks),
+    ] or [_DIRECT]
+
+
+def _has_forward(module: nn.Module) -> bool:
+    own = getattr(type(module).forward, "__qualname__", "")
+    unimplemented = own in ("_forward_unimplemented", "LightningModule.forward")
+    return not unimplemented or "forward" in vars(module)
+
+
+def _ways_of_forward(module: nn.Module, inputs: Inputs) -> list[_Way]:
+    direct = _DIRECT if not inputs.form.described else _positional(inputs)
+    whole = _Way("forward(batch)", lambda m, x, exact: m(inputs.with_images(x, exact)))
+    try:
+        parameters = inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):  # such as a scripted module's
+        return [direct, whole]
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [name for name, p in parameters.items() if p.kind not in kinds]
+    required = [name for name in names if parameters[name].default is inspect.Parameter.empty]
+    first = names[0] if names else ""
+    of_images = next((name for name in names if name in IMAGE_NAMES), first)
+    ways = [direct]
+    if _is_named(inputs.batch) and (
+        any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        or {str(key) for key in inputs.batch}.issubset(names)
+    ):
+        ways.append(_Way("forward(**batch)", lambda m, x, exact: m(**inputs.with_images(x, exact))))
+    if of_images != first:
+        keyword = _Way(
+            f"forward({of_images}=images)",
+            lambda m, x, exact: m(**{of_images: inputs.form.outside(x, exact)}),
+        )
+        ways.insert(0, keyword)
+    if not inputs.bare:
+        if first in _BATCH_NAMES:
+            ways.insert(0, whole)
+        else:
+            ways.append(whole)
+        ways = [*_with_others(required, of_images, inputs), *ways]
+    return ways
+
+
+def _is_named(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch)
+
+
+def _with_others(required: list[str], of_images: str, inputs: Inputs) -> list[_Way]:
+    """Return the ways that give what else a forward requires, from the batch."""
+    others = [name for name in required if name != of_images]
+    if not others:
+        return []
+    if isinstance(inputs.batch, (tuple, list)):
+        count = len(required)
+
+        def by_place(module: nn.Module, images: Images, exact: bool) -> Any:
+            return module(*inputs.with_images(images, exact)[:count])
+
+        fits = len(inputs.batch) >= count
+        return [_Way(f"forward({', '.join(required)}) of the batch", by_place)] if fits else []
+    known = {str(name) for name, _ in members(inputs.batch)}
+
+    def by_name(module: nn.Module, images: Images, exact: bool) -> Any:
+        rest = {name: inputs.value(name, images) for name in others}
+        return module(**{of_images: inputs.form.outside(images, exact)}, **rest)
+
+    names = ", ".join(others)
+    fits = known.issuperset(others)
+    return [_Way(f"forward({of_images}=images, {names} of the batch)", by_name)] if fits else []
+
+
+def _positional(inputs: Inputs) -> _Way:
+    return _Way("forward(images)", lambda m, x, exact: m(inputs.form.outside(x, exact)))
+
+
+def _attribute(name: str, inputs: Inputs) -> _Way:
+    def call(module: nn.Module, images: Images, exact: bool) -> Any:
+        return getattr(module, name)(inputs.form.outside(images, exact))
+
+    return _Way(f"{name}(images)", call)
+
+
+def _through(body: str, head: str, inputs: Inputs) -> _Way:
+    def call(module: nn.Module, images: Images, exact: bool) -> Any:
+        features = getattr(module, body)(inputs.form.outside(images, exact))
+        last = getattr(module, head)
+        # As steps do between a convolutional body and a linear head, where it can be meant in one way.
+        if (
+            isinstance(features, Tensor)
+            and features.ndim == 4
+            and isinstance(_first(last), nn.Linear)
+        ):
+            features = features.flatten(1)
+        return last(features)
+
+    return _Way(f"{head}({body}(images))", call)
+
+
+def _first(module: nn.Module) -> nn.Module:
+    """Return the first layer of a sequence."""
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    return module
+
+
+def _given(logits: LogitsFunction) -> _Way:
+    return _Way("logits=fn", lambda module, images, exact: logits(module, images), True)
+
+
+_DIRECT = _Way("forward(images)", lambda module, images, exact: module(images))

@@ -69,7 +69,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     Open it once around all that is done to a model: it copies the weights, and is free inside
     another for the same model.
     """
-    if any(model in saved for saved in _open):
+    # Of an adapted model the first module is the user's.
+    if any(next(iter(model.modules()), model) in saved for saved in _open):
         yield
         return
     with ExitStack() as stack:

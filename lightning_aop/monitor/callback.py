@@ -13,18 +13,22 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_aop._version import __version__
 from lightning_aop.history.store import HistoryWriter
+from lightning_aop.model.adapter import Adapter, LogitsFunction, find_adapter
 from lightning_aop.model.isolation import device_of, isolated, isolated_rng
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explain import Way, explain
 from lightning_aop.monitor.explanation import Explanation, Moment, mean_drift
+from lightning_aop.monitor.facts import class_names, normalisation
 from lightning_aop.monitor.judge import Judge
+from lightning_aop.monitor.labels import ReadBatch
 from lightning_aop.monitor.lightning import (
     Callback,
+    Drawn,
     LightningModule,
     Trainer,
-    drawn_probe,
-    loaders_of,
+    draw,
+    fact_sources,
     log_scalars,
     logs_folder,
     misconfiguration,
@@ -38,9 +42,6 @@ from lightning_aop.monitor.probe import (
     Probe,
     ProbeSource,
     TargetChoice,
-    class_names_of,
-    normalisation_of,
-    source_of,
 )
 from lightning_aop.monitor.processes import Processes
 from lightning_aop.monitor.progress import progress_bar
@@ -66,6 +67,9 @@ class _Run:
         folder: what the run leaves in files.
         passes: how many images go through the model at once.
         probe: the images, once they are chosen.
+        adapter: how the user's module maps images to logits, once that was found.
+        model: the module as such a model.
+        integers: the data's images are integers, which no normalisation has seen.
         resumed: the probe is a checkpoint's, and not compared with the data yet.
         last_step: the optimizer steps at the last look at them.
         last_epoch: the epochs that were over when one was explained last.
@@ -79,6 +83,9 @@ class _Run:
     folder: RunFolder
     passes: Passes = field(default_factory=Passes)
     probe: Probe | None = None
+    adapter: Adapter | None = None
+    model: torch.nn.Module | None = None
+    integers: bool = False
     resumed: bool = False
     last_step: int = 0
     last_epoch: int = 0
@@ -164,6 +171,10 @@ class ExplanationMonitor(Callback):
             time (0.05 for a twentieth), as `explain/overhead` and `explain/skipped` tell. The first
             is always made, and paid off before the next. None for no limit.
         store: keep the maps and metrics in files. Without them there is no drift.
+        logits: `fn(module, images)` that returns logits [B, K], where they are not found or others are
+            meant.
+        read_batch: `fn(batch)` that returns images and labels, where they are not found or others are
+            meant.
         full_precision: explain in float32 whatever the trainer's precision; by default in the
             trainer's, but for the parts that need more.
         sinks: who else gets every `Explanation` with its `Moment`, on every process: objects with
@@ -193,6 +204,8 @@ class ExplanationMonitor(Callback):
         max_overhead: float | None = None,
         store: bool = True,
         full_precision: bool = False,
+        logits: LogitsFunction | None = None,
+        read_batch: ReadBatch | None = None,
         name: str | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
@@ -215,6 +228,7 @@ class ExplanationMonitor(Callback):
         self.max_overhead = max_overhead
         self.store = store
         self.full_precision = full_precision
+        self.logits, self.read_batch = logits, read_batch
         self.name = name
         self.sinks = sinks
         self._label = name  # what is logged under, the number of one without a name
@@ -461,27 +475,58 @@ class ExplanationMonitor(Callback):
     ) -> Explanation:
         """Return the maps and the metrics of the probe as the model is now, the same everywhere."""
         run = self._state
-        if run.probe is None:
-            run.probe = processes.from_first(
-                lambda: drawn_probe(self.probe, trainer, pl_module, run.warn)
-            )
-        elif run.resumed:
-            run.resumed = False
-            self._compare(trainer, pl_module, run.probe)
+        if run.model is None:
+            self._prepare(trainer, pl_module, processes)
+        assert run.probe is not None
+        assert run.model is not None
         with (
             precision_of(trainer, pl_module, self.full_precision),
             processes.buffers_of_first(pl_module),
-            progress_bar(trainer, pl_module, len(run.probe.images)),
+            progress_bar(trainer, run.model, len(run.probe.images)),
         ):
             return explain(
-                pl_module, run.probe, self._way, run.judge, processes, run.passes, run.warn
+                run.model, run.probe, self._way, run.judge, processes, run.passes, run.warn
             )
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, processes: Processes) -> None:
+        """Choose the probe, and find how the module maps images to logits."""
+        run = self._state
+
+        def drawn() -> Drawn | None:
+            try:
+                return draw(self.probe, self.read_batch, trainer, pl_module)
+            except Exception:
+                if run.probe is None:
+                    raise
+                return None  # the probe of the run that is resumed is explained without it
+
+        found = processes.together(drawn)
+
+        def adapter() -> Adapter:
+            with precision_of(trainer, pl_module, self.full_precision):
+                if found is None:
+                    assert run.probe is not None
+                    batch = run.probe.images.to(device_of(pl_module)), run.probe.labels
+                    return find_adapter(pl_module, batch, None, self.logits)
+                expected = found.reading.expected(pl_module, found.classes)
+                return find_adapter(pl_module, found.reading.inputs, expected, self.logits)
+
+        way = run.adapter = processes.together(adapter)
+        run.integers = found is not None and found.reading.inputs.form.integer
+        if run.probe is None:
+            assert found is not None
+            first = found.probe
+            run.probe = processes.from_first(lambda: first(way, run.warn))
+        elif run.resumed:
+            run.resumed = False
+            self._compare(found, run.probe)
+        run.model = way.model(pl_module)
 
     @property
     def _way(self) -> Way:
-        return Way(
-            self.method, self.target_layer, self.targets, self.score, self.max_classes_per_image
-        )
+        adapter = self._state.adapter
+        score = self.score or (None if adapter is None else adapter.score)
+        return Way(self.method, self.target_layer, self.targets, score, self.max_classes_per_image)
 
     def _timed(self, explanation: Explanation, started: float) -> Explanation:
         """Add how much has changed, and how long it took; the budget pays for it."""
@@ -514,25 +559,22 @@ class ExplanationMonitor(Callback):
         return Pictures(trainer.loggers, root, look, before, self._prefix, run.warn)
 
     def _look(self, trainer: Trainer) -> Look:
-        loaders = loaders_of(trainer)
-        source, validation = (source_of(p, loaders) for p in (self.probe, 1))
-        names = self.class_names or class_names_of(source) or class_names_of(validation)
+        sources, run = fact_sources(self.probe, trainer), self._state
+        count = None if run.adapter is None else run.adapter.classes
+        names = self.class_names or class_names(sources, count).value
         mean, std = self.mean, self.std
-        if mean is None and std is None:
-            mean, std = normalisation_of(source) or (None, None)
+        if mean is None and std is None and run.probe is not None and not run.integers:
+            mean, std = normalisation(sources, run.probe.images.shape[1]).value or (None, None)
         return Look(names, mean, std, self.panels)
 
-    def _compare(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
+    def _compare(self, found: Drawn | None, probe: Probe) -> None:
         """Tell whether the data still has the images of the run that is resumed."""
         if callable(self.probe) and not hasattr(self.probe, "__getitem__"):
             return  # a function may give other images each time
-        try:
-            found = drawn_probe(self.probe, trainer, pl_module, self._state.warn)
-            changed = found.fingerprint != probe.fingerprint
-        except Exception:
-            changed = True
-        if changed:
-            self._state.warn(
+        run = self._state
+        assert run.adapter is not None
+        if found is None or Probe.of(found.reading, run.adapter).fingerprint != probe.fingerprint:
+            run.warn(
                 "the data that the probe was taken from has changed since the run was started: the "
                 "images of the checkpoint go on being explained; for others, start a new run"
             )
@@ -571,6 +613,7 @@ class ExplanationMonitor(Callback):
     def _configuration(self, trainer: Trainer, probe: Probe) -> dict[str, str]:
         found = {
             "model": type(trainer.lightning_module).__name__,
+            "logits": "" if self._state.adapter is None else self._state.adapter.description,
             "method": _printed(self._way.method_for(self._way.score_for(probe))),
             "targets": str(self.targets),
             "metrics": str(self._state.judge),

@@ -16,7 +16,7 @@ from lightning_aop.monitor.explanation import Explanation, Plan
 from lightning_aop.monitor.judge import Judge, Judging, computed, located, updated
 from lightning_aop.monitor.probe import Probe, TargetChoice
 from lightning_aop.monitor.processes import Processes
-from lightning_aop.scores import Score, sigmoid, softmax
+from lightning_aop.scores import Score, of_all_classes, sigmoid, softmax
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 
 
@@ -131,7 +131,7 @@ def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Pass
     labelled = len(rows)
     if probe.multilabel and way.targets == "label":
         # Judged are the labelled classes only, which stay the same from epoch to epoch.
-        wrong = probe.false_positives(logits.sigmoid())
+        wrong = probe.false_positives(of_all_classes(way.score_for(probe), logits).float())
         rows, targets = (torch.cat(both) for both in zip((rows, targets), wrong, strict=True))
     finite = logits.isfinite().all(dim=1)[rows]
     judged = (torch.arange(len(rows)) < labelled) & finite

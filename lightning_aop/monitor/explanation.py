@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_aop.history.store import stored
 from lightning_aop.metrics.functional import auc
 from lightning_aop.monitor.probe import Probe
-from lightning_aop.scores import Score
+from lightning_aop.scores import Score, logit, of_all_classes
 
 Pair: TypeAlias = tuple[int, int]
 """The image and the class that one map is of."""
@@ -85,7 +85,7 @@ class Explanation:
         predicted_scores: the score of that class.
         verdicts: what the model says of each against its label; None without labels.
         drift: 1 − the rank correlation of each map with the one before; None without one.
-        logits: of all images of the probe.
+        chances: the score of every class, for all images of the probe.
         values: the metrics, by name.
         controls: the metrics of maps that don't depend on the model, by their name; empty where they
             were not measured this time.
@@ -104,7 +104,7 @@ class Explanation:
     predicted_scores: Float[Tensor, " p"]
     verdicts: Sequence[Verdict | None]
     drift: Sequence[float | None]
-    logits: Float[Tensor, "n k"]
+    chances: Float[Tensor, "n k"]
     values: dict[str, float]
     controls: dict[str, dict[str, float]]
 
@@ -138,9 +138,9 @@ class Explanation:
             plan.score(logits, targets).float(),
             predicted,
             plan.score(logits, predicted).float(),
-            _verdicts(probe, rows, targets, logits, predicted),
+            _verdicts(probe, plan, predicted),
             [None] * len(rows),
-            plan.logits,
+            of_all_classes(plan.score, plan.logits).float(),
             values | {"blank_maps": float((faint | ~finite).sum())},
             controls,
         )
@@ -155,7 +155,7 @@ class Explanation:
         changes: dict[str, object] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("probe", "logits", "values", "controls"):
+            if field.name in ("probe", "chances", "values", "controls"):
                 continue
             changes[field.name] = (
                 value[chosen] if isinstance(value, Tensor) else [value[i] for i in chosen.tolist()]
@@ -163,20 +163,15 @@ class Explanation:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-def _verdicts(
-    probe: Probe,
-    rows: Int[Tensor, " p"],
-    targets: Int[Tensor, " p"],
-    logits: Float[Tensor, "p k"],
-    predicted: Int[Tensor, " p"],
-) -> list[Verdict | None]:
-    if probe.labels is None:
+def _verdicts(probe: Probe, plan: Plan, predicted: Int[Tensor, " p"]) -> list[Verdict | None]:
+    rows, targets = plan.rows, plan.targets
+    if probe.labels is None or plan.score is logit:
         return [None] * len(rows)
     if not probe.multilabel:
         right = predicted == probe.labels[rows].long()
         return ["right" if known else "wrong" for known in right.tolist()]
     labelled = probe.labels[rows, targets] > 0.5
-    over = logits.gather(1, targets[:, None])[:, 0].sigmoid() > 0.5
+    over = plan.score(plan.logits[rows], targets) > 0.5
     words: dict[tuple[bool, bool], Verdict] = {
         (True, True): "right",
         (True, False): "missed",

@@ -9,15 +9,19 @@ imported would take over the messages of both, also when `logging` was told to l
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lightning_aop.model.adapter import Adapter
 from lightning_aop.model.isolation import device_of, in_float32, undisturbed
 from lightning_aop.monitor.explanation import Moment
-from lightning_aop.monitor.probe import Probe, ProbeSource, collect
+from lightning_aop.monitor.facts import class_count
+from lightning_aop.monitor.labels import ReadBatch, Reading, read_batch
+from lightning_aop.monitor.probe import MaskReader, Probe, ProbeSource, collect, source_of
 
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -126,9 +130,46 @@ def loaders_of(trainer: Trainer) -> Any:
     return trainer.train_dataloader if validation is None else validation
 
 
-def drawn_probe(
-    source: ProbeSource, trainer: Trainer, module: LightningModule, warn: Callable[[str], None]
-) -> Probe:
+@dataclass(frozen=True)
+class Drawn:
+    """What the probe is made of.
+
+    Attributes:
+        reading: the images and labels, in the batch that they are from.
+        classes: the number of classes, None where the data doesn't say.
+        limit: how many samples were asked for, None for all.
+        read_masks: what gives the masks of a class, where the dataset has masks.
+    """
+
+    reading: Reading
+    classes: int | None
+    limit: int | None
+    read_masks: MaskReader | None
+
+    def probe(self, adapter: Adapter, warn: Callable[[str], None]) -> Probe:
+        """Return the probe, with labels that fit the model's outputs."""
+        probe, count = Probe.of(self.reading, adapter), self.limit
+        if probe.note:
+            warn(probe.note)
+        if self.read_masks is not None and probe.masks is None:
+            try:
+                probe = probe.with_masks(self.read_masks)
+            except Exception as error:
+                warn(
+                    "no outlines and no pointing game, for the masks of the probe could not be "
+                    f"read. {type(error).__name__}: {error}"
+                )
+        if count is not None and len(probe.images) < count:
+            warn(
+                f"probe={count} samples asked for, but the data has {len(probe.images)}: all of them "
+                "are explained; lower probe to silence this"
+            )
+        return probe
+
+
+def draw(
+    source: ProbeSource, read: ReadBatch | None, trainer: Trainer, module: LightningModule
+) -> Drawn:
     """Take the probe from its source, the way a validation batch would come to the model."""
     stage = trainer.state.stage
     try:
@@ -141,21 +182,14 @@ def drawn_probe(
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     finally:
         trainer.state.stage = stage
-    probe, count = Probe.from_batch(batch, found.limit), found.limit
-    if found.read_masks is not None and probe.masks is None:
-        try:
-            probe = probe.with_masks(found.read_masks)
-        except Exception as error:
-            warn(
-                "no outlines and no pointing game, for the masks of the probe could not be read. "
-                f"{type(error).__name__}: {error}"
-            )
-    if count is not None and len(probe.images) < count:
-        warn(
-            f"probe={count} samples asked for, but the data has {len(probe.images)}: all of them are "
-            "explained; lower probe to silence this"
-        )
-    return probe
+    classes = class_count(fact_sources(source, trainer))
+    return Drawn(read_batch(batch, found.limit, read), classes, found.limit, found.read_masks)
+
+
+def fact_sources(source: ProbeSource, trainer: Trainer) -> list[Any]:
+    """Return what may tell the names of classes and the normalisation, the likeliest first."""
+    datasets = [source_of(each, loaders_of(trainer)) for each in (source, 1)]
+    return [*datasets, getattr(trainer, "datamodule", None), trainer.lightning_module]
 
 
 def log_scalars(
@@ -184,9 +218,10 @@ def log_scalars(
 
 __all__ = [
     "Callback",
+    "Drawn",
     "LightningModule",
     "Trainer",
-    "drawn_probe",
+    "draw",
     "loaders_of",
     "log_scalars",
     "logs_folder",

@@ -180,7 +180,7 @@ def _headings(explanation: Explanation, names: Sequence[str] | None) -> list[str
     """Return for each picture which classes were found, missed or made up, beside those drawn."""
     labels = explanation.probe.labels
     assert labels is not None
-    scores = explanation.logits.sigmoid().cpu()
+    scores = explanation.chances
     positive, over = labels > 0.5, scores > 0.5
     drawn = torch.zeros_like(positive)
     drawn[explanation.rows, explanation.targets] = True

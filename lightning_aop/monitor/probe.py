@@ -25,17 +25,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from lightning_aop.errors import InvalidTypeError, InvalidValueError
-from lightning_aop.monitor.reading import Collate, Stream, read_batch
+from lightning_aop.model.adapter import Adapter
+from lightning_aop.monitor.labels import Reading, fit_labels, read_batch
+from lightning_aop.monitor.reading import Collate, Stream, read_samples
 from lightning_aop.types import Images
 
 ProbeSource: TypeAlias = (
     int | Tensor | Sequence[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Any]
 )
 TargetChoice: TypeAlias = Literal["label", "predicted"] | Sequence[int]
-
-_IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs", "data")
-_LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
-_MASK_KEYS = ("masks", "mask")
 
 MaskReader: TypeAlias = Callable[[int, Sequence[int]], Tensor]
 """From the number of a sample, and some classes, to their masks [classes, H, W]."""
@@ -47,60 +45,64 @@ class Probe:
 
     Attributes:
         images: the pictures as the model takes them.
-        labels: [N] class indices or [N, K] multi-hot.
+        labels: [N] class indices, -1 where there is none of the model's, or [N, K] multi-hot.
         masks: where a class is in a picture.
         mask_pairs: [M, 2], which picture and which class each mask is of.
+        note: what there is to say of the labels, empty if nothing.
     """
 
     images: Images
     labels: Num[Tensor, "b *classes"] | None = None
     masks: Bool[Tensor, "m h w"] | None = None
     mask_pairs: Int[Tensor, "m 2"] | None = None
+    note: str = ""
 
     @classmethod
     def from_batch(cls, batch: Any, limit: int | None = None) -> "Probe":
-        """Read images and labels out of a batch: a tensor, (images, labels, …) or a dictionary."""
-        labels: Any = None
-        masks: Any = None
-        if isinstance(batch, Mapping):
-            images = next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
-            labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
-            masks = next((batch[key] for key in _MASK_KEYS if key in batch), None)
-        elif isinstance(batch, (tuple, list)) and batch:
-            parts: list[Any] = [*batch, None, None]
-            images, labels, masks = parts[:3]
-        else:
-            images = batch
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            keys = f" with keys {list(batch)}" if isinstance(batch, Mapping) else ""
-            shape = f" [{', '.join(map(str, images.shape))}]" if isinstance(images, Tensor) else ""
-            raise InvalidValueError(
-                f"no image batch [B, C, H, W] found in a {type(batch).__name__}{keys}{shape}: pass "
-                "probe=(images, labels), or a callable that returns them"
-            )
-        if not isinstance(labels, Tensor) or labels.ndim not in (1, 2):
-            labels = None
+        """Read images and labels out of a batch: a tensor, (images, labels, …) or a dictionary.
+
+        Labels mean what they say by themselves; `of` asks the model as well.
+        """
+        return cls.of(read_batch(batch, limit))
+
+    @classmethod
+    def of(cls, reading: Reading, adapter: Adapter | None = None) -> "Probe":
+        """Return the probe of what was read from a batch, with labels that fit the model's outputs.
+
+        Raises:
+            BatchError: no label fits the model's outputs.
+        """
+        fitted = fit_labels(reading.labels, adapter)
+        labels = None if fitted is None else fitted.labels
+        images = reading.inputs.images.detach().clone().cpu()
         probe = cls(
-            images[:limit].detach().clone().cpu(),
-            None if labels is None else labels[:limit].detach().clone().cpu(),
+            images,
+            None if labels is None else labels.clone(),
+            note="" if fitted is None else fitted.note,
         )
-        if isinstance(masks, Tensor) and masks.dtype == torch.bool and labels is not None:
-            given = masks.detach().cpu()
-            classes = labels.shape[1:]
-            if given.shape != (len(images), *classes, *images.shape[2:]):
-                # A batch may hold other things; only what is called masks is missed.
-                if isinstance(batch, Mapping):
-                    warnings.warn(
-                        f"ExplanationMonitor: the batch's masks have shape {list(given.shape)}, where "
-                        f"{[len(images), *classes, *images.shape[2:]]} was expected: none is drawn",
-                        stacklevel=2,
-                    )
-                return probe
+        if labels is None:
+            return probe
+        if reading.labels is not None and reading.labels.kind == "mask":
+            pixels = reading.labels.values
             return probe.with_masks(
-                # [B, H, W] is where the class of the label is, [B, K, H, W] where each class is.
-                lambda row, classes: given[row][classes] if given.ndim == 4 else given[row][None]
+                lambda row, classes: torch.stack([pixels[row] == index for index in classes])
             )
-        return probe
+        if reading.masks is None:
+            return probe
+        given = reading.masks.detach().cpu()
+        if given.shape != (len(images), *labels.shape[1:], *images.shape[2:]):
+            # A batch may hold other things; only what is called masks is missed.
+            if reading.masks_named:
+                warnings.warn(
+                    f"ExplanationMonitor: the batch's masks have shape {list(given.shape)}, where "
+                    f"{[len(images), *labels.shape[1:], *images.shape[2:]]} was expected: none is drawn",
+                    stacklevel=3,
+                )
+            return probe
+        return probe.with_masks(
+            # [B, H, W] is where the class of the label is, [B, K, H, W] where each class is.
+            lambda row, classes: given[row][classes] if given.ndim == 4 else given[row][None]
+        )
 
     def with_masks(self, read: MaskReader) -> "Probe":
         """Return the probe with the masks of every class that a picture is labelled with.
@@ -132,7 +134,8 @@ class Probe:
             return []
         if self.labels.ndim == 2:
             return (self.labels[row] > 0.5).nonzero()[:, 0].tolist()
-        return [int(self.labels[row])]
+        index = int(self.labels[row])
+        return [index] if index >= 0 else []  # below 0 is no label
 
     def masks_of(
         self, rows: Int[Tensor, " p"], targets: Int[Tensor, " p"]
@@ -167,7 +170,8 @@ class Probe:
                 "the probe has none: pass probe=(images, labels), or targets='predicted'"
             )
         if self.labels.ndim == 1:
-            return torch.arange(len(self.labels)), self.labels.long()
+            rows = (self.labels >= 0).nonzero()[:, 0]
+            return rows, self.labels[rows].long()
         positive = self.labels > 0.5
         positive &= positive.cumsum(dim=1) <= max_classes_per_image
         rows, classes = positive.nonzero(as_tuple=True)
@@ -230,7 +234,7 @@ class Probe:
         if "tables" in state:
             channels = [t[images[:, c].long()] for c, t in enumerate(state["tables"])]
             images = torch.stack(channels, dim=1)
-        rest = {name: state.get(name) for name in ("labels", "masks", "mask_pairs")}
+        rest: dict[str, Any] = {name: state.get(name) for name in ("labels", "masks", "mask_pairs")}
         return cls(images, **rest)
 
     @property
@@ -337,7 +341,7 @@ def _read(
 ) -> Collected:
     """Read a batch and its masks where that leaves no mark."""
     note = partial(_masks_of_batch, _mask_reader(dataset), count)
-    batch, masks = read_batch(
+    batch, masks = read_samples(
         dataset, count, collate=collate, loader=loader, ready=ready, note=note
     )
     return Collected(batch, count, None if masks is None else _KnownMasks(masks))

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.isolation import isolated_rng
 
-__all__ = ["Collate", "Stream", "read_batch"]
+__all__ = ["Collate", "Stream", "read_samples"]
 
 Collate: TypeAlias = Callable[[Any], Any]
 
@@ -48,7 +48,7 @@ class Stream(IterableDataset[Any]):
         return iter(self.items)
 
 
-def read_batch(
+def read_samples(
     dataset: Any,
     count: int,
     *,

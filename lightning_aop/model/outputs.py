@@ -1,0 +1,286 @@
+"""What a model's output means: from tensors, dictionaries, tuples and objects to logits [B, K]."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_aop.errors import InvalidValueError
+from lightning_aop.model.batches import members
+from lightning_aop.scores import Score, full_precision, logit, sigmoid, softmax
+
+__all__ = ["Expected", "Kind", "Meaning", "OutputError", "find_meaning"]
+
+Kind: TypeAlias = Literal["class", "one-hot", "soft", "multi-hot", "value", "mask", "boxes"]
+"""What the labels of a batch are."""
+
+_NAMES = (
+    *("logits", "logit", "class_logits", "cls_logits", "out", "output", "outputs", "scores"),
+    *("preds", "pred", "prediction", "predictions", "y_hat", "y_pred", "cls", "pred_score"),
+    *("probs", "prob", "probabilities"),
+)
+_TINY = 1e-7
+
+
+class OutputError(InvalidValueError):
+    """An output from which no logits can be read."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of the outputs beforehand.
+
+    Attributes:
+        kind: what the labels are, None if there are none.
+        highest: the highest class index among the labels.
+        classes: how many classes there are, None where nobody says.
+        separately: whether each class is trained on its own, by binary cross entropy.
+    """
+
+    kind: Kind | None = None
+    highest: int = -1
+    classes: int | None = None
+    separately: bool = False
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """How to get logits out of an output, in words too.
+
+    Attributes:
+        read: the output, and the number of images, to logits [B, K].
+        description: what the output is.
+        score: the class score that fits.
+        classes: K.
+    """
+
+    read: Callable[[Any, int], Float[Tensor, "b k"]]
+    description: str
+    score: Score
+    classes: int
+
+
+def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
+    """Tell what a model's output for a batch of `count` images means.
+
+    An output that ends in a sigmoid is told from logits by its graph: it has to have one.
+
+    Raises:
+        OutputError: it has no logits, or their number does not fit the labels.
+    """
+    if _is_detection(output, count):
+        return _detection(output, expected)
+    found: list[tuple[_Path, Tensor]] = [
+        (path, tensor) for path, tensor in _tensors(output) if _fits(tensor, count)
+    ]
+    if not found:
+        raise OutputError(f"gives {_describe(output)}, no logits for {count} images")
+    named = [
+        (path, tensor)
+        for name in _NAMES
+        for path, tensor in found
+        if path and str(path[-1]).lower() == name
+    ]
+    counted = [(p, t) for p, t in found if t.ndim > 1 and t.shape[1] == expected.classes]
+    flat = [(path, tensor) for path, tensor in found if tensor.ndim <= 2]
+    path, tensor = (named or counted or flat or found)[0]
+    meaning = _meaning_of(tensor, count, str(path[-1]) if path else "", expected)
+    if not path:
+        return meaning
+    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+
+    def read(output: Any, count: int) -> Tensor:
+        return meaning.read(_at(output, path), count)
+
+    return Meaning(read, f"{where} {meaning.description}", meaning.score, meaning.classes)
+
+
+_Path: TypeAlias = tuple[object, ...]
+
+
+def _fits(tensor: Tensor, count: int) -> bool:
+    if not tensor.is_floating_point():
+        return False
+    if tensor.ndim == 0:
+        return False
+    return len(tensor) == count and tensor.ndim <= 4
+
+
+def _tensors(output: Any, path: _Path = (), depth: int = 3) -> Iterator[tuple[_Path, Tensor]]:
+    if isinstance(output, Tensor):
+        yield path, output
+    elif depth:
+        own = getattr(output, "logits", None)
+        parts = members(output)
+        if isinstance(own, Tensor) and "logits" not in dict(parts):
+            parts = [("logits", own), *parts]
+        for key, part in parts:
+            yield from _tensors(part, (*path, key), depth - 1)
+
+
+def _at(output: Any, path: _Path) -> Any:
+    for key in path:
+        if isinstance(output, Mapping) or isinstance(key, int):
+            output = output[key]
+        else:
+            output = getattr(output, str(key))
+    return output
+
+
+def _meaning_of(tensor: Tensor, count: int, name: str, expected: Expected) -> Meaning:
+    shape = tuple(tensor.shape[1:])
+    if math.prod(shape) == 1:
+        return _one_output(tensor, name, expected)
+    if len(shape) == 1 or (len(shape) == 3 and shape[1:] == (1, 1)):
+        return _class_outputs(tensor.flatten(1), expected)
+    if len(shape) == 3:
+        return _segmentation(tensor, expected)
+    if len(shape) == 2 and (expected.kind == "mask" or min(shape) > 16):
+        return _segmentation(tensor[:, None], expected)
+    raise OutputError(f"gives {list(tensor.shape)}, which is neither [B, K] nor [B, K, H, W]")
+
+
+def _one_output(tensor: Tensor, name: str, expected: Expected) -> Meaning:
+    if expected.kind == "value" or expected.highest > 1:
+        return Meaning(lambda t, n: t.reshape(n, 1), "[B, 1], a value to predict", logit, 1)
+    probability = _ends_in(tensor, "Sigmoid") or ("prob" in name and _in_unit(tensor))
+    probability = probability or (name == "pred_score" and _in_unit(tensor))
+
+    def read(output: Tensor, count: int) -> Tensor:
+        z = output.reshape(count, 1)
+        z = _logit(z) if probability else z
+        return torch.cat([-z, z], dim=1)
+
+    what = "the probability" if probability else "the logit"
+    return Meaning(read, f"[B, 1], {what} of class 1 of two", sigmoid, 2)
+
+
+def _class_outputs(logits: Tensor, expected: Expected) -> Meaning:
+    classes = logits.shape[1]
+    _check_range(classes, expected)
+    size = f"[B, {classes}]"
+
+    def as_it_is(output: Tensor, count: int) -> Tensor:
+        return output if output.shape == (count, classes) else output.reshape(count, classes)
+
+    if expected.kind == "value" and expected.highest < 0:
+        return Meaning(as_it_is, f"{size}, values to predict", logit, classes)
+    values = full_precision(logits.detach())
+    if _in_unit(values) and bool(((values.sum(dim=1) - 1).abs() < 1e-3).all()):
+        return Meaning(
+            lambda t, n: full_precision(t.reshape(n, classes)).clamp_min(_TINY).log(),
+            f"{size}, probabilities by softmax, of which the logarithm is taken",
+            softmax,
+            classes,
+        )
+    if _ends_in(logits, "Sigmoid"):
+        return Meaning(
+            lambda t, n: _logit(t.reshape(n, classes)),
+            f"{size}, probabilities by sigmoid, of which the logit is taken",
+            sigmoid,
+            classes,
+        )
+    if bool((values <= 0).all()) and bool((values.logsumexp(dim=1).abs() < 1e-3).all()):
+        return Meaning(as_it_is, f"{size}, logarithms of probabilities", softmax, classes)
+    separate = expected.kind == "multi-hot" or (
+        expected.separately and expected.kind in ("one-hot", None)
+    )
+    return Meaning(as_it_is, f"logits {size}", sigmoid if separate else softmax, classes)
+
+
+def _check_range(classes: int, expected: Expected) -> None:
+    if expected.kind in ("class", "soft", "one-hot", "multi-hot") and expected.highest >= classes:
+        raise OutputError(
+            f"gives {classes} outputs an image, where the labels go up to class {expected.highest}"
+        )
+
+
+def _segmentation(maps: Tensor, expected: Expected) -> Meaning:
+    """Return the share of the image that each class has: the mean of its pixels' probabilities."""
+    classes = maps.shape[1]
+    probable = _in_unit(maps) and (
+        _ends_in(maps, "Sigmoid") or bool(((maps.detach().sum(dim=1) - 1).abs() < 1e-3).all())
+    )
+
+    def read(output: Tensor, count: int) -> Tensor:
+        values = full_precision(output).reshape(count, classes, *output.shape[-2:])
+        if classes == 1:
+            p = (values if probable else values.sigmoid()).mean(dim=(2, 3))
+            return torch.cat([-_logit(p), _logit(p)], dim=1)
+        p = (values if probable else values.softmax(dim=1)).mean(dim=(2, 3))
+        return p.clamp_min(_TINY).log()
+
+    return Meaning(
+        read,
+        f"[B, {classes}, H, W], a semantic segmentation, scored by a class's mean probability over "
+        "the image",
+        sigmoid if classes == 1 else softmax,
+        max(classes, 2),
+    )
+
+
+def _is_detection(output: Any, count: int) -> bool:
+    return (
+        isinstance(output, (list, tuple))
+        and len(output) == count
+        and all(isinstance(found, Mapping) and {"scores", "labels"} <= {*found} for found in output)
+    )
+
+
+def _detection(output: Any, expected: Expected) -> Meaning:
+    """Return the best score of each class over the boxes of an image."""
+    seen = [int(found["labels"].max()) for found in output if len(found["labels"])]
+    classes = expected.classes or max([expected.highest, 0, *seen]) + 1
+
+    def read(output: Any, count: int) -> Tensor:
+        rows = []
+        for found in output:
+            scores, labels = full_precision(found["scores"]), found["labels"].long()
+            known = labels < classes
+            best = scores.new_zeros(classes)
+            best = best.scatter_reduce(0, labels[known], scores[known], "amax")
+            rows.append(_logit(best))
+        return torch.stack(rows)
+
+    return Meaning(
+        read,
+        f"detections, scored by the best box of each of {classes} classes",
+        sigmoid,
+        classes,
+    )
+
+
+def _logit(probability: Tensor) -> Tensor:
+    return torch.logit(full_precision(probability), eps=_TINY)
+
+
+def _in_unit(values: Tensor) -> bool:
+    found = values.detach()
+    return bool(((found >= 0) & (found <= 1)).all())
+
+
+# What hands on its input's values.
+_SAME = ("Squeeze", "Unsqueeze", "View", "Reshape", "Select", "Slice", "ToCopy", "Clone", "Alias")
+
+
+def _ends_in(tensor: Tensor, operation: str) -> bool:
+    """Tell by its graph whether an operation was the last to compute a tensor."""
+    node: Any = tensor.grad_fn
+    while node is not None and any(name in node.name() for name in _SAME):
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith(operation)
+
+
+def _describe(output: Any) -> str:
+    """Return the kind and the shapes of an output, and none of its values."""
+    if isinstance(output, Tensor):
+        return f"a tensor {list(output.shape)}"
+    parts = [
+        f"{key}: {list(part.shape) if isinstance(part, Tensor) else type(part).__name__}"
+        for key, part in members(output)[:6]
+    ]
+    return f"a {type(output).__name__}" + (f" ({', '.join(parts)})" if parts else "")

@@ -1,0 +1,159 @@
+"""What a dataset, a datamodule or a model says beside its samples: names of classes, normalisation.
+
+All of it is a guess from attributes that people name in a few ways. One that does not fit the model or
+the images is left out, with a note that says so; none is ever an error.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+_CLASSES = ("classes", "class_names", "label_names", "categories", "names", "id2label")
+_INDICES = ("class_to_idx", "label2id", "idx_to_class")
+_TRANSFORMS = ("transform", "transforms", "val_transform", "test_transform", "train_transform")
+
+
+@dataclass(frozen=True)
+class Fact(Generic[T]):
+    """A guess, None where nobody says or it does not fit, and a note where it does not fit."""
+
+    value: T | None = None
+    note: str = ""
+
+
+def class_names(sources: Sequence[Any], count: int | None = None) -> Fact[list[str]]:
+    """Return the names of the classes, by index.
+
+    Args:
+        sources: datasets, datamodules and modules, the likeliest first; wrappers are looked into.
+        count: how many classes the model has, None where that isn't known.
+    """
+    note = ""
+    for source in _wrapped(sources):
+        for attribute in (*_CLASSES, *_INDICES):
+            names = _names(_attribute(source, attribute))
+            if names and (count is None or len(names) == count):
+                return Fact(names)
+            if names:
+                note = note or (
+                    f"{type(source).__name__}.{attribute} has {len(names)} names, where the model has "
+                    f"{count} classes: classes are shown by index; set class_names=[…] for names"
+                )
+    return Fact(None, note)
+
+
+def class_count(sources: Sequence[Any]) -> int | None:
+    """Return how many classes there are, None where nobody says."""
+    names = class_names(sources).value
+    if names:
+        return len(names)
+    for source in _wrapped(sources):
+        for attribute in ("num_classes", "n_classes", "num_labels", "classes"):
+            value = _attribute(source, attribute)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
+
+
+def normalisation(
+    sources: Sequence[Any], channels: int
+) -> Fact[tuple[Sequence[float], Sequence[float]]]:
+    """Return the mean and std, one number a channel, that the images were normalised with.
+
+    Args:
+        sources: datasets and datamodules, the likeliest first; wrappers are looked into.
+        channels: how many the images have.
+    """
+    note = ""
+    for source in _wrapped(sources):
+        steps = [s for name in _TRANSFORMS for s in _steps(_attribute(source, name))]
+        for step in (*reversed(steps), source):
+            for first, second in (("mean", "std"), ("image_mean", "image_std")):
+                mean, std = (_numbers(_attribute(step, name)) for name in (first, second))
+                if not mean or not std:
+                    continue
+                mean, std = (v * channels if len(v) == 1 else v for v in (mean, std))
+                if len(mean) == len(std) == channels and min(std) > 0:
+                    return Fact((mean, std))
+                note = note or (
+                    f"{type(step).__name__} has mean {mean} and std {std}, which do not fit images of "
+                    f"{channels} channels: they are shown stretched; set mean=[…] and std=[…]"
+                )
+    return Fact(None, note)
+
+
+def _wrapped(sources: Sequence[Any]) -> Iterator[Any]:
+    """Go through the sources, what they wrap (Subset, ConcatDataset), and their configurations."""
+    seen: list[Any] = []
+    waiting = [source for source in sources if source is not None]
+    while waiting and len(seen) < 100:
+        source = waiting.pop(0)
+        if any(source is other for other in seen):
+            continue
+        seen.append(source)
+        yield source
+        inside = [_attribute(source, name) for name in ("image_dataset", "dataset", "config")]
+        several = _attribute(source, "datasets")
+        inside += several if isinstance(several, (list, tuple)) else []
+        inside += [_attribute(source, name) for name in ("hparams", "model", "net", "backbone")]
+        waiting[:0] = [each for each in inside if each is not None and not callable(each)]
+        waiting += [each for each in inside if callable(each) and hasattr(each, "config")]
+
+
+def _attribute(source: Any, name: str) -> Any:
+    """Return an attribute, or what a method of the name returns; None if there is none."""
+    try:
+        value: Any = (
+            source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+        )
+        return value() if name in (*_CLASSES, *_INDICES) and callable(value) else value
+    except Exception:  # a property or method that can't be had now
+        return None
+
+
+def _names(found: Any) -> list[str] | None:
+    """Return names by class index from any form that has an order."""
+    if hasattr(found, "tolist"):
+        found = found.tolist()
+    if isinstance(found, Mapping):
+        if all(isinstance(v, int) for v in found.values()):
+            found = {index: name for name, index in found.items()}
+        try:
+            numbered = {int(index): name for index, name in found.items()}
+        except (TypeError, ValueError):
+            return None
+        if sorted(numbered) != [*range(len(numbered))]:
+            return None
+        found = [numbered[index] for index in range(len(numbered))]
+    if not isinstance(found, (list, tuple)):
+        return None
+    # ImageNet's have several names each.
+    firsts = [each[0] if isinstance(each, (list, tuple)) and each else each for each in found]
+    named = [each.get("name") if isinstance(each, Mapping) else each for each in firsts]
+    return [str(each) for each in named] if all(isinstance(n, (str, int)) for n in named) else None
+
+
+def _steps(transform: Any, depth: int = 3) -> list[Any]:
+    """Return a transform, or the steps that it is composed of."""
+    if transform is None:
+        return []
+    if isinstance(transform, Mapping):  # one for each stage
+        parts: Any = list(transform.values())
+    else:
+        parts = getattr(transform, "transforms", None)
+    if depth == 0 or not isinstance(parts, (list, tuple)):
+        return [transform]
+    return [step for part in parts for step in _steps(part, depth - 1)]
+
+
+def _numbers(found: Any) -> list[float] | None:
+    try:
+        if hasattr(found, "flatten"):
+            found = found.flatten().tolist()
+        values = [float(v) for v in (found if isinstance(found, (list, tuple)) else [found])]
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return values if values and all(math.isfinite(v) for v in values) else None

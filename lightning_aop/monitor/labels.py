@@ -1,0 +1,340 @@
+"""What the labels of a batch are: classes, several classes, values, masks, and in which form.
+
+`read_batch` finds images and labels in whatever a loader gives. What labels mean may depend on the
+model: a column of whole numbers is a class of many outputs, and a value for a single one. So reading
+has two steps, and between them the model is asked (see `model/adapter.py`):
+
+    reading = read_batch(batch)
+    adapter = find_adapter(module, reading.inputs, reading.expected(module))
+    probe = Probe.of(reading, adapter)
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Num
+from torch import Tensor, nn
+
+from lightning_aop.model.adapter import Adapter
+from lightning_aop.model.batches import BatchError, Inputs, find_inputs, members
+from lightning_aop.model.outputs import Expected, Kind
+from lightning_aop.scores import logit, sigmoid
+
+__all__ = ["Labels", "ReadBatch", "Reading", "read_batch"]
+
+ReadBatch: TypeAlias = Callable[[Any], tuple[Any, Any]]
+"""The user's own way from a batch to images and labels."""
+
+_NAMES = (
+    *("label", "labels", "target", "targets", "y", "class", "classes", "cls", "gt_label"),
+    *("gt_labels", "category_id", "category", "class_id", "class_idx", "class_index", "label_id"),
+    *("label_idx", "fine_label", "labels_id", "ground_truth", "gt", "annotation", "score", "value"),
+    *("coarse_label", "attributes", "attr", "age", "output", "outputs", "json"),
+)
+_MASKS = ("mask", "masks", "segmentation", "gt_mask", "gt_masks", "semantic_mask")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels as the data has them, and what they seem to be.
+
+    Attributes:
+        kind: "class" for one class an image; "one-hot", "soft" and "multi-hot" for [N, K] with one
+            class, shares of classes that sum to 1, and any number of classes; "value" for numbers
+            to predict; "mask" for a class for each pixel; "boxes" for the classes of objects.
+        values: [N], [N, K], [N, H, W], or for boxes a list of class indices for each image.
+    """
+
+    kind: Kind
+    values: Any = field(repr=False)
+
+    @property
+    def highest(self) -> int:
+        """The highest class, -1 for values; ignored labels below 0 and of 255 in masks don't count."""
+        if self.kind == "value":
+            return -1
+        if self.kind in ("one-hot", "soft", "multi-hot"):
+            return int(self.values.shape[1]) - 1
+        if self.kind == "boxes":
+            return max((int(v.max()) for v in self.values if len(v)), default=-1)
+        return int(self.values.max())
+
+    def fitted(self, outputs: int | None, as_values: bool, separately: bool) -> "Fitted":
+        """Return the labels that the probe has, for a model of that many outputs (None: unknown).
+
+        Args:
+            outputs: K.
+            as_values: the outputs are values, not classes.
+            separately: each class has a probability of its own.
+
+        Raises:
+            BatchError: no label fits the outputs.
+        """
+        if as_values or self.kind == "value":
+            several = outputs is not None and outputs > 1
+            note = (
+                f"the model predicts {outputs} values: the first is explained; name others by "
+                "targets=[0, 1, …]"
+            )
+            return Fitted(torch.zeros(len(self.values), dtype=torch.long), note if several else "")
+        if self.kind == "class":
+            return self._classes(self.values.long(), outputs)
+        if self.kind == "soft" or (self.kind == "one-hot" and not separately):
+            return self._classes(self.values.argmax(dim=1), outputs)
+        if self.kind in ("one-hot", "multi-hot"):
+            if outputs is not None and self.values.shape[1] != outputs:
+                raise BatchError(_misfit(f"have {self.values.shape[1]} columns", outputs))
+            return Fitted(self.values)
+        count = outputs if outputs is not None else self.highest + 1
+        present = torch.zeros(len(self.values), count)
+        for row, classes in enumerate(self.values):
+            found = classes.unique().long()
+            present[row, found[(found >= 0) & (found < count)]] = 1
+        return Fitted(present)
+
+    def _classes(self, classes: Tensor, outputs: int | None) -> "Fitted":
+        outside = classes < 0
+        if outputs is not None:
+            outside |= classes >= outputs
+        rows = outside.nonzero()[:, 0].tolist()
+        if not rows:
+            return Fitted(classes)
+        if len(rows) == len(classes) and outputs is not None:
+            raise BatchError(_misfit(f"are all outside, such as {int(classes[0])}", outputs))
+        values = sorted(set(classes[outside].tolist()))[:3]
+        note = (
+            f"{len(rows)} of {len(classes)} images are not explained, for their labels, such as "
+            f"{values}, are none of the {outputs or ''} classes".replace("  ", " ")
+        )
+        return Fitted(classes.masked_fill(outside, -1), note)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The labels of a probe, [N] with -1 for none or [N, K] multi-hot, and what to say of them."""
+
+    labels: Num[Tensor, "n *k"]
+    note: str = ""
+
+
+def _misfit(what: str, outputs: int) -> str:
+    return (
+        f"the labels {what}, where the model gives {outputs} outputs an image: set logits=fn, a "
+        "function fn(module, images) that returns logits [B, K], or read_batch=fn with "
+        "fn(batch) -> (images, labels)"
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was found in a batch.
+
+    Attributes:
+        inputs: the images, and the batch around them.
+        labels: None where there are none.
+        masks: bool [B, H, W], where the labelled class is, or [B, K, H, W], where each class is.
+        masks_named: whether the batch calls them masks.
+    """
+
+    inputs: Inputs
+    labels: Labels | None = None
+    masks: Tensor | None = field(default=None, repr=False)
+    masks_named: bool = False
+
+    def expected(self, module: nn.Module, classes: int | None = None) -> Expected:
+        """Return what the labels, and the names of the classes, say of the module's outputs."""
+        kind, highest = None, -1
+        if self.labels is not None:
+            kind = self.labels.kind
+            highest = self.labels.highest
+            if kind == "class" and classes is not None:
+                # A higher label is one to ignore.
+                below = self.labels.values[self.labels.values < classes]
+                highest = int(below.max()) if len(below) else highest
+        return Expected(kind, highest, classes, trained_separately(module))
+
+
+def read_batch(batch: Any, limit: int | None = None, read: ReadBatch | None = None) -> Reading:
+    """Find the images and labels of a batch's first samples.
+
+    Args:
+        batch: as a loader gives it.
+        limit: how many samples, None for all.
+        read: the user's own way to images and labels.
+
+    Raises:
+        BatchError: the batch has no images.
+    """
+    if read is not None:
+        images, given = _pair(read(batch))
+        try:  # in the batch itself, which the forward may take
+            inputs = find_inputs(batch, images)
+        except BatchError:
+            inputs = find_inputs((images, given))
+        labels = as_labels(given, inputs)
+        if given is not None and labels is None:
+            raise BatchError(
+                f"the labels that read_batch returned, a {type(given).__name__}, are no labels of "
+                f"{len(inputs.images)} images: return class indices [B], or [B, K]"
+            )
+        return Reading(inputs.first(limit), _first(labels, limit))
+    inputs = find_inputs(batch)
+    labels = _find(batch, inputs)
+    masks, named = _find_masks(batch, inputs)
+    return Reading(
+        inputs.first(limit), _first(labels, limit), None if masks is None else masks[:limit], named
+    )
+
+
+def _pair(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise BatchError(
+            f"read_batch must return a pair (images, labels), got a {type(result).__name__}: return "
+            "(images, None) where there are no labels"
+        )
+    return result[0], result[1]
+
+
+def _first(labels: Labels | None, limit: int | None) -> Labels | None:
+    return None if labels is None else Labels(labels.kind, labels.values[:limit])
+
+
+def _find(batch: Any, inputs: Inputs) -> Labels | None:
+    """Return the labels of a batch: by their names, or in a tuple by their place."""
+    if inputs.bare:
+        return None
+    parts = members(batch)
+    for name in (*_NAMES, *_MASKS):
+        for key, part in parts:
+            if str(key).lower().removesuffix(".txt") == name and part is not batch:
+                found = as_labels(part, inputs)
+                if found is not None:
+                    return found
+    if isinstance(batch, (tuple, list)):
+        here = [key for key, _ in parts].index(inputs.path[0])
+        others = [part for _, part in (*parts[here + 1 :], *parts[:here])]
+        several = [f for f in (as_labels(part, inputs) for part in others) if f is not None]
+        # Beside labels, the samples' own numbers.
+        chosen = [f for f in several if not _counts_up(f)] or several
+        if chosen:
+            return chosen[0]
+    if len(inputs.path) > 1:  # beside the images, in a part of the batch
+        return _find(dict(parts)[inputs.path[0]], Inputs((), inputs.path[1:], *_rest(inputs)))
+    return None
+
+
+def _rest(inputs: Inputs) -> tuple[Any, Tensor]:
+    return inputs.form, inputs.images
+
+
+def _counts_up(labels: Labels) -> bool:
+    values = labels.values
+    if labels.kind != "class" or len(values) < 3:
+        return False
+    return bool((values.diff() == 1).all())
+
+
+def as_labels(raw: Any, inputs: Inputs) -> Labels | None:
+    """Return what may be the labels of the images, None if it can't be."""
+    count, size = len(inputs.images), inputs.images.shape[2:]
+    if isinstance(raw, Mapping) or hasattr(raw, "__dataclass_fields__"):
+        parts = {str(key).lower(): part for key, part in members(raw)}
+        named = (as_labels(parts[name], inputs) for name in _NAMES if name in parts)
+        return next((labels for labels in named if labels is not None), None)
+    if isinstance(raw, np.ndarray) and raw.dtype.kind in "iufb":
+        raw = torch.from_numpy(raw)
+    if isinstance(raw, (list, tuple)):
+        return _of_list(raw, inputs)
+    if not isinstance(raw, Tensor) or raw.ndim == 0 or len(raw) != count or raw.is_complex():
+        return None
+    values = raw.detach().cpu()
+    if values.dtype == torch.bool:
+        values = values.long()
+    if values.ndim == 4 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim == 1:
+        whole = not values.is_floating_point() or bool(
+            (values.isfinite() & (values >= 0) & (values == values.round())).all()
+        )
+        return Labels("class", values.long()) if whole else Labels("value", values)
+    if values.ndim == 2:
+        return _of_rows(values)
+    if values.ndim == 3 and values.shape[1:] == size and raw.dtype != torch.bool:
+        return None if values.is_floating_point() else Labels("mask", values)
+    return None
+
+
+def _of_rows(values: Tensor) -> Labels | None:
+    positive = (values == 1).sum(dim=1)
+    if bool(((values == 0) | (values == 1) | (values == -1)).all()):
+        one_each = bool((positive == 1).all()) and bool((values >= 0).all())
+        return Labels("one-hot" if one_each else "multi-hot", values)
+    if not values.is_floating_point():
+        return None
+    if bool(((values >= 0) & (values <= 1)).all()):
+        shares = bool(((values.sum(dim=1) - 1).abs() < 1e-3).all())
+        return Labels("soft" if shares else "multi-hot", values)
+    return Labels("value", values)
+
+
+def _of_list(raw: list[Any] | tuple[Any, ...], inputs: Inputs) -> Labels | None:
+    count = len(inputs.images)
+    if len(raw) == count and all(isinstance(v, (bool, int, float, np.number)) for v in raw):
+        return as_labels(torch.tensor(raw), inputs)
+    if len(raw) == count and all(isinstance(v, Mapping) and "labels" in v for v in raw):
+        raw = [v["labels"] for v in raw]
+    if len(raw) == count and all(
+        isinstance(v, Tensor) and v.ndim == 1 and not v.is_floating_point() for v in raw
+    ):
+        if all(v.dtype == torch.long or v.dtype == torch.int for v in raw):
+            return Labels("boxes", [v.detach().cpu() for v in raw])
+        return None
+    if len(raw) == count and all(isinstance(v, Tensor) and v.ndim == 0 for v in raw):
+        return as_labels(torch.stack(list(raw)), inputs)
+    found = (as_labels(part, inputs) for part in raw if isinstance(part, Tensor))
+    return next((labels for labels in found if labels is not None), None)
+
+
+def _find_masks(batch: Any, inputs: Inputs) -> tuple[Tensor | None, bool]:
+    parts = members(batch)
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        third = batch[2] if len(batch) > 2 else None
+        return (
+            (third, False)
+            if isinstance(third, Tensor) and third.dtype == torch.bool
+            else (None, False)
+        )
+    named = (part for name in _MASKS for key, part in parts if str(key).lower() == name)
+    masks = next((m for m in named if isinstance(m, Tensor) and m.dtype == torch.bool), None)
+    return masks, True
+
+
+def trained_separately(module: nn.Module) -> bool:
+    """Tell whether the module's classes are trained each on its own, by binary cross entropy."""
+    losses = (nn.BCEWithLogitsLoss, nn.BCELoss, nn.MultiLabelSoftMarginLoss)
+    if any(isinstance(m, losses) for m in module.modules()):
+        return True
+    if any(isinstance(value, losses) for value in vars(module).values()):
+        return True
+    source = ""
+    for step in ("training_step", "validation_step", "_shared_step", "shared_step", "step", "loss"):
+        try:
+            source += inspect.getsource(getattr(type(module), step))
+        except (AttributeError, OSError, TypeError):
+            continue
+    return "binary_cross_entropy" in source or "multilabel_soft_margin" in source
+
+
+def fit_labels(labels: Labels | None, adapter: Adapter | None) -> Fitted | None:
+    """Return the labels that a probe has; without an adapter, as far as they say it themselves."""
+    if labels is None:
+        return None
+    if adapter is None:
+        return labels.fitted(None, False, labels.kind == "one-hot")
+    return labels.fitted(adapter.classes, adapter.score is logit, adapter.score is sigmoid)

@@ -1,0 +1,415 @@
+"""Any module's way from images to logits: how images get in, what comes out, and what is refused."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import SmallNet, assert_same, snapshot
+from torch import Tensor, nn
+
+from lightning_aop import GradCAM
+from lightning_aop.methods.captum import CaptumAttribution
+from lightning_aop.metrics.functional import deletion_curve
+from lightning_aop.model import count_evaluations, predict
+from lightning_aop.model.adapter import Adapted, AdapterError, find_adapter
+from lightning_aop.model.layers import find_target_layer, named_layer
+from lightning_aop.model.outputs import Expected
+from lightning_aop.scores import logit, sigmoid, softmax
+
+IMAGES = torch.rand(4, 3, 40, 32, generator=torch.Generator().manual_seed(1))
+TARGETS = torch.tensor([0, 3, 1, 4])
+
+
+class Form(nn.Module):
+    """The small network with its logits in another form."""
+
+    def __init__(self, form: Callable[[Tensor], Any], classes: int = 5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = SmallNet(classes)
+        self.form = form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.net(x))
+
+
+@dataclass
+class Output:
+    loss: Tensor | None
+    prediction: Tensor
+
+
+def same_as_plain(module: nn.Module, batch: Any, plain: nn.Module) -> str:
+    """Expect the maps, curves and logits of the plain network, bit for bit, and no trace."""
+    before = snapshot(module)
+    adapter = find_adapter(module, batch)
+    model = adapter.model(module)
+    for found, wanted in (
+        (predict(model, IMAGES), predict(plain, IMAGES)),
+        (GradCAM().explain(model, IMAGES, TARGETS), GradCAM().explain(plain, IMAGES, TARGETS)),
+        (
+            deletion_curve(model, IMAGES, IMAGES[:, 0], TARGETS, steps=3),
+            deletion_curve(plain, IMAGES, IMAGES[:, 0], TARGETS, steps=3),
+        ),
+    ):
+        assert torch.equal(found, wanted)
+    after = snapshot(module)
+    for each in (before, after):
+        each["rng"] = each["rng"][:1]  # the shape checks of the tests draw numbers of Python's
+    assert_same(before, after)
+    return adapter.description
+
+
+# --------------------------------------------------------------------------------------------------
+# what comes out
+
+
+@pytest.mark.parametrize(
+    ("form", "where"),
+    [
+        (lambda z: {"logits": z, "features": z[:, :2]}, ".logits logits"),
+        (lambda z: {"loss": z.sum(), "anything": z}, ".anything logits"),
+        (lambda z: (z, z.exp()), "[0] logits"),
+        (lambda z: [z.sum(), z], "[1] logits"),
+        (lambda z: SimpleNamespace(logits=z), ".logits logits"),
+        (lambda z: Output(None, z), ".prediction logits"),
+        (lambda z: z[:, :, None, None], "logits"),
+    ],
+)
+def test_logits_are_found_in_what_a_forward_gives(
+    form: Callable[[Tensor], Any], where: str
+) -> None:
+    module = Form(form).eval()
+    description = same_as_plain(module, IMAGES, module.net)
+    assert description == f"forward(images) gives {where} [B, 5]"
+
+
+def test_a_plain_module_stays_itself() -> None:
+    module = SmallNet()
+    adapter = find_adapter(module, IMAGES)
+    assert adapter.plain
+    assert adapter.model(module) is module
+    assert adapter.score is softmax
+    assert adapter.description == "forward(images) gives logits [B, 5]"
+
+
+@pytest.mark.parametrize("form", [lambda z: z, lambda z: z[:, 0], lambda z: z.squeeze()])
+@pytest.mark.parametrize("count", [1, 4])
+def test_one_logit_is_a_classifier_of_two(form: Callable[[Tensor], Any], count: int) -> None:
+    module = Form(form, classes=1).eval()
+    adapter = find_adapter(module, IMAGES[:count])
+    assert adapter.score is sigmoid
+    z = module.net(IMAGES)[:, 0]
+    logits = predict(adapter.model(module), IMAGES)
+    assert torch.equal(logits, torch.stack([-z, z], dim=1))
+    zeros = torch.zeros(4, dtype=torch.long)
+    torch.testing.assert_close(sigmoid(logits, zeros) + sigmoid(logits, zeros + 1), torch.ones(4))
+
+
+def test_probabilities_are_turned_into_logits() -> None:
+    z = predict(SmallNet(), IMAGES)
+    for form, score, wanted in (
+        (lambda z: z.softmax(1), softmax, z.softmax(1)),
+        (lambda z: z.log_softmax(1), softmax, z.softmax(1)),
+        (lambda z: z.sigmoid(), sigmoid, z.sigmoid()),
+    ):
+        module = Form(form)
+        wanted = score(predict(module.net, IMAGES), TARGETS)
+        adapter = find_adapter(module, IMAGES)
+        assert adapter.score is score
+        assert "probabilities" in adapter.description
+        found = adapter.score(predict(adapter.model(module), IMAGES), TARGETS)
+        torch.testing.assert_close(found, wanted)
+    module = Form(lambda z: z.sigmoid()[:, 0], classes=1)
+    adapter = find_adapter(module, IMAGES)
+    assert "the probability of class 1" in adapter.description
+    torch.testing.assert_close(
+        predict(adapter.model(module), IMAGES)[:, 1], predict(module.net, IMAGES)[:, 0]
+    )
+
+
+def test_numbers_in_0_1_that_end_in_no_sigmoid_are_logits() -> None:
+    module = Form(lambda z: z.clamp(0, 0.3), classes=1)
+    assert "the logit of class 1" in find_adapter(module, IMAGES).description
+
+
+def test_the_labels_say_what_an_output_is() -> None:
+    one = SmallNet(1)
+    for expected in (Expected("value"), Expected("class", highest=7)):
+        adapter = find_adapter(one, IMAGES, expected)
+        assert (adapter.score, adapter.classes) == (logit, 1)
+        assert torch.equal(predict(adapter.model(one), IMAGES), predict(one, IMAGES))
+    many = SmallNet()
+    for expected, score in (
+        (Expected("multi-hot", 4), sigmoid),
+        (Expected("one-hot", 4), softmax),
+        (Expected("one-hot", 4, separately=True), sigmoid),
+        (Expected("value"), logit),
+        (Expected(separately=True), sigmoid),
+    ):
+        assert find_adapter(many, IMAGES, expected).score is score
+
+
+def test_a_segmentation_is_scored_by_the_mean_probability_of_a_class() -> None:
+    module = nn.Conv2d(3, 6, 1)
+    adapter = find_adapter(module, IMAGES)
+    assert "semantic segmentation" in adapter.description
+    scores = predict(adapter.model(module), IMAGES).softmax(dim=1)
+    torch.testing.assert_close(scores, module(IMAGES).softmax(dim=1).mean(dim=(2, 3)))
+    binary = nn.Conv2d(3, 1, 1)
+    adapter = find_adapter(binary, IMAGES)
+    scores = adapter.score(predict(adapter.model(binary), IMAGES), torch.ones(4).long())
+    torch.testing.assert_close(scores, binary(IMAGES).sigmoid().mean(dim=(1, 2, 3)))
+
+
+class Detector(nn.Module):
+    """Gives two boxes for each image, as torchvision's detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmallNet(2)
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        scores = self.net(torch.stack(images)).sigmoid()
+        return [
+            {"boxes": torch.zeros(3, 4), "labels": torch.tensor([1, 3, 1]), "scores": s[[0, 1, 1]]}
+            for s in scores
+        ]
+
+
+def test_a_detection_is_scored_by_the_best_box_of_a_class() -> None:
+    module = Detector()
+    batch = (list(IMAGES), [{"labels": torch.tensor([1, 3])}] * 4)
+    adapter = find_adapter(module, batch, Expected(classes=5))
+    assert adapter.classes == 5
+    logits = predict(adapter.model(module), IMAGES)
+    wanted = predict(module.net, IMAGES).sigmoid()
+    torch.testing.assert_close(logits[:, 1].sigmoid(), wanted.amax(dim=1))
+    torch.testing.assert_close(logits[:, 3].sigmoid(), wanted[:, 1])
+    assert logits[:, [0, 2, 4]].sigmoid().max() < 1e-6
+    ones = torch.ones(4, dtype=torch.long)
+    maps = GradCAM("net.features.0").explain(adapter.model(module), IMAGES, ones)
+    assert maps.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------
+# how images get in
+
+
+class Takes(nn.Module):
+    """The small network behind a forward that takes something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = SmallNet()
+
+
+class Keyword(Takes):
+    def forward(self, mask: Any = None, pixel_values: Any = None, labels: Any = None) -> Tensor:
+        assert mask is None
+        assert labels is None
+        logits: Tensor = self.net(pixel_values)
+        return logits
+
+
+class WholeBatch(Takes):
+    def forward(self, batch: Any) -> Tensor:
+        logits: Tensor = self.net(batch["image"])
+        return logits
+
+
+class Named(Takes):
+    def forward(self, **inputs: Any) -> Tensor:
+        assert inputs["labels"] is not None
+        logits: Tensor = self.net(inputs["pixel_values"])
+        return logits
+
+
+class Inner(Takes):
+    def forward(self, sample: Any) -> Tensor:
+        logits: Tensor = self.net(sample[0].images)
+        return logits
+
+
+class Pair(Takes):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.net(x)
+        return nn.functional.cross_entropy(logits, y), logits
+
+
+class NoForward(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = SmallNet()
+        self.metric = nn.Identity()
+
+
+class BodyAndHead(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        net = SmallNet()
+        self.head = net.head
+        self.backbone = nn.Sequential(net.features, nn.AdaptiveAvgPool2d(1))
+
+
+@dataclass(frozen=True)
+class Photos:
+    images: Tensor
+
+
+@pytest.mark.parametrize(
+    ("module", "batch", "words"),
+    [
+        (Keyword(), {"pixel_values": IMAGES, "labels": TARGETS}, "forward(pixel_values=images)"),
+        (Named(), {"pixel_values": IMAGES, "labels": TARGETS}, "forward(**batch)"),
+        (WholeBatch(), {"image": IMAGES, "name": list("abcd")}, "forward(batch)"),
+        (Inner(), [Photos(IMAGES), TARGETS], "forward(batch)"),
+        (Pair(), (IMAGES, TARGETS), "forward(x, y) of the batch"),
+        (Pair(), {"y": TARGETS, "x": IMAGES}, "forward(x=images, y of the batch)"),
+        (NoForward(), (IMAGES, TARGETS), "model(images)"),
+    ],
+)
+def test_images_get_in(module: nn.Module, batch: Any, words: str) -> None:
+    module.eval()
+    plain = module.model if isinstance(module, NoForward) else module.net
+    assert isinstance(plain, nn.Module)
+    assert same_as_plain(module, batch, plain).startswith(words)
+
+
+def test_a_backbone_and_a_head() -> None:
+    module = BodyAndHead().eval()
+    adapter = find_adapter(module, (IMAGES, TARGETS))
+    assert adapter.description.startswith("head(backbone(images))")
+    torch.manual_seed(0)
+    torch.testing.assert_close(predict(adapter.model(module), IMAGES), predict(SmallNet(), IMAGES))
+
+
+class Scales(Takes):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        logits: Tensor = self.net(x.float() / 255)
+        return logits
+
+
+class ScalesBytesOnly(Takes):
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x.float() / 255 if x.dtype == torch.uint8 else x)
+        return logits
+
+
+def test_bytes_and_channels_last() -> None:
+    pixels = (IMAGES * 255).to(torch.uint8)
+    images = pixels.float() / 255
+    module = Scales().eval()
+    adapter = find_adapter(module, pixels.permute(0, 2, 3, 1))
+    assert "with uint8 channels-last images" in adapter.description
+    assert torch.equal(predict(adapter.model(module), images), predict(module.net, images))
+    picky = ScalesBytesOnly().eval()
+    adapter = find_adapter(picky, pixels)
+    assert torch.equal(predict(adapter.model(picky), images), predict(picky.net, images))
+
+
+class WithFacts(Takes):
+    def forward(self, image: Tensor, age: Tensor) -> Tensor:
+        logits: Tensor = self.net(image) + age[:, None]
+        return logits
+
+
+def test_other_inputs_are_those_of_the_image_that_is_perturbed() -> None:
+    module = WithFacts().eval()
+    age = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    adapter = find_adapter(module, {"image": IMAGES, "age": age})
+    rows = torch.tensor([2, 2, 0, 3, 1, 1])
+    seen = IMAGES[rows].clone()
+    seen[:, :, :20] = 0
+    found = predict(adapter.model(module), seen)
+    torch.testing.assert_close(found, predict(module.net, seen) + age[rows, None])
+
+
+def test_the_users_own_way_comes_first() -> None:
+    module = BodyAndHead().eval()
+    adapter = find_adapter(
+        module, IMAGES, logits=lambda m, x: m.get_submodule("backbone")(x).flatten(1)
+    )
+    assert adapter.classes == 12
+    assert adapter.description == "logits=fn gives logits [B, 12]"
+    with pytest.raises(
+        AdapterError, match=r"logits=fn gives a dict, .*must return logits \[B, K\]"
+    ):
+        find_adapter(module, IMAGES, logits=lambda m, x: {})  # type: ignore[arg-type, return-value]
+
+
+# --------------------------------------------------------------------------------------------------
+# a model like any other
+
+
+def test_layers_have_the_names_of_the_users_module() -> None:
+    module = Form(lambda z: {"logits": z}).eval()
+    model = find_adapter(module, IMAGES).model(module)
+    assert isinstance(model, Adapted)
+    assert dict(model.named_modules()) == dict(module.named_modules())
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in module.named_parameters()]
+    assert find_target_layer(model, IMAGES) == find_target_layer(module.net, IMAGES).join(
+        ["net.", ""]
+    )
+    assert named_layer(model, module.net.features[0])[0] == "net.features.0"
+    layer = GradCAM("net.features.0").explain(model, IMAGES, TARGETS)
+    assert torch.equal(layer, GradCAM("features.0").explain(module.net, IMAGES, TARGETS))
+    method = CaptumAttribution("GuidedBackprop")
+    assert torch.equal(
+        method.explain(model, IMAGES, TARGETS), method.explain(module.net, IMAGES, TARGETS)
+    )
+
+
+@pytest.mark.parametrize("form", [lambda z: {"logits": z}, lambda z: (z.sum(), z), lambda z: [z]])
+def test_evaluations_are_counted(form: Callable[[Tensor], Any]) -> None:
+    module = Form(form).eval()
+    model = find_adapter(module, IMAGES).model(module)
+    GradCAM().explain(model, IMAGES, TARGETS)
+    with count_evaluations(model) as count:
+        GradCAM().explain(model, IMAGES, TARGETS)
+    assert (count.forward, count.backward) == (4, 4)
+
+
+# --------------------------------------------------------------------------------------------------
+# what is refused
+
+
+class Embeds(Takes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.net(x)
+        return features
+
+
+def test_what_leads_to_no_logits_is_refused_in_words() -> None:
+    module = Form(lambda z: {"loss": z.sum()})
+    with pytest.raises(AdapterError, match=r"gives a dict \(loss: \[\]\).* Set logits=fn, a func"):
+        find_adapter(module, IMAGES)
+    with pytest.raises(AdapterError, match=r"5 outputs .*labels go up to class 9.* logits=fn"):
+        find_adapter(SmallNet(), IMAGES, Expected("class", highest=9))
+    with pytest.raises(AdapterError, match=r"'head' seems to take .* module.head\(module\(im"):
+        find_adapter(Embeds(), IMAGES)
+    with pytest.raises(AdapterError, match="gives other outputs for one image than for 4"):
+        find_adapter(Form(lambda z: z @ z.T), IMAGES)  # how like the images are to each other
+    with pytest.raises(AdapterError, match=r"raised RuntimeError: .*Set logits=fn") as refused:
+        find_adapter(SmallNet(channels=1), IMAGES)
+    assert "Conv2d(" not in str(refused.value)
+    for batch, words in (
+        (torch.rand(4, 3, 8, 8, 8), "volumes or videos"),
+        (torch.rand(4, 2, 100), "1-D signals"),
+        ([torch.rand(3, 8, 8), torch.rand(3, 9, 8)], "several sizes"),
+        ({"text": "a"}, r"dict with keys \['text'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"{words}.*read_batch=fn"):
+            find_adapter(SmallNet(), batch)

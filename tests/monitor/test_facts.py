@@ -1,0 +1,111 @@
+"""Names of classes and normalisation, as datasets, datamodules and models say them, or seem to."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as transforms
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from lightning_aop.monitor.facts import class_count, class_names, normalisation
+
+NAMES = ["zebra", "okapi", "quagga"]
+
+
+class Has(Dataset[Any]):
+    """A dataset with attributes."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("nothing is read")
+
+
+class Method(Has):
+    def classes(self) -> list[str]:
+        return NAMES
+
+    @property
+    def class_names(self) -> list[str]:
+        raise RuntimeError("not set up yet")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        Has(classes=NAMES),
+        Has(classes=tuple(NAMES)),
+        Has(classes=np.array(NAMES)),
+        Has(classes=[(name, "animal") for name in NAMES]),
+        Has(classes={name: i for i, name in enumerate(NAMES)}),
+        Has(classes=dict(enumerate(NAMES))),
+        Has(class_to_idx={name: i for i, name in enumerate(NAMES)}),
+        Has(categories=[{"id": 7, "name": name} for name in NAMES]),
+        Method(),
+        Subset(Has(classes=NAMES), [0]),
+        ConcatDataset([Subset(Has(classes=NAMES), [0]), Has()]),
+        SimpleNamespace(config=SimpleNamespace(id2label={str(i): n for i, n in enumerate(NAMES)})),
+        SimpleNamespace(hparams={"class_names": NAMES}),
+    ],
+)
+def test_names_in_any_form(source: Any) -> None:
+    found = class_names([None, source], 3)
+    assert (found.value, found.note) == (NAMES, "")
+    assert class_count([source]) == 3
+
+
+@pytest.mark.parametrize("classes", [set(NAMES), 3, "zebra", {"a": 1, "b": 5}, object(), [[]]])
+def test_what_names_no_classes_is_left_alone(classes: Any) -> None:
+    found = class_names([Has(classes=classes)], 3)
+    assert (found.value, found.note) == (None, "")
+
+
+def test_names_that_do_not_fit_are_left_out_and_said() -> None:
+    found = class_names([Has(classes=NAMES[:2])], 3)
+    assert found.value is None
+    assert found.note.startswith("Has.classes has 2 names, where the model has 3 classes")
+    assert class_names([Has(classes=NAMES[:2]), Has(classes=NAMES)], 3).value == NAMES
+    assert class_count([Has(classes=7)]) == 7
+    assert class_count([Has(), SimpleNamespace(hparams=SimpleNamespace(num_classes=4))]) == 4
+    assert class_count([Has()]) is None
+
+
+HALF = ([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        Has(transform=transforms.Normalize([0.5], [0.25])),
+        Has(transform=transforms.Normalize([0.5] * 3, [0.25] * 3)),
+        Has(transform=transforms.Compose([transforms.Normalize(0.5, 0.25)])),
+        Has(
+            transforms=transforms.Compose(
+                [transforms.Compose([transforms.Normalize(torch.tensor([0.5]), np.array([0.25]))])]
+            )
+        ),
+        ConcatDataset([Subset(Has(transform=transforms.Normalize([0.5], [0.25])), [0])]),
+        SimpleNamespace(mean=0.5, std=[0.25]),
+        SimpleNamespace(image_mean=(0.5,), image_std=(0.25,)),
+        SimpleNamespace(transform={"val": transforms.Normalize([0.5], [0.25])}),
+    ],
+)
+def test_normalisation_in_any_form(source: Any) -> None:
+    found = normalisation([source], 3)
+    assert found.value is not None
+    assert tuple(map(list, found.value)) == HALF
+    assert found.note == ""
+
+
+def test_normalisation_that_does_not_fit_is_left_out_and_said() -> None:
+    found = normalisation([Has(transform=transforms.Normalize([0.5] * 3, [0.25] * 3))], 1)
+    assert found.value is None
+    assert found.note.startswith("Normalize has mean [0.5, 0.5, 0.5]")
+    for nothing in (Has(), Has(transform=lambda x: x), SimpleNamespace(mean=torch.mean, std="a")):
+        assert normalisation([nothing], 3) == normalisation([], 3)

@@ -1,0 +1,252 @@
+"""What labels mean, in the forms in which loaders give them, and by the names people use."""
+
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SmallNet
+from torch import Tensor, nn
+
+from lightning_aop.model.adapter import Adapter, find_adapter
+from lightning_aop.model.batches import BatchError
+from lightning_aop.monitor.labels import Labels, Reading, read_batch
+from lightning_aop.monitor.probe import Probe
+from lightning_aop.scores import logit, sigmoid, softmax
+
+IMAGES = torch.rand(4, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+CLASSES = torch.tensor([2, 0, 1, 2])
+HOT = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]])
+ONE_HOT = nn.functional.one_hot(CLASSES, 3)
+
+
+def read(labels: Any) -> Labels | None:
+    return read_batch((IMAGES, labels)).labels
+
+
+def probe_of(labels: Any, module: nn.Module) -> tuple[Probe, Adapter]:
+    reading = read_batch((IMAGES, labels))
+    adapter = find_adapter(module, reading.inputs, reading.expected(module))
+    return Probe.of(reading, adapter), adapter
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [
+        (CLASSES, "class"),
+        (CLASSES[:, None], "class"),
+        (CLASSES.float(), "class"),
+        (CLASSES.numpy(), "class"),
+        (CLASSES.tolist(), "class"),
+        (list(CLASSES), "class"),
+        (CLASSES > 0, "class"),
+        (torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None], "class"),
+        (CLASSES - 100, "class"),
+        (HOT, "multi-hot"),
+        (HOT.bool(), "multi-hot"),
+        (HOT.float() * 0.9, "multi-hot"),
+        (-HOT, "multi-hot"),
+        (ONE_HOT, "one-hot"),
+        (ONE_HOT.float(), "one-hot"),
+        (0.7 * ONE_HOT + 0.1, "soft"),
+        (CLASSES + 0.25, "value"),
+        (CLASSES[:, None] + 0.25, "value"),
+        (-CLASSES.float(), "value"),
+        (HOT * 2.5, "value"),
+        (torch.full((4, 8, 6), 255), "mask"),
+        (torch.zeros(4, 1, 8, 6).long(), "mask"),
+        ([{"labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4)}] * 4, "boxes"),
+        ((CLASSES, CLASSES.flip(0), 0.3), "class"),  # mixup
+        ({"species": CLASSES, "label": CLASSES}, "class"),
+        (["a", "b", "c", "d"], None),
+        (torch.rand(4, 3, 8, 6), None),
+        (CLASSES[:3], None),
+        (None, None),
+    ],
+)
+def test_labels_are_taken_for_what_they_are(raw: Any, kind: str | None) -> None:
+    labels = read(raw)
+    assert (None if labels is None else labels.kind) == kind
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("image", "label"),
+        ("jpg", "cls"),
+        ("pixel_values", "labels"),
+        ("img", "fine_label"),
+        ("images", "category_id"),
+        ("image", "gt_label"),
+        ("x", "y"),
+        ("Image", "Label"),
+    ],
+)
+def test_images_and_labels_by_name(names: tuple[str, str]) -> None:
+    first, second = names
+    for batch in (
+        {"index": torch.arange(4), second: CLASSES, first: IMAGES, "path": list("abcd")},
+        {"inputs": {first: IMAGES}, second: CLASSES},
+        {"data": {first: IMAGES, second: CLASSES}},
+        namedtuple("Batch", [second, first])(CLASSES, IMAGES),
+        type("Batch", (), {})(),
+    ):
+        if not isinstance(batch, (dict, tuple)):
+            vars(batch).update({first: IMAGES, second: CLASSES})
+        reading = read_batch(batch)
+        assert reading.inputs.images is IMAGES
+        assert reading.labels is not None
+        assert torch.equal(reading.labels.values, CLASSES)
+
+
+@dataclass(frozen=True)
+class Item:
+    image: Tensor
+    gt_label: Tensor
+    names: list[str]
+
+
+def test_a_dataclass_and_its_first_samples() -> None:
+    reading = read_batch(Item(IMAGES, CLASSES, list("abcd")), limit=2)
+    assert torch.equal(reading.inputs.images, IMAGES[:2])
+    assert reading.labels is not None
+    assert reading.labels.values.tolist() == [2, 0]
+    assert reading.inputs.batch.names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (IMAGES, torch.arange(10, 14), CLASSES),
+        (torch.arange(4), IMAGES, CLASSES),
+        (IMAGES, CLASSES, torch.arange(4)),
+        [IMAGES, CLASSES, list("abcd")],
+        ((IMAGES, IMAGES + 1), CLASSES),
+        ([IMAGES, CLASSES], 7),
+    ],
+)
+def test_labels_by_their_place(batch: Any) -> None:
+    reading = read_batch(batch)
+    assert reading.inputs.images is IMAGES
+    assert reading.labels is not None
+    assert reading.labels.values.tolist() == CLASSES.tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# what they mean for a model
+
+
+class TrainedByBce(SmallNet):
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.loss = nn.BCEWithLogitsLoss()
+
+
+class TrainedBySteps(SmallNet):
+    def __init__(self) -> None:
+        super().__init__(3)
+
+    def training_step(self, batch: Any) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+
+def test_one_hot_labels_are_classes_unless_each_is_trained_on_its_own() -> None:
+    probe, adapter = probe_of(ONE_HOT, SmallNet(3))
+    assert adapter.score is softmax
+    assert probe.labels is not None
+    assert probe.labels.tolist() == CLASSES.tolist()
+    for module in (TrainedByBce(), TrainedBySteps()):
+        probe, adapter = probe_of(ONE_HOT, module)
+        assert adapter.score is sigmoid
+        assert probe.labels is not None
+        assert torch.equal(probe.labels, ONE_HOT)
+
+
+def test_soft_labels_have_the_class_of_the_largest_share() -> None:
+    probe, adapter = probe_of(0.7 * ONE_HOT + 0.1, SmallNet(3))
+    assert adapter.score is softmax
+    assert probe.labels is not None
+    assert probe.labels.tolist() == CLASSES.tolist()
+
+
+def test_values_to_predict_are_the_outputs() -> None:
+    for labels in (CLASSES + 0.5, CLASSES, CLASSES[:, None].float()):
+        probe, adapter = probe_of(labels, SmallNet(1))
+        assert (adapter.score, adapter.classes) == (logit, 1)
+        assert probe.labels is not None
+        assert probe.labels.tolist() == [0, 0, 0, 0]
+        assert probe.note == ""
+    probe, _ = probe_of(HOT * 2.5, SmallNet(3))
+    assert "predicts 3 values: the first is explained; name others by targets=" in probe.note
+
+
+def test_one_logit_has_two_classes() -> None:
+    for labels in (CLASSES % 2, (CLASSES % 2).float(), (CLASSES % 2).float()[:, None]):
+        probe, adapter = probe_of(labels, SmallNet(1))
+        assert (adapter.score, adapter.classes) == (sigmoid, 2)
+        assert probe.labels is not None
+        assert probe.labels.tolist() == [0, 0, 1, 0]
+
+
+def test_a_label_of_no_class_leaves_its_image_out() -> None:
+    reading = read_batch((IMAGES, torch.tensor([2, -100, 1, 255])))
+    expected = reading.expected(SmallNet(3), classes=3)
+    adapter = find_adapter(SmallNet(3), reading.inputs, expected)
+    probe = Probe.of(reading, adapter)
+    assert probe.labels is not None
+    assert probe.labels.tolist() == [2, -1, 1, -1]
+    assert "2 of 4 images are not explained" in probe.note
+    assert "[-100, 255], are none of the 3 classes" in probe.note
+    rows, targets = probe.pairs("label", torch.zeros(4, 3), 3)
+    assert (rows.tolist(), targets.tolist()) == ([0, 2], [2, 1])
+    masked = probe.with_masks(lambda row, classes: torch.ones(len(classes), 8, 6))
+    assert masked.mask_pairs is not None
+    assert masked.mask_pairs.tolist() == [[0, 2], [2, 1]]
+
+
+def test_labels_that_fit_nothing_are_refused() -> None:
+    reading = read_batch((IMAGES, HOT[:, :2]))
+    adapter = find_adapter(SmallNet(3), reading.inputs, reading.expected(SmallNet(3)))
+    with pytest.raises(BatchError, match=r"2 columns, where the model gives 3 .*logits=fn"):
+        Probe.of(reading, adapter)
+    reading = read_batch((IMAGES, CLASSES - 100))
+    with pytest.raises(BatchError, match=r"are all outside, such as -98, where .*logits=fn"):
+        Probe.of(reading, adapter)
+
+
+def test_a_segmentation_has_the_classes_of_its_pixels_and_their_masks() -> None:
+    pixels = torch.zeros(4, 8, 6, dtype=torch.long)
+    pixels[0, :3] = 2
+    pixels[1, :, :] = 255
+    reading = read_batch({"image": IMAGES, "mask": pixels})
+    module = nn.Conv2d(3, 3, 1)
+    probe = Probe.of(reading, find_adapter(module, reading.inputs, reading.expected(module)))
+    assert probe.labels is not None
+    assert probe.labels.tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 0], [1, 0, 0]]
+    assert probe.masks is not None
+    assert torch.equal(probe.masks[1], pixels[0] == 2)
+
+
+def test_the_users_own_reading() -> None:
+    odd = {"a": CLASSES, "b": {"c": IMAGES, "d": torch.rand(4, 3, 8, 6)}}
+    reading = read_batch(odd, 3, lambda batch: (batch["b"]["d"], batch["a"]))
+    assert torch.equal(reading.inputs.images, odd["b"]["d"][:3])
+    assert reading.inputs.path == ("b", "d")
+    assert reading.labels is not None
+    assert reading.labels.values.tolist() == [2, 0, 1]
+    made = read_batch(odd, None, lambda batch: (batch["b"]["c"] * 2, np.array([1, 0, 1, 1])))
+    assert torch.equal(made.inputs.images, IMAGES * 2)
+    assert read_batch(odd, None, lambda batch: (IMAGES, None)).labels is None
+    with pytest.raises(BatchError, match=r"must return a pair .*got a Tensor"):
+        read_batch(odd, None, lambda batch: IMAGES)  # type: ignore[arg-type, return-value]
+    with pytest.raises(BatchError, match="a list, are no labels of 4 images"):
+        read_batch(odd, None, lambda batch: (IMAGES, ["a"]))
+
+
+def test_a_reading_survives_being_sent_to_another_process() -> None:
+    import pickle
+
+    reading: Reading = pickle.loads(pickle.dumps(read_batch({"image": IMAGES, "y": CLASSES})))
+    assert torch.equal(reading.inputs.images, IMAGES)
