@@ -159,7 +159,7 @@ def run(
         seed: of the network and the order of the pictures.
         pictures: how many to train with.
     """
-    write_shapes(root / "shapes", train=pictures, progress=True)
+    write_shapes(root / "shapes", train=pictures)
     train, val = (
         CocoMultilabel.from_root(root / "shapes", split) for split in ("train2017", "val2017")
     )

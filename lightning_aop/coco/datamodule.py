@@ -122,7 +122,7 @@ class CocoClassification(pl.LightningDataModule):
         """Write the generated pictures, if they are asked for and not there yet."""
         if self.shapes is not None:
             count = max(self.shapes // 10, 1)
-            write_shapes(self.root, train=self.shapes, val=count, progress=True)
+            write_shapes(self.root, train=self.shapes, val=count)
 
     def setup(self, stage: str) -> None:
         """Open the splits that the stage needs."""
