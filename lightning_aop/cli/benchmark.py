@@ -1,4 +1,4 @@
-"""`lightning-aop benchmark`: many methods on networks over many pictures (Tables 1 and 2)."""
+"""`lightning-aop benchmark`: many methods on networks over many images (Tables 1 and 2)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,10 +32,10 @@ def benchmark_parser() -> LightningArgumentParser:
     parser = LightningArgumentParser(
         prog="lightning-aop benchmark",
         usage="lightning-aop benchmark CONFIG --data.root FOLDER [options]",
-        description="Explain pictures with many methods on many networks, play deletion and insertion, "
-        "and keep the figures of each picture. CONFIG is a file or the name of a configuration that "
+        description="Explain images with many methods on many networks, run deletion and insertion, "
+        "and keep the values of each image. CONFIG is a file or the name of a configuration that "
         f"comes with the package ({known}); options override it. Run it again after it was stopped, "
-        "with more processes, pictures or methods, and it goes on. `lightning-aop table FOLDER` "
+        "with more processes, images or methods, and it goes on. `lightning-aop table FOLDER` "
         "prints the table, also while it runs.",
     )
     parser.add_argument("--config", action="config", help="or the first word, without --config")
@@ -51,7 +51,7 @@ def benchmark_parser() -> LightningArgumentParser:
     parser.add_argument(
         "--paper",
         type=Literal["table1", "table2"] | None,
-        help="the table of the paper whose figures are shown beside",
+        help="the table of the paper whose values are shown beside",
     )
     parser.add_class_arguments(pl.Trainer, "trainer", fail_untyped=False)
     parser.set_defaults(

@@ -45,7 +45,7 @@ def compare_parser() -> ArgumentParser:
         prog="lightning-aop compare",
         description="Explain photos with many methods and draw the maps side by side: a row for each "
         "photo and class, a column for each method, and under each map its deletion, insertion and "
-        "over-all AUC. Writes the picture, a CSV file and the maps; run it again after it was "
+        "overall AUC. Writes the picture, a CSV file and the maps; run it again after it was "
         "stopped, or with more photos or methods, and it goes on.",
     )
     parser.add_argument("--config", action="config", help="options in a file, or figure3, figure5")
@@ -191,7 +191,7 @@ def _write(
     def caption(row: Row | None) -> str:
         if row is None:
             return ""
-        return f"over-all {row.overall:.2f}\ndel {row.deletion:.2f}  ins {row.insertion:.2f}"
+        return f"overall {row.overall:.2f}\ndel {row.deletion:.2f}  ins {row.insertion:.2f}"
 
     def heading(name: str) -> str:
         cost = [row.evaluations for (_, method), row in rows.items() if method == name]
@@ -208,7 +208,7 @@ def _write(
         [[caption(rows.get((i, n))) for n in names] for i in everyone],
         [f"{pairs.labels[i]}\n{pairs.photos[i].name}" for i in everyone],
         title=f"{options.model} · AUC of deletion (lower is better), insertion (higher), and their "
-        "difference over-all; the best of each row in green",
+        "difference (overall); the best of each row in green",
         best=[best(i) for i in everyone],
         mean=recipe.mean,
         std=recipe.std,

@@ -13,7 +13,7 @@ def config_folder() -> Path:
 
 
 def shipped_configs(below: str = "") -> list[str]:
-    """Return the names that --config knows; those of a folder below carry its name."""
+    """Return the names that --config takes; those of a folder below carry its name."""
     folder = config_folder()
     found = (path.relative_to(folder) for path in (folder / below).glob("*.yaml"))
     return sorted(path.with_suffix("").as_posix() for path in found)
@@ -22,7 +22,7 @@ def shipped_configs(below: str = "") -> list[str]:
 def resolved(value: str, below: str = "") -> str:
     """Return the file of a shipped configuration that is meant by name; a file of the user's goes first.
 
-    `configs/coco_resnet50.yaml`, as in a checkout, is found from anywhere too.
+    `configs/coco_resnet50.yaml`, as in a checkout, works from anywhere too.
     """
     if Path(value).is_file():
         return value

@@ -29,7 +29,7 @@ from lightning_aop.monitor import ExplanationMonitor
 from lightning_aop.types import Images
 
 PROBE = 8
-"""How many validation pictures are explained."""
+"""How many validation images are explained."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -42,7 +42,7 @@ def demo_parser() -> ArgumentParser:
     """Return the options of `lightning-aop demo`."""
     parser = ArgumentParser(
         prog="lightning-aop demo",
-        description="Train a small multilabel network on generated pictures, with an "
+        description="Train a small multilabel network on generated images, with an "
         "ExplanationMonitor attached, and say where to look. About a minute on two CPU cores.",
     )
     parser.add_argument("--root", type=Path, default=Path("demo_run"), help="where to write")
@@ -59,7 +59,7 @@ def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class ShapeClassifier(pl.LightningModule):
-    """Say for each class whether one of its shapes is in the picture."""
+    """Say for each class whether one of its shapes is in the image."""
 
     def __init__(self, classes: int, learning_rate: float = 2e-3) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class ShapeClassifier(pl.LightningModule):
 
 
 class Decoded(Dataset[tuple[Tensor, Tensor]]):
-    """The pictures of a data set, read once: reading them in every epoch takes longer than learning."""
+    """The images of a data set, read once: reading them in every epoch takes longer than learning."""
 
     def __init__(self, data: CocoMultilabel) -> None:
         self.samples = [data[index] for index in range(len(data))]
@@ -123,8 +123,8 @@ class DemoResult:
     """What the demo measured, and where it wrote.
 
     Attributes:
-        object_area: the share of a probe picture that an object covers: what the heat of a map that
-            knows nothing has on it.
+        object_area: the share of a probe image that an object covers: the share of the heat that a map
+            which does not depend on the model has on it.
         before: the measurements of the untrained network, by name.
         after: those of the trained one.
         logs: the folder of this run, for TensorBoard.
@@ -142,7 +142,7 @@ MEASURES = {
     "val/mAP": "validation mAP",
     "explain/deletion_auc": "deletion AUC (lower is better)",
     "explain/insertion_auc": "insertion AUC (higher is better)",
-    "explain/overall_auc": "over-all AUC (higher is better)",
+    "explain/overall_auc": "overall AUC (higher is better)",
     "explain/energy_in_mask": "share of the heat on the object",
     "explain/pointing_game": "hottest pixel on the object",
 }
@@ -154,12 +154,12 @@ def run(
     """Train with an ExplanationMonitor, print what it saw before and after, and where to look.
 
     Args:
-        root: where to write: the pictures once, the logs of each run in a folder of their own.
+        root: where to write: the images once, the logs of each run in a folder of their own.
         epochs: how long to train.
-        seed: of the network and the order of the pictures.
+        seed: of the network and the order of the images.
         pictures: how many to train with.
     """
-    write_shapes(root / "shapes", train=pictures, progress=True)
+    write_shapes(root / "shapes", train=pictures)
     train, val = (
         CocoMultilabel.from_root(root / "shapes", split) for split in ("train2017", "val2017")
     )
@@ -234,7 +234,7 @@ def _report(result: DemoResult) -> None:
     print(f"\n{'':{width}}  before   after")
     for name, title in MEASURES.items():
         print(f"{title:{width}}  {result.before[name]:6.3f}  {result.after[name]:6.3f}")
-    print(f"(an object covers {result.object_area:.3f} of its picture)")
+    print(f"(an object covers {result.object_area:.3f} of its image)")
     tool = Path(sys.executable).with_name("tensorboard")
     command = tool if tool.exists() else "tensorboard"
     print(f"\nreport       {result.logs / 'explanations' / 'report.html'}")

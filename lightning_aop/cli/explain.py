@@ -61,7 +61,7 @@ def explain(options: Namespace) -> int:
             for label, deletion, insertion in zip(
                 labels, *(auc(curve).tolist() for curve in curves), strict=True
             ):
-                captions.append(f"{label}\nover-all AUC {insertion - deletion:.2f}")
+                captions.append(f"{label}\noverall AUC {insertion - deletion:.2f}")
                 bar.write(_line(options, photo, label, deletion, insertion))
             pictures.append(images.cpu())
             maps.append(found.cpu())
@@ -86,7 +86,7 @@ def _line(options: Namespace, photo: Path, label: str, deletion: float, insertio
     if not options.json:
         return (
             f"{photo}: {label}, deletion {deletion:.3f}, insertion {insertion:.3f}, "
-            f"over-all {overall:.3f}"
+            f"overall {overall:.3f}"
         )
     name, score = label.rsplit(" ", 1)
     values = {"score": float(score), "deletion_auc": deletion, "insertion_auc": insertion}

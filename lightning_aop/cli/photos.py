@@ -26,7 +26,7 @@ from lightning_aop.types import Images, Targets
 def photo_options(parser: ArgumentParser) -> None:
     """Add the options that say which photos, which model, and how the one becomes input of the other."""
     add = parser.add_argument
-    add("photos", nargs="+", type=Path, metavar="PHOTO", help="picture files")
+    add("photos", nargs="+", type=Path, metavar="PHOTO", help="image files")
     add("--model", default="resnet50", help="a torchvision classifier, or timm/NAME")
     add("--weights", type=Path | None, help="a local file; default: the published weights")
     add("--target-class", nargs="+", help="index or name; default: the likeliest class")

@@ -26,14 +26,14 @@ class Trainer(pl.Trainer):
         rules: Rules = Rules(),  # noqa: B008
         output: Path = Path("pointing_game"),
     ) -> None:
-        """Play the pointing game: does the heat of a class lie on its objects?
+        """Run the pointing game: does the heat of a class lie on its objects?
 
         A run that was stopped goes on where it was when it is started again. Writes a table and
-        the figures of each class to `output`.
+        the values of each class to `output`.
 
         Args:
             model: what is explained.
-            datamodule: its validation split is played on.
+            datamodule: its validation split is explained.
             ckpt_path: the checkpoint of the trained model.
             weights_only: load nothing but tensors and plain values from it.
             method: how to explain: a name, a class with its arguments, or a list of these. By name,

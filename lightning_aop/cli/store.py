@@ -17,12 +17,12 @@ from lightning_aop.types import SaliencyMethod
 
 
 class MapStore:
-    """Maps and their figures, each in an entry that goes with just this input, network and version."""
+    """Maps and their metrics, each in an entry that goes with just this input, network and version."""
 
     def __init__(
         self, folder: Path, model: nn.Module, settings: object, fields: Collection[str]
     ) -> None:
-        """Keep entries with these fields; `settings` is what else they hang on, told by its repr."""
+        """Keep entries with these fields; `settings` is what else they depend on, by its repr."""
         self._store = Store(folder, fields)
         self._digest = hashlib.sha256(f"{__version__} {settings!r}".encode())
         update_with_weights(self._digest, model)

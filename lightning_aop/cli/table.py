@@ -17,9 +17,9 @@ def table_parser() -> ArgumentParser:
     """Return the options of `lightning-aop table`."""
     parser = ArgumentParser(
         prog="lightning-aop table",
-        description="Print what a benchmark has found, also while it runs: the mean deletion, insertion "
+        description="Print the results of a benchmark, also while it runs: the mean deletion, insertion "
         "and overall AUC of each method on each network with 95 % intervals (bootstrap over the "
-        "images), the paired difference to a reference method, the paper's figures where they are "
+        "images), the paired difference to a reference method, the paper's values where they are "
         "known, and what the maps cost.",
     )
     add = parser.add_argument

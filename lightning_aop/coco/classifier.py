@@ -70,7 +70,7 @@ class Report(nn.Module):
     def compute(self, per_class: bool = False) -> dict[str, Float[Tensor, ""]]:
         """Return the values by name, of all processes together."""
         with warnings.catch_warnings():
-            # Where no picture of this process counts; another one's may.
+            # Where no image of this process counts; another one's may.
             warnings.filterwarnings("ignore", ".*was called before the ``update`` method")
             # Classes that no image shows have no average precision, and are left out below.
             warnings.filterwarnings("ignore", "No positive samples found in target")
@@ -130,7 +130,7 @@ class MultilabelClassifier(pl.LightningModule):
         super().__init__()
         if num_classes is not None and num_classes < 1:
             raise InvalidValueError(f"num_classes must be at least 1, got {num_classes}")
-        # What it takes to make the network again, in plain values that load with weights_only. The
+        # What is needed to make the network again, in plain values that load with weights_only. The
         # weights are in the checkpoint, and how it was trained is no matter of the network.
         self.save_hyperparameters(
             {"backbone": backbone, "weights": None, "num_classes": num_classes}

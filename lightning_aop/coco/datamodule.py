@@ -39,24 +39,24 @@ class CocoClassification(pl.LightningDataModule):
         val: the split to validate with, and to predict.
         test: the split to test with; by default `val`.
         size: of the square that the model sees, in pixels.
-        resize: "squash" the whole picture into it, as in the paper, or "crop" its middle.
-        mean: what pictures in [0, 1] are normalised with; by default ImageNet's values.
+        resize: "squash" the whole image into it, as in the paper, or "crop" its middle.
+        mean: what images in [0, 1] are normalised with; by default ImageNet's values.
         std: likewise.
-        horizontal_flip: mirror half of the training pictures, at random.
+        horizontal_flip: mirror half of the training images, at random.
         batch_size: images in a batch, of each process.
-        num_workers: processes that read pictures.
+        num_workers: processes that read images.
         pin_memory: speed up the way to a GPU, where there is one.
         persistent_workers: keep the workers from epoch to epoch.
         keep_empty: keep images without annotations, as negative for every class.
         crowds: let crowd annotations count.
-        on_error: "raise" at the first picture that can't be read, or "skip" such pictures, and list
+        on_error: "raise" at the first image that can't be read, or "skip" such images, and list
             them at the end.
         value_range: the values that are black and white, for greyscale images of more than 8 bits.
         features: "cached" computes what a frozen backbone makes of each image once, and trains the
             head on that; "live" runs the backbone in every epoch.
         cache_dir: where features are kept; by default `~/.cache/lightning_aop/features`.
         cache_precision: "float16" halves the file.
-        shapes: to try things out without data, write this many generated training pictures of
+        shapes: to try things out without data, write this many generated training images of
             coloured shapes, and a tenth of it to validate, into `root` first.
 
     Attributes:
@@ -96,7 +96,7 @@ class CocoClassification(pl.LightningDataModule):
             )
         if features == "cached" and horizontal_flip:
             raise InvalidValueError(
-                "features='cached' keeps one result for each picture, horizontal_flip=True wants "
+                "features='cached' keeps one result for each image, horizontal_flip=True wants "
                 "another in every epoch: switch one of them off"
             )
         self.root = Path(root).expanduser()
@@ -119,10 +119,10 @@ class CocoClassification(pl.LightningDataModule):
         self._open: dict[str, CocoMultilabel] = {}
 
     def prepare_data(self) -> None:
-        """Write the generated pictures, if they are asked for and not there yet."""
+        """Write the generated images, if they are asked for and not there yet."""
         if self.shapes is not None:
             count = max(self.shapes // 10, 1)
-            write_shapes(self.root, train=self.shapes, val=count, progress=True)
+            write_shapes(self.root, train=self.shapes, val=count)
 
     def setup(self, stage: str) -> None:
         """Open the splits that the stage needs."""
@@ -185,7 +185,7 @@ class CocoClassification(pl.LightningDataModule):
         for data in self._open.values():
             if lines := data.skipped():
                 _log.warning(
-                    "%d of the %d pictures of %s were left out:\n%s",
+                    "%d of the %d images of %s were left out:\n%s",
                     len(lines),
                     len(data),
                     data.file,

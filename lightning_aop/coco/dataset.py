@@ -31,14 +31,14 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
     """COCO-format photos as (image, label) pairs, with the masks of each class on demand.
 
     An image has a class if one of its annotations does. The label is multi-hot, 0 or 1 for each
-    class; where `on_error` is "skip", a picture that can't be read becomes zeros with a label of −1
+    class; where `on_error` is "skip", an image that can't be read becomes zeros with a label of −1
     for every class, which losses and metrics leave out (torchmetrics: `ignore_index=-1`).
 
     Args:
-        images: the folder of the pictures; nothing outside it is read.
+        images: the folder of the images; nothing outside it is read.
         annotations: the JSON file of the instances.
-        transform: turns the RGB picture into the tensor that the model takes; by default it becomes
-            a float tensor in [0, 1] at the picture's own size. Masks follow it if it has a method
+        transform: turns the RGB image into the tensor that the model takes; by default it becomes
+            a float tensor in [0, 1] at the image's own size. Masks follow it if it has a method
             `masks`, as `Preprocess` does.
         keep_empty: keep images without annotations, negative for every class.
         crowds: let crowd annotations (`iscrowd`) count, in labels and in masks.
@@ -93,7 +93,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         self.files: list[str] = [str(coco.imgs[i]["file_name"]) for i in self.ids]
         sizes = ((coco.imgs[i].get("width"), coco.imgs[i].get("height")) for i in self.ids)
         self._sizes = [None if None in size else size for size in sizes]
-        # Set by whichever worker meets a bad picture, and seen by the process that reports it.
+        # Set by whichever worker meets a bad image, and seen by the process that reports it.
         self._skipped = torch.zeros(len(self.ids), dtype=torch.bool).share_memory_()
         self._has_masks = any(a.get("segmentation") for a in coco.dataset["annotations"])
         self._coco: Any = coco
@@ -108,7 +108,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
     ) -> "CocoMultilabel":
         """Open a split of a folder in COCO's own layout, or in one of its common variants.
 
-        The pictures lie in `root/SPLIT` or `root/images/SPLIT`; the annotations are
+        The images lie in `root/SPLIT` or `root/images/SPLIT`; the annotations are
         `root/annotations/instances_SPLIT.json`, `root/annotations/SPLIT.json` or
         `root/SPLIT/_annotations.coco.json`. `options` are those of the class.
         """
@@ -166,7 +166,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
             ) from error
 
     def fingerprint(self) -> str:
-        """Return a hash of the name, size and time of every picture, which changes when one does."""
+        """Return a hash of the name, size and time of every image, which changes when one does."""
         digest = hashlib.sha256(repr(self._sizes).encode())
         for name in self.files:
             path = self.folder / name
@@ -175,11 +175,11 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         return digest.hexdigest()
 
     def mark_skipped(self, bad: Bool[Tensor, " n"]) -> None:
-        """Note pictures that were found unreadable elsewhere."""
+        """Note images that could not be read elsewhere."""
         self._skipped |= bad
 
     def skipped(self) -> list[str]:
-        """Return what was left out so far, a line for each picture, with the reason."""
+        """Return what was left out so far, a line for each image, with the reason."""
         lines = []
         for index in self._skipped.nonzero()[:, 0].tolist():
             try:
@@ -244,7 +244,7 @@ def _read(folder: Path, file: Path) -> Any:
         ) from error
     if not folder.is_dir():
         raise MissingFileError(
-            f"{folder} is no folder: give the one that holds the pictures, such as train2017"
+            f"{folder} is no folder: give the one that holds the images, such as train2017"
         )
     if not file.is_file():
         raise MissingFileError(
@@ -326,7 +326,7 @@ def _check(content: Any, file: Path, folder: Path) -> None:
                 f"{where} width and height {sides}, which must be whole numbers of pixels from 1 to "
                 "65535: correct them"
             )
-        # Masks are made at the annotated size, and Pillow reads no larger picture.
+        # Masks are made at the annotated size, and Pillow reads no larger image.
         if math.prod(sides) > (limit := Image.MAX_IMAGE_PIXELS or math.inf) and len(sides) == 2:
             raise InvalidValueError(
                 f"{where} width and height {sides}, which is more than {limit} pixels: correct "
@@ -347,7 +347,7 @@ def _check(content: Any, file: Path, folder: Path) -> None:
 
 
 def _check_ids(file: Path, name: str, ids: list[Any]) -> None:
-    """Refuse ids that can't be told apart, or can't be sorted."""
+    """Refuse ids that are not unique, or can't be sorted."""
     kinds = {type(i) for i in ids}
     if kinds - {int} and kinds - {str}:
         odd = next(i for i in ids if type(i) is not int)

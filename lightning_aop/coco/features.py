@@ -32,7 +32,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
         image_dataset: the images that the features are of, in the same order.
         classes: the names of the classes.
         features: [N, D], memory-mapped.
-        labels: [N, K], 0 or 1; −1 where the picture could not be read.
+        labels: [N, K], 0 or 1; −1 where the image could not be read.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ def cached_features(
     """Return the features of `dataset`, of which only those that are not in the cache are computed.
 
     The cache is a folder in `directory`, named by a hash of the backbone (its structure and
-    weights), the transform, the precision, and the name, size and time of every picture: what
+    weights), the transform, the precision, and the name, size and time of every image: what
     belongs to anything else is never read. Finished batches are kept, so that a process that is
     stopped or killed goes on where it was. Several processes share the work.
 
@@ -93,7 +93,7 @@ def cached_features(
         precision: how the features are kept.
         device: where to compute; the backbone must be there.
         batch_size: images in one pass.
-        num_workers: processes that read pictures.
+        num_workers: processes that read images.
         rank: the number of this process.
         world_size: how many processes call this function.
         barrier: waits for all of them.
@@ -118,7 +118,7 @@ def cached_features(
         )
     features = np.load(folder / "features.npy", mmap_mode="r+")
     state = np.load(folder / "state.npy", mmap_mode="r+")
-    # Pictures that could not be read are tried again. Shares go by row, so that they fit each other
+    # Images that could not be read are tried again. Shares go by row, so that they fit each other
     # also where another process has begun to write.
     todo = np.flatnonzero(state != _DONE)
     missing = todo[todo % world_size == rank].tolist()

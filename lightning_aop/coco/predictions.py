@@ -58,7 +58,7 @@ class PredictionWriter(BasePredictionWriter):
                     for index, scores, label in zip(
                         batch_indices, prediction.tolist(), batch[1][:, 0].tolist(), strict=True
                     )
-                    if label >= 0  # else the picture could not be read
+                    if label >= 0  # else the image could not be read
                 )
             )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def described(value: object) -> str:
-    """Return what tells settings apart, the same in every process: repr() may show addresses."""
+    """Return text that identifies settings, the same in every process: repr() may show addresses."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(described, value))}]"
     if isinstance(value, dict):

@@ -70,7 +70,7 @@ def read_image(
             with Image.open(path) as opened:
                 if opened.format == "EPS":
                     raise ImageError("it is PostScript, a program that is not run")
-                # Pillow keeps the upper 8 of 16 bits a channel; only the raw mode tells.
+                # Pillow keeps the upper 8 of 16 bits per channel; only the raw mode shows it.
                 deep = ";16" in str(opened.tile)
                 opened.load()
                 upright = ImageOps.exif_transpose(opened)
@@ -179,9 +179,9 @@ class Preprocess:
         return shaped.bool()
 
     def photo_maps(self, maps: Maps, size: tuple[int, int]) -> Float[Tensor, "b height width"]:
-        """Return maps of the network's input as they lie on a picture of `size` = (height, width).
+        """Return maps of the network's input as they lie on an image of `size` = (height, width).
 
-        Bilinearly, anti-aliased where the picture is smaller than the input; what a crop leaves out
+        Bilinearly, anti-aliased where the image is smaller than the input; what a crop leaves out
         has 0. Computed in float64 and then rounded, so that equal values stay equal.
         """
         precise = maps.double()

@@ -130,7 +130,7 @@ def _load(
 
 
 def _file(weights: str | None) -> Path | None:
-    """Tell a file from the name of published weights, which has neither folders nor a suffix."""
+    """Return the file, or None for the name of published weights: no folders, no suffix."""
     if weights is None:
         return None
     path = Path(weights).expanduser()

@@ -1,4 +1,4 @@
-"""The paper's tables as runs over many pictures, which can be stopped, resumed and shared out."""
+"""The paper's tables as runs over many images, which can be stopped, resumed and shared out."""
 
 from lightning_aop.data.networks import Network
 from lightning_aop.experiments.benchmark import Rules, run

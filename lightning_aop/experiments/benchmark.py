@@ -1,4 +1,4 @@
-"""Explaining and judging a list of pictures with many methods on many networks.
+"""Explaining and judging a list of images with many methods on many networks.
 
 Lightning's Trainer does the work, one `predict` for each network, so devices, nodes, precision and the
 bar are its own. The images are cut into fixed groups; what methods draw is drawn for a group.
@@ -43,7 +43,7 @@ class Rules:
     Attributes:
         target: explain the class that the network predicts, or the label.
         images: "all", or only those that are "correct", classified as they are labelled; the others
-            are kept as entries without figures.
+            are kept as entries without values.
         steps: the number of steps of the curves, if `pixels_per_step` is None.
         pixels_per_step: N of the protocol; 448 by default at 224 × 224.
         group_size: images that are explained together, and lost together when a run is killed. Methods
@@ -84,11 +84,11 @@ def run(
         trainer: shares the groups out to its processes.
         networks: what is explained, by name.
         methods: how, by name; one that needs a target layer and has none gets the network's.
-        data: the pictures.
+        data: the images.
         rules: what is counted.
         output: the folder of the results.
         paper: the table of the paper that the results are put beside.
-        tell: takes what the user should know, on one process.
+        tell: is given what the user should know, on one process.
 
     Raises:
         ValueError: a network, a method or the data is not to be had.
@@ -100,7 +100,7 @@ def run(
     pictures = data.listed()
     count = min(len(pictures), data.limit or len(pictures))
     if data.limit is not None and data.limit > len(pictures):
-        tell(f"data.limit asks for {data.limit} pictures, there are {len(pictures)}")
+        tell(f"data.limit asks for {data.limit} images, there are {len(pictures)}")
     groups = in_groups(count, rules.group_size)
     listing = fingerprint(data.folder, pictures)
     jobs: dict[str, tuple[_Judge, list[Group], _Reader]] = {}
@@ -143,7 +143,7 @@ def run(
 
 
 class _Batch(NamedTuple):
-    """A group as the network takes it; a picture that can't be read is black, and has a reason."""
+    """A group as the network takes it; an image that can't be read is black, and has a reason."""
 
     number: int
     rows: list[int]
@@ -170,12 +170,12 @@ class _Reader:
             except ImageError as error:
                 size = self.preprocess.size
                 images.append(torch.zeros(3, size, size))
-                reasons.append(f"the picture can't be used: {error}")
+                reasons.append(f"the image can't be used: {error}")
         return _Batch(number, list(rows), torch.stack(images) if rows else torch.empty(0), reasons)
 
 
 class _Judge(pl.LightningModule):
-    """Explains a group with all methods, plays deletion and insertion, and writes what came of it."""
+    """Explains a group with all methods, runs deletion and insertion, and writes the results."""
 
     def __init__(
         self,
@@ -259,7 +259,7 @@ class _Judge(pl.LightningModule):
     def _judged(
         self, method: SaliencyMethod, images: Images, targets: Targets, blurred: Images
     ) -> list[dict[str, Any]]:
-        """Return the figures of each image, or the reason why there are none."""
+        """Return the values of each image, or the reason why there are none."""
         try:
             found, _ = self.passes.within_memory(
                 lambda: self._figures(method, images, targets, blurred), len(images)
@@ -270,7 +270,7 @@ class _Judge(pl.LightningModule):
             if len(images) == 1:
                 words = (str(error).strip() or "no words").splitlines()[0]
                 return [{"reason": f"{type(error).__name__}: {words}"}]
-            # One image must not cost the others of its group their figures.
+            # One image must not cost the others of its group their values.
             each = zip(images.split(1), targets.split(1), blurred.split(1), strict=True)
             return [self._judged(method, *one)[0] for one in each]
         return found
@@ -339,6 +339,6 @@ def _last_layer(model: nn.Module, preprocess: Preprocess) -> str:
 
 
 def _of_the_machine(error: Exception) -> bool:
-    """Tell what fails for the next image too, or says nothing about the method: no result."""
+    """Return whether an error would hit the next image too, or is not about the method: no result."""
     fatal = getattr(torch, "AcceleratorError", ())
     return out_of_memory(error) or isinstance(error, fatal) or "CUDA error" in str(error)

@@ -60,11 +60,13 @@ class MeanCurve:
 def mean_curves(
     run: Path, images: Literal["all", "correct"] = "all"
 ) -> dict[tuple[str, str, str], MeanCurve]:
-    """Return the mean curves of a run by network, method and game, those without any curve left out.
+    """Return the mean curves of a run, by network, method, and "deletion" or "insertion".
+
+    Those without any curve are left out.
 
     Args:
         run: the output folder of a benchmark.
-        images: average over all images with figures, or those that are classified as labelled.
+        images: average over all images with values, or those that are classified as labelled.
 
     Raises:
         ValueError: the folder holds no run.

@@ -1,4 +1,4 @@
-"""The pictures of a benchmark: ImageNet in its usual layouts, or any folder with a table of labels."""
+"""The images of a benchmark: ImageNet in its usual layouts, or any folder with a table of labels."""
 
 import csv
 import hashlib
@@ -28,7 +28,7 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Pictures:
-    """Which pictures, and how they become input.
+    """Which images, and how they become input.
 
     Attributes:
         root: their folder; environment variables in it are filled in. Its layout is one of
@@ -38,19 +38,19 @@ class Pictures:
             - any folder with a `labels.csv`, whose columns `file` and `class_index` name them.
 
             Where `root` has a folder `val`, that is meant.
-        labels: a CSV file; or a text file for a flat folder, a line for each picture in the order of
+        labels: a CSV file; or a text file for a flat folder, a line for each image in the order of
             their names: the official ILSVRC2012_validation_ground_truth.txt, which needs the meta.mat
             that comes with it beside it, or wnids; or lines of `FILE INDEX`. By default looked for in
             `root` and beside it.
         classes: a file with the classes in the network's order, a line for each, which starts with the
             name of the folder (LOC_synset_mapping.txt is one): needed for a part of ImageNet's folders.
-        limit: the first pictures only; a run with a higher limit goes on from one with a lower.
+        limit: the first images only; a run with a higher limit goes on from one with a lower.
         shuffle_seed: put them into a random order first, so that `limit` takes a sample; None for the
             order of their names.
         size: height and width of the input, in pixels.
-        resize: "squash" the picture into the square, as the paper does, or "crop" the middle of it.
+        resize: "squash" the image into the square, as the paper does, or "crop" the middle of it.
         value_range: the values that are black and white, for greyscale images of more than 8 bits.
-        num_workers: processes that read pictures.
+        num_workers: processes that read images.
     """
 
     root: str
@@ -70,7 +70,7 @@ class Pictures:
         object.__setattr__(self, "folder", _folder(self.root))
 
     def listed(self) -> list[Picture]:
-        """Return the pictures in the order of the run, all of them whatever the limit.
+        """Return the images in the order of the run, all of them whatever the limit.
 
         Raises:
             ValueError: the layout is none of those known, or files and labels don't fit.
@@ -78,9 +78,7 @@ class Pictures:
         """
         found = self._by_labels() if (file := self._labels()) is None else self._labelled(file)
         if not found:
-            raise InvalidValueError(
-                f"{self.folder} holds no pictures ({', '.join(IMG_EXTENSIONS)})"
-            )
+            raise InvalidValueError(f"{self.folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
         if self.shuffle_seed is not None:
             random.Random(self.shuffle_seed).shuffle(found)
         return found
@@ -99,7 +97,7 @@ class Pictures:
         return None
 
     def _by_labels(self) -> list[Picture]:
-        """Return the pictures of folders named by class."""
+        """Return the images of folders named by class."""
         folders = sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir())
         if not folders:
             raise InvalidValueError(
@@ -137,7 +135,7 @@ class Pictures:
         files = _flat(self.folder)
         if len(files) != len(lines):
             raise InvalidValueError(
-                f"{file} has {len(lines)} labels for the {len(files)} pictures in {self.folder}: "
+                f"{file} has {len(lines)} labels for the {len(files)} images in {self.folder}: "
                 "they must be of one set"
             )
         words = [line[0] for line in lines]
@@ -157,7 +155,7 @@ class Pictures:
 
 
 def fingerprint(folder: Path, pictures: Sequence[Picture]) -> str:
-    """Return what tells a list of pictures from another: names, labels and sizes of the files."""
+    """Return a digest of a list of images: names, labels and sizes of the files."""
     digest = hashlib.sha256()
     for name, label in pictures:
         path = folder / name

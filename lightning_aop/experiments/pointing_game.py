@@ -4,7 +4,7 @@ Maps are brought to the size of the photo and compared with its masks there, as 
 of 15 pixels is 15 pixels of the photo, whatever the size of the network's input.
 
 The images are cut into fixed groups. A group is explained as a whole, by whichever process gets it,
-and becomes one entry of the folder; groups that have an entry are never explained again. So the figures
+and becomes one entry of the folder; groups that have an entry are never explained again. So the results
 don't depend on the number of processes, or on how often the run was stopped; but each process counts
 the evaluation that finds the target layer.
 """
@@ -43,7 +43,7 @@ class Rules:
     Attributes:
         tolerances: how far from the mask, in pixels of the photo, a maximum still hits; 0 for the
             exact pixel, 15 for TorchRay's rule.
-        score_threshold: classes with a score F_c (sigmoid) above it are tested.
+        score_threshold: classes with a score (sigmoid) above it are tested.
         group_size: images that are explained together. Methods that draw noise draw it for a group.
         limit: the first images of the split only; None for all.
     """
@@ -70,7 +70,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """What came of one class: how many pairs were tested, and the sums of what they scored."""
+    """The result of one class: how many pairs were tested, and the sums of what they scored."""
 
     tested: int
     hits: dict[str, float]
@@ -79,13 +79,13 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of the game.
+    """The result of the pointing game.
 
     Attributes:
         method: what explained.
         classes: by name, those with at least one tested pair.
         evaluations: how many model evaluations the explanations cost.
-        seconds: how long they took, summed over processes.
+        seconds: their wall-clock time, summed over processes.
     """
 
     method: str
@@ -118,21 +118,21 @@ def play(
     rules: Rules,
     num_workers: int = 0,
 ) -> Result:
-    """Play the game with one method, and write what came of it as it goes.
+    """Run the pointing game with one method, and write the results as it goes.
 
     Args:
         trainer: shares the groups out to its processes.
         model: gives logits [B, K].
-        data: images with labels and masks. Its transform must know the way back from the network's
+        data: images with labels and masks. Its transform must have the way back from the network's
             input to the photo, a method `photo_maps(maps, size)`, as `coco.Preprocess` does.
         method: how to explain.
         name: of the method, for folders and tables.
         output: a folder for the files of all runs.
         rules: what is counted.
-        num_workers: processes that read pictures.
+        num_workers: processes that read images.
 
     Returns:
-        The figures of all groups, those of earlier runs included.
+        The results of all groups, those of earlier runs included.
     """
     _on_photo(data.transform, torch.zeros(1, 1, 1), (1, 1))  # refused before hours are spent
     digest = _digest(model, data, method, rules, str(trainer.precision))
@@ -290,7 +290,7 @@ def _result(
 
 
 def table(results: Sequence[Result], tolerances: Sequence[float], form: Format = "markdown") -> str:
-    """Return the figures as a table, a row for each method."""
+    """Return the results as a table, a row for each method."""
     names = ["exact" if t <= 1 else f"within {t:g} px" for t in tolerances]
     header = ["method", *names, "energy in mask", "classes", "pairs", "evaluations", "seconds"]
     rows = [
@@ -309,7 +309,7 @@ def table(results: Sequence[Result], tolerances: Sequence[float], form: Format =
 
 
 def details(result: Result, tolerances: Sequence[float]) -> dict[str, Any]:
-    """Return the figures of one method for a JSON file, with the counts of every class."""
+    """Return the results of one method for a JSON file, with the counts of every class."""
     return {
         "method": result.method,
         "accuracy": {_key(t): _number(result.accuracy(t)) for t in tolerances},

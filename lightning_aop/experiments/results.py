@@ -50,10 +50,10 @@ def arrow() -> Any:
 def schema() -> "pa.Schema":
     """Return the columns of a part.
 
-    `image` is the place in the list of pictures; `target` the class that was explained, `score` its
+    `image` is the place in the list of images; `target` the class that was explained, `score` its
     probability for the whole image; the AUCs and curves are in units of that; `evaluations` and
-    `seconds` are what the map of one image took, `curve_seconds` its curves; `reason` says why the
-    figures are missing, and is null where they are not.
+    `seconds` are those of the map of one image, `curve_seconds` those of its curves; `reason` says why
+    values are missing, and is null where they are not.
     """
     pa = arrow()
     return pa.schema(
@@ -129,7 +129,7 @@ class Manifest:
         version: of the package.
         images: how many are asked for.
         average: "correct" if only correctly classified images are explained, or "all".
-        paper: the table of the paper that the figures are put beside, or None.
+        paper: the table of the paper that the values are put beside, or None.
         folders: of the results, by the name of the network.
         methods: of each network, the digests of its methods by name.
         settings: what the digests stand for, to look up.
@@ -168,7 +168,7 @@ class Manifest:
         return next((name for name in real if method_key(name) == "sigcam"), (real or names)[-1])
 
     def _is_control(self, name: str) -> bool:
-        """Say whether a method knows nothing of the model, by its settings or else its name."""
+        """Say whether a method does not depend on the model, by its settings or else its name."""
         own = (of.get("methods", {}) for of in self.settings.values() if isinstance(of, dict))
         told = [methods[name] for methods in own if name in methods]
         if told:
@@ -181,7 +181,7 @@ class Manifest:
         for name in self.folders:
             if name in earlier.folders and earlier.folders[name] != self.folders[name]:
                 told.append(
-                    f"{name}: its settings, weights or pictures are not those of the earlier run "
+                    f"{name}: its settings, weights or images are not those of the earlier run "
                     f"here: a new result set is started, the old one stays in {earlier.folders[name]}"
                 )
                 continue

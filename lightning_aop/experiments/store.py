@@ -1,4 +1,4 @@
-"""What a run keeps while it works, so that it goes on where it was stopped."""
+"""Files written by a run while it works, so that it goes on where it was stopped."""
 
 import io
 from collections.abc import Collection, Mapping

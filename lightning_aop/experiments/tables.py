@@ -45,7 +45,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; all figures of scores are in [−1, 1].
+    """A line of the table; all values of scores are in [−1, 1].
 
     Attributes:
         network: its name, or "mean" for the mean over all networks.
@@ -58,7 +58,7 @@ class Row:
         paper: what the paper reports for deletion, insertion and overall, in %; None where unknown.
         images: how many the means are over.
         correct: how many of these are classified as they are labelled.
-        failed: how many images have no figures, though they were tried.
+        failed: how many images have no values, though they were tried.
         evaluations: model evaluations for the map of one image.
         seconds: for the map of one image.
         curve_seconds: for its curves.
@@ -190,7 +190,7 @@ def summary(
 
     Args:
         run: the output folder of a benchmark.
-        images: average over all images with figures, or over those that are classified as labelled.
+        images: average over all images with values, or over those that are classified as labelled.
         reference: the method that the others are compared with; by default SIGCAM where it is there,
             else the last that is no control.
         resamples: of the bootstrap.
@@ -269,7 +269,7 @@ def _projection(rows: Sequence[Row], networks: Sequence[str], images: int) -> It
         maps, curves = (sum(getattr(r, name) for r in own) for name in ("seconds", "curve_seconds"))
         hours = images * (maps + curves) / 3600
         yield (
-            f"{network}: {maps + curves:,.2f} s an image for the maps ({maps:,.2f}) and curves "
+            f"{network}: {maps + curves:,.2f} s per image for the maps ({maps:,.2f}) and curves "
             f"({curves:,.2f}) of all methods; {images:,} images are {hours:,.1f} hours of one device"
         )
 
@@ -298,7 +298,7 @@ def _notes(
                 f"{manifest.images:,} images"
             )
         for reason, count in column.reasons.most_common(3):
-            yield f"{column.network}, {column.method}: {count:,} without figures: {reason}"
+            yield f"{column.network}, {column.method}: {count:,} without values: {reason}"
         if (rest := len(column.reasons) - 3) > 0:
             yield f"{column.network}, {column.method}: and {rest:,} other reasons"
 

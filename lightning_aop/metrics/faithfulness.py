@@ -1,4 +1,4 @@
-"""Deletion, insertion and over-all AUC as torchmetrics, over the curves of `functional`."""
+"""Deletion, insertion and overall AUC as torchmetrics, over the curves of `functional`."""
 
 from abc import ABC
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,13 +33,13 @@ class _FaithfulnessAUC(Metric, ABC):
     """What the metrics share: sums of AUCs and of curves, so that processes add up.
 
     Args:
-        score: F_c; `softmax`, or `sigmoid` for a multilabel model.
+        score: the class score; `softmax`, or `sigmoid` for a multilabel model.
         baseline: what takes the place of a pixel, a function of the images; the paper's blur.
-        steps: the number of steps of each game, if `pixels_per_step` is None.
+        steps: the number of steps of each curve, if `pixels_per_step` is None.
         pixels_per_step: N of the protocol, 448 in the default at 224 × 224.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
             for 32, or fewer where memory runs out.
-        evaluations: of an image, at all its games together, for an estimate by `estimate_curves`, whose
+        evaluations: per image, for all its curves together, for an estimate by `estimate_curves`, whose
             standard errors are `auc_errors`; None for the full curves.
         kwargs: torchmetrics' own arguments, such as `sync_on_compute`.
     """
@@ -49,7 +49,7 @@ class _FaithfulnessAUC(Metric, ABC):
     games: ClassVar[tuple[GameName, ...]]
     total: Tensor
     last_curves: dict[str, Tensor]
-    """Of the batch of the last update [B, points], by game."""
+    """Of the batch of the last update [B, points], by "deletion" and "insertion"."""
     last_evaluated: dict[str, Bool[Tensor, "b points"]]
     """The points of `last_curves` that were evaluated, where `evaluations` is given."""
     last_errors: dict[str, Float[Tensor, " b"]]
@@ -84,7 +84,7 @@ class _FaithfulnessAUC(Metric, ABC):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, model: nn.Module, images: Images, maps: Maps, targets: Targets) -> None:
-        """Play the games on a batch.
+        """Evaluate the curves of a batch.
 
         Args:
             model: maps images to logits [B, K].
@@ -131,10 +131,10 @@ class _FaithfulnessAUC(Metric, ABC):
         return mean
 
     def auc_errors(self) -> dict[str, Float[Tensor, ""]]:
-        """Return the standard error of each game's mean AUC over all images so far, and of the over-all.
+        """Return the standard error of each mean AUC over all images so far, the overall AUC included.
 
-        Errors of images and games are taken for independent. Nothing comes back where `evaluations` is
-        None. Over processes it is synchronised inside `sync_context()`, as `compute()` is by itself.
+        Errors of images and curves are taken for independent. Nothing comes back where `evaluations` is
+        None. Over processes it is synchronised inside `sync_context()`, as `compute()` is automatically.
         """
         if self.evaluations is None:
             return {}
@@ -144,7 +144,7 @@ class _FaithfulnessAUC(Metric, ABC):
         return {f"{game}_auc_error": v.sqrt() / self.total for game, v in variances.items()}
 
     def plot(self, val: object = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-        """Draw the mean curve of each game with its AUC; `val` is torchmetrics' and has no use."""
+        """Draw each mean curve with its AUC; `val` is torchmetrics' and has no use."""
         from matplotlib import pyplot as plt
 
         if ax is None:
@@ -193,9 +193,10 @@ class InsertionAUC(_FaithfulnessAUC):
 
 
 class OverallAUC(_FaithfulnessAUC):
-    """Insertion AUC − deletion AUC, the paper's over-all score; 0 for a map that knows nothing.
+    """Insertion AUC − deletion AUC, the paper's overall score.
 
-    In [−1, 1] for a probability; higher is more faithful. Costs 2n evaluations an image.
+    About 0 for a map that does not depend on the model. In [−1, 1] for a probability; higher is
+    more faithful. Costs 2n evaluations per image.
     """
 
     higher_is_better = True
@@ -212,7 +213,7 @@ class Faithfulness(_FaithfulnessAUC):
     """All three in one pass: `compute()` gives deletion_auc, insertion_auc and overall_auc.
 
     With `evaluations`, their standard errors too, as deletion_auc_error and so on, and `evaluations`,
-    how many an image has taken.
+    the mean number per image.
     """
 
     games = ("deletion", "insertion")
@@ -234,7 +235,7 @@ class Faithfulness(_FaithfulnessAUC):
         if self.evaluations is None:
             return {}
         points: Tensor = self.deletion_evaluated + self.insertion_evaluated
-        return {"evaluations": points / self.total - 2}  # each game starts where the other ends
+        return {"evaluations": points / self.total - 2}  # each curve starts where the other ends
 
 
 def _on_grid(curve: Float[Tensor, "b points"]) -> Float[Tensor, "b grid"]:

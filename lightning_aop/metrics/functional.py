@@ -1,6 +1,6 @@
 """Deletion and insertion: how well does the score follow the map (Petsiuk et al. 2018).
 
-Both games move pixels in the order of falling saliency, in n = ceil(H·W / N) steps of N pixels, and
+Both move pixels in the order of falling saliency, in n = ceil(H·W / N) steps of N pixels, and
 record the class score after each, the start included. Deletion replaces the top pixels of the image
 by a baseline; insertion replaces the top pixels of the baseline by the true ones. With a faithful
 map the first curve falls early and the second rises early.
@@ -39,7 +39,7 @@ _COARSE, _ROUND = 4, 8
 
 _CHOSEN = 4 / 3
 """A gap that is not halved is one that looked smooth, often by chance: errors are larger by this factor,
-which was set on the half of the photos that the figures of `estimate_curves` are not from."""
+which was set on the half of the photos that the values of `estimate_curves` are not from."""
 
 
 def deletion_curve(
@@ -56,7 +56,7 @@ def deletion_curve(
 ) -> Float[Tensor, "b points"]:
     """Return the score after 0, N, 2N, … of the most salient pixels were replaced by the baseline.
 
-    Cost: n + 1 evaluations an image.
+    Cost: n + 1 evaluations per image.
 
     Args:
         model: maps images to logits [B, K]. If it ends in a softmax, and `score` is `softmax`, its
@@ -113,7 +113,7 @@ def deletion_insertion_curves(
     pixels_per_step: int | None = None,
     eval_batch_size: int | None = None,
 ) -> tuple[Float[Tensor, "b points"], Float[Tensor, "b points"]]:
-    """Return both curves for 2n evaluations an image: each starts where the other ends.
+    """Return both curves for 2n evaluations per image: each starts where the other ends.
 
     Arguments and errors are those of `deletion_curve`.
     """
@@ -153,35 +153,35 @@ def estimate_curves(  # noqa: D417
     """Return the curves from fewer evaluations: large steps first, halved where the score moves.
 
     A fourth of the evaluations goes to equal steps. Then, in rounds of an eighth, the steps are halved
-    that are expected to add most to the error, of both games of an image together. Between its ends the
+    that are expected to add most to the error, of both curves of an image together. Between its ends the
     score is taken for a random walk with their difference: with the roughness σ² = Δ²/w, averaged with
     those of the steps beside it ½ : 1 : ½, the sum of the scores inside has the variance
     σ² w (w² − 1) / 12, for w steps of the full curve. `error` is 4/3 of the root of their sum, over n.
 
     On 63 photos and 3 networks, with 56 evaluations for the 224 of both curves, the AUCs of single
-    images were off by 0.0016 (deletion), 0.0029 (insertion) and 0.0033 (over-all), root mean square,
+    images were off by 0.0016 (deletion), 0.0029 (insertion) and 0.0033 (overall), root mean square,
     on the half that nothing was chosen on; with 28 equal steps each by 0.0033, 0.0035 and 0.0044. The
     true error lay within `error` for 80, 63 and 68 images of 100, and within twice of it for 99, 95 and
-    97. A peak between two points of about equal score is missed, and `error` can't know of it: fewer
-    than 56 evaluations are a risk, up to 0.05 for a single image with 40. With 84 the over-all AUC was
+    97. A peak between two points of about equal score is missed, and `error` can't reflect it: fewer
+    than 56 evaluations are a risk, up to 0.05 for a single image with 40. With 84 the overall AUC was
     off by 0.0020, and `error` was somewhat small: the true one lay within twice of it for 87 to 91.
 
     The images of a batch don't influence each other. Arguments not named here, and errors, are
     those of `deletion_curve`.
 
     Args:
-        evaluations: of an image, at all its games together, 8 or more a game; the full curves take
-            n + 1, and 2n for both games. With that many, or more, these are the full curves.
+        evaluations: per image, for all its curves together, 8 or more per curve; the full curves take
+            n + 1, and 2n for both. With that many, or more, these are the full curves.
         games: ("deletion", "insertion"), or one of them alone.
 
     Returns:
-        One estimate for each game.
+        One estimate for each of `games`.
     """
     if games not in (_BOTH, _BOTH[:1], _BOTH[1:]):
         raise InvalidValueError(f"games must be {_BOTH}, or one of them in a tuple, got {games}")
     if evaluations < 8 * len(games):
         raise InvalidValueError(
-            f"evaluations must be 8 or more for each game, {8 * len(games)} for {' and '.join(games)}, "
+            f"evaluations must be 8 or more for each curve, {8 * len(games)} for {' and '.join(games)}, "
             f"got {evaluations}: give more"
         )
     with _game(model, images, maps, targets, score, baseline, steps, pixels_per_step) as game:
@@ -242,9 +242,9 @@ class _Game:
     def refine(
         self, inserts: list[bool], evaluations: int, chunk: int | None
     ) -> list[CurveEstimate]:
-        """Return the estimate for each game from fewer evaluations than the full curves take.
+        """Return the estimate of each curve from fewer evaluations than the full curves take.
 
-        The curves of an image's games lie end to end, and a place counts along all of them.
+        The curves of an image lie end to end, and a place counts along all of them.
         """
         device, points, count = self.images.device, self.steps + 1, len(inserts)
         both = count == 2
@@ -295,7 +295,7 @@ class _Game:
     def _scores(
         self, steps: Int[Tensor, "b m"], insert: Bool[Tensor, "b m"], wanted: int | None
     ) -> Float[Tensor, "b m"]:
-        """Return the scores after numbers of steps of a game that may differ from image to image."""
+        """Return the scores after numbers of steps that may differ from image to image."""
         require_positive("deletion and insertion", eval_batch_size=wanted)
         chunk = pass_size(wanted)
         moved = (steps * self.pixels_per_step).to(self.ranks)
@@ -331,7 +331,8 @@ def _variances(
     roughness = values.gather(1, places).diff(dim=1).square() / width
     # A flat gap is not known to be flat inside: of several, the widest is halved.
     roughness = roughness.clamp(min=1e-30)
-    same = (places[:, :-1] // points == places[:, 1:] // points).to(values)  # not from game to game
+    # Not from the end of one curve to the start of the next.
+    same = (places[:, :-1] // points == places[:, 1:] // points).to(values)
     total, weights = (
         of + (nn.functional.pad(of, (1, 0))[:, :-1] + nn.functional.pad(of, (0, 1))[:, 1:]) / 2
         for of in (roughness * same, same)
@@ -374,7 +375,7 @@ def _game(
         if tuple(maps.shape) != (len(x), *x.shape[-2:]):
             raise InvalidValueError(
                 f"maps must be one [H, W] map for each image, {[len(x), *x.shape[-2:]]}, got "
-                f"{list(maps.shape)}: enlarge them to the images' size first"
+                f"{list(maps.shape)}: upsample them to the images' size first"
             )
         ranks = saliency_ranks(maps.detach().to(x.device))
         step = pixels_per_step or ceil(ranks[0].numel() / steps)

@@ -71,7 +71,7 @@ def energy_in_mask(maps: Maps, masks: Masks) -> Float[Tensor, " b"]:
 
 
 class _PairGame(Metric, ABC):
-    """What the games share: for each class the sums of the shares that hit and that miss.
+    """What both metrics share: for each class the sums of the shares that hit and that miss.
 
     Args:
         num_classes: K.
@@ -127,7 +127,7 @@ class _PairGame(Metric, ABC):
         """Make the setting a state.
 
         A MetricCollection lets metrics share their states if these are equal after the first batch, as
-        hits easily are between games of different rules.
+        hits easily are between metrics with different rules.
         """
         self.add_state(name, torch.tensor(value, dtype=torch.float64), dist_reduce_fx="max")
 
@@ -138,13 +138,13 @@ class _PairGame(Metric, ABC):
         targets: Targets,
         scores: Float[Tensor, " b"] | None = None,
     ) -> None:
-        """Play the game on a batch of pairs.
+        """Add a batch of pairs.
 
         Args:
             maps: saliency of each pair.
             masks: the objects of the target class, at the size of the maps.
             targets: the class of each pair, in 0..K−1.
-            scores: F_c, the model's probability in [0, 1] of that class; all pairs are tested without.
+            scores: the model's probability in [0, 1] of that class; all pairs are tested without.
 
         Raises:
             TypeError: an argument is no tensor, or the masks are not bool.
@@ -178,7 +178,7 @@ class _PairGame(Metric, ABC):
         self.misses = self.misses + none.index_add(0, classes, tested * (1 - share))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return what came of all pairs so far.
+        """Return the results over all pairs so far.
 
         Returns:
             mean: over the tested classes, in [0, 1]; NaN if none was tested. With `untested_as_zero`
@@ -278,7 +278,7 @@ class _PairGame(Metric, ABC):
 
     @abstractmethod
     def _fault(self, maps: Maps) -> "_Fault":
-        """Return which maps the game can't be played on."""
+        """Return which maps can't be evaluated."""
 
     @abstractmethod
     def _count(self, hits: float, tested: int) -> str:

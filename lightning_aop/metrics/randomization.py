@@ -57,7 +57,7 @@ def parameter_randomization(
     """Give layers random weights, and compare the maps with those of the network as it is.
 
     One step for each layer of `weighted_layers`, from the output to the input: "cascading" keeps the
-    layers before it randomised, "independent" puts them back. The figures of a method that explains
+    layers before it randomised, "independent" puts them back. The similarities of a method that explains
     the network fall with the first steps; those of one that ignores it stay at 1.
 
     Weights and biases are drawn as the layer's own `reset_parameters` does it, where a layer has
@@ -72,10 +72,10 @@ def parameter_randomization(
     The model itself holds its own weights whenever a step is handed out, also if the rest is never
     asked for: random ones take their place only while the method runs, and nothing is written to
     the parameters. (A deep copy can do less: a LightningModule that keeps a loss or any other
-    tensor with a graph can't be copied, and a target layer given as a module would not be found in
+    tensor with a graph can't be copied, and a target layer given as a module would be missing from
     it.) It must not be trained between the steps.
 
-    Cost: (layers + 1) × the method's own, and one evaluation of one image that finds the layers.
+    Cost: (layers + 1) × the method's own, and one evaluation of one image to detect the layers.
     Memory: a copy of the randomised weights, in the end of all of them.
 
     Args:
@@ -194,7 +194,7 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    """Tell weights from a class token [1, 1, C] or a layer's scale [C, 1, 1]."""
+    """Return whether it is weights, not a class token [1, 1, C] or a layer's scale [C, 1, 1]."""
     return sum(length > 1 for length in parameter.shape) >= 2
 
 
@@ -210,7 +210,7 @@ def _initialisation(module: nn.Module) -> Callable[[], object] | None:
 class _LastUses(TorchFunctionMode):
     """The time at which each parameter was last given to a function of torch.
 
-    Not told by hooks: attention never calls the projection that it owns, only uses its weight.
+    Not by hooks: attention never calls the projection that it owns, only uses its weight.
     """
 
     def __init__(self) -> None:

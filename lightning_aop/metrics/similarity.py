@@ -59,7 +59,7 @@ def require_room(size: tuple[int, int]) -> None:
     if min(size) < _WINDOW:
         raise InvalidValueError(
             f"the structural similarity needs maps of {_WINDOW} by {_WINDOW} pixels or more, its "
-            f"window, got {size[0]} by {size[1]}: enlarge the images"
+            f"window, got {size[0]} by {size[1]}: upsample the images"
         )
 
 

@@ -37,7 +37,7 @@ def test_photos_become_one_picture(
     printed = capsys.readouterr()
     assert printed.out.count("cat photo.jpg: tabby 0.") == 2
     assert printed.out.count("cat photo.jpg: cock 0.") == 2
-    assert "over-all" in printed.out
+    assert "overall" in printed.out
     assert "model evaluations" in printed.err
 
 

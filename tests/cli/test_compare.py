@@ -118,7 +118,7 @@ def test_what_fails_is_named_and_the_rest_is_shown(
     out = tmp_path / "out"
     assert compare(weights, out, [broken, *photos], "--methods", "cam", "gradcam") == 1
     errors = capsys.readouterr().err
-    assert "broken.jpg: no readable picture" in errors
+    assert "broken.jpg: it can't be read" in errors
     assert "cam: CAM needs global average pooling and one linear layer" in errors
     assert {r["method"] for r in rows_of(out)} == {"gradcam"}
     assert (out / "comparison.png").exists()

@@ -112,7 +112,7 @@ def test_it_goes_on_where_it_was(
     assert len(calls) == 6
 
 
-def test_what_a_user_can_mend_is_said(
+def test_what_a_user_can_fix_is_said(
     photo: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(photo, weights, tmp_path, "--layers", "features.1") == 1
@@ -123,4 +123,4 @@ def test_what_a_user_can_mend_is_said(
     assert check(photo, weights, tmp_path, "--cell=3") == 1
     assert "--cell 3: must be 32 pixels or more" in capsys.readouterr().err
     assert check(tmp_path / "none.jpg", weights, tmp_path) == 1
-    assert "none.jpg: no readable picture" in capsys.readouterr().err
+    assert "none.jpg: the file is missing" in capsys.readouterr().err

@@ -342,7 +342,7 @@ def test_skipped_pictures_are_left_out_and_listed(
         (result,) = trainer(tmp_path).validate(
             network, datamodule=data(tmp_path / "data", tmp_path, **options), verbose=False
         )
-    assert "1 of the 11 pictures of" in caplog.text
+    assert "1 of the 11 images of" in caplog.text
     assert f"{broken.name}, image" in caplog.text
     # The same as for a set without the picture.
     file = tmp_path / "data" / "annotations" / "instances_val2017.json"

@@ -121,7 +121,7 @@ def test_global_random_state_is_untouched(tmp_path: Path) -> None:
 def test_complete_set_is_kept_and_an_interrupted_one_redone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_shapes(tmp_path, train=4, val=2, size=32, progress=True)
+    write_shapes(tmp_path, train=4, val=2, size=32)
     whole = digests(tmp_path)
     draw = shapes._picture
 

@@ -265,7 +265,7 @@ def test_only_what_has_changed_starts_anew(
         slow = {"class_path": "lightning_aop.CentreGaussian"}
         assert "the settings of random have changed" in again(methods__random=slow)
     told = again(rules__steps=4)
-    assert "small: its settings, weights or pictures are not those of the earlier run" in told
+    assert "small: its settings, weights or images are not those of the earlier run" in told
     assert len(list((tmp_path / "out").glob("small-*"))) == 2
     assert {len(row["deletion_curve"]) for row in entries(tmp_path / "out")} == {5}
     torch.save(SmallNet().state_dict(), tmp_path / "new.pth")
@@ -325,12 +325,12 @@ def test_failures_are_entries_with_a_reason(
     assert reasons["picky", 2].startswith("InvalidValueError: maps hold NaN")
     for method in ("GradCAM", "CAM", "picky"):
         assert "can't be used: it can't be read" in reasons.pop((method, 4))
-        assert reasons.pop((method, 5)) == "the picture can't be used: the file is missing"
+        assert reasons.pop((method, 5)) == "the image can't be used: the file is missing"
     assert set(reasons) == {("picky", 1), ("picky", 2)}
     assert by["picky", 0]["deletion"] is not None  # of the same group
     assert by["picky", 1]["deletion"] is by["picky", 1]["evaluations"] is None
     text = text_of(tmp_path / "out", capsys)
-    assert "small, picky: 1 without figures: RuntimeError: not this one" in text
+    assert "small, picky: 1 without values: RuntimeError: not this one" in text
     found = {row["method"]: row for row in csv_rows(tmp_path / "out", capsys)}
     assert (found["GradCAM"]["images"], found["GradCAM"]["failed"]) == ("4", "2")
     assert (found["picky"]["images"], found["picky"]["failed"]) == ("2", "4")

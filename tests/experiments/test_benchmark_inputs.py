@@ -84,7 +84,7 @@ def test_the_flat_folder_with_the_official_ground_truth(where: str, tmp_path: Pa
     assert listed(root) == [Picture(n, k) for n, k in zip(FLAT, wanted, strict=True)]
     assert listed(tmp_path) == listed(root)  # the folder above
     (folder / OFFICIAL).write_text("490\n361\n")
-    with pytest.raises(ValueError, match="2 labels for the 3 pictures"):
+    with pytest.raises(ValueError, match="2 labels for the 3 images"):
         listed(root)
     (folder / OFFICIAL).write_text("490\n361\n1001\n")
     with pytest.raises(ValueError, match="is no class of ILSVRC2012's 1,000"):
@@ -114,7 +114,7 @@ def test_other_lists_of_labels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither folders named by class nor labels"):
         listed(root)
     (tmp_path / "none" / "ape").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         listed(tmp_path / "none")
 
 

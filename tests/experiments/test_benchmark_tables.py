@@ -139,7 +139,7 @@ def test_means_differences_and_the_paper_s_figures(
     assert main(["table", str(tmp_path), "--project=50000", "--resamples=10"]) == 0
     told = capsys.readouterr().out.splitlines()[-1]
     # Two methods of 0.75 s each: 1.5 s x 50,000 / 3600.
-    assert told.startswith("vgg19: 1.50 s an image")
+    assert told.startswith("vgg19: 1.50 s per image")
     assert "50,000 images are 20.8 hours of one device" in told
     only = {(row.network, row.method): row for row in summary(tmp_path, images="correct").rows}
     values = truth["vgg19", "GradCAM"][1::3]
@@ -167,8 +167,8 @@ def test_the_reference_is_the_paper_s_method_and_no_control(
 
 
 def test_a_control_is_known_by_its_settings_whatever_its_name(tmp_path: Path) -> None:
-    told = {"mine": described(METHODS["gradcam"](None, softmax))}
-    told["chance"] = described(METHODS["random"](None, softmax))
+    told = {"mine": described(METHODS["gradcam"].build(None, softmax))}
+    told["chance"] = described(METHODS["random"].build(None, softmax))
     settings = {"data": "photos", "net": {"network": "a network", "methods": told}}
     every = {"net": dict.fromkeys(told, "a digest")}
     assert Manifest("0", 1, "all", None, {}, every, settings).reference() == "mine"

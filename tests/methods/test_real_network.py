@@ -124,7 +124,7 @@ def test_faithfulness_on_real_photos(network: str, real_data: Path) -> None:
         "sigcam()": sigcam(),
     }
     overall: dict[str, Tensor] = {}
-    print(f"\n{network}, {len(images)} photos: deletion, insertion, over-all AUC in %")
+    print(f"\n{network}, {len(images)} photos: deletion, insertion, overall AUC in %")
     for name, method in methods.items():
         started = time.perf_counter()
         with count_evaluations(model) as count:

@@ -324,7 +324,7 @@ def test_metrics_are_synchronised_across_processes(tmp_path: Path) -> None:
 
 def test_bad_input_is_refused(net: nn.Module, batch: Any, maps: Tensor, unchecked: None) -> None:
     images, targets = batch
-    with pytest.raises(ValueError, match=r"\[4, 40, 32\], got \[4, 7, 7\]: enlarge them"):
+    with pytest.raises(ValueError, match=r"\[4, 40, 32\], got \[4, 7, 7\]: upsample them"):
         deletion_curve(net, images, torch.zeros(4, 7, 7), targets)
     with pytest.raises(ValueError, match="maps hold NaN"):
         insertion_curve(net, images, maps * torch.nan, targets)
@@ -346,7 +346,7 @@ def test_bad_input_is_refused(net: nn.Module, batch: Any, maps: Tensor, unchecke
 @pytest.mark.parametrize("name", ["images", "maps", "targets"])
 @pytest.mark.parametrize("form", ["array", "list", "None"])
 def test_what_is_no_tensor_is_refused_by_name(
-    name: str, form: str, model: nn.Module, batch: tuple[Tensor, Tensor]
+    name: str, form: str, net: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:
     images, targets = batch
     given: dict[str, Any] = {"images": images, "maps": images[:, 0], "targets": targets}
@@ -354,7 +354,7 @@ def test_what_is_no_tensor_is_refused_by_name(
     given[name] = {"array": value.numpy(), "list": value.tolist(), "None": None}[form]
     kind = {"array": "ndarray", "list": "list", "None": "None"}[form]
     with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got {kind}: "):
-        deletion_curve(model, **given)
+        deletion_curve(net, **given)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -370,29 +370,29 @@ def test_the_pointing_game_and_similarity_name_what_is_no_tensor() -> None:
 
 
 def test_an_image_of_one_pixel_is_refused_and_one_step_is_a_curve_of_two_points(
-    model: nn.Module, batch: tuple[Tensor, Tensor]
+    net: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:
     images, targets = batch
     pixel = images[:, :, :1, :1]
     with pytest.raises(ValueError, match="images must have 2 pixels or more"):
-        deletion_insertion_curves(model, pixel, pixel[:, 0], targets)
-    deletion, insertion = deletion_insertion_curves(model, images, images[:, 0], targets, steps=1)
+        deletion_insertion_curves(net, pixel, pixel[:, 0], targets)
+    deletion, insertion = deletion_insertion_curves(net, images, images[:, 0], targets, steps=1)
     assert deletion.shape == (len(images), 2)
     torch.testing.assert_close(
-        deletion, deletion_curve(model, images, images[:, 0], targets, steps=1)
+        deletion, deletion_curve(net, images, images[:, 0], targets, steps=1)
     )
     torch.testing.assert_close(insertion, deletion.flip(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_ends_in_a_softmax_has_the_curves_of_its_logits(
-    dtype: torch.dtype, model: nn.Module, batch: tuple[Tensor, Tensor]
+    dtype: torch.dtype, net: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:
     images, targets = batch
-    model = model.to(dtype)
+    net = net.to(dtype)
     curves = [
-        deletion_curve(net, images, images[:, 0], targets, steps=9)
-        for net in (model, nn.Sequential(model, nn.Softmax(dim=1)))
+        deletion_curve(each, images, images[:, 0], targets, steps=9)
+        for each in (net, nn.Sequential(net, nn.Softmax(dim=1)))
     ]
     assert curves[0].amax() > 1.01 * curves[0].amin(), "the test needs scores that move"
     tolerance = 1e-6 if dtype is torch.float32 else 4e-3

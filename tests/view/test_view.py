@@ -730,7 +730,7 @@ def test_layouts_that_do_not_fit_are_told(layout: Any, message: str, unchecked: 
 def table_of(count: int, many: int, **more: Any) -> Tensor:
     maps = torch.rand(count, many, 24, 32, generator=torch.Generator().manual_seed(2))
     rows = [list(row) for row in maps]
-    captions = [[f"over-all 0.{i}{j}\nsmall" for j in range(many)] for i in range(count)]
+    captions = [[f"overall 0.{i}{j}\nsmall" for j in range(many)] for i in range(count)]
     return map_table(
         torch.rand(count, 3, 24, 32),
         rows,
