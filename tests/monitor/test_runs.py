@@ -1,0 +1,200 @@
+"""What a run keeps and logs: failing sinks, values that others rely on, several monitors, schedules."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_monitor import Classifier, Watch, loaders, trainer
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lightning_aop import ExplanationMonitor, GradCAM, LayerCAM
+from lightning_aop.history import History
+from lightning_aop.metrics import Faithfulness, OverallAUC
+from lightning_aop.monitor.explanation import Explanation, Moment
+
+CHEAP: dict[str, Any] = {"probe": 3, "metrics": OverallAUC(steps=4), "controls": False}
+
+
+class Failing:
+    def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        raise RuntimeError("no map today")
+
+
+class Full:
+    """A sink without room."""
+
+    def write(self, explanation: Explanation, moment: Moment) -> None:
+        raise OSError("no room")
+
+
+def history_of(folder: Path) -> History:
+    return History.load(next(folder.rglob("run.json")).parent)
+
+
+# --------------------------------------------------------------------------------------------------
+# sinks
+
+
+def test_a_sink_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    monitor = ExplanationMonitor(GradCAM("net.features"), sinks=[Full()], **CHEAP)
+    run = trainer(tmp_path, monitor, logger=logger, max_epochs=1)
+    with pytest.warns(UserWarning, match="Full could not take the explanation. OSError: no room"):
+        run.fit(Classifier(), *loaders())
+    assert "explain/overall_auc" in run.callback_metrics
+    assert len(history_of(tmp_path).records) == 2
+    events = EventAccumulator(str(logger.log_dir), {"images": 0}).Reload()
+    assert len(events.Images("explain/heatmaps")) == 2
+
+
+def test_a_page_that_cannot_be_written_costs_only_the_page(tmp_path: Path) -> None:
+    class Blocked(pl.Callback):
+        """Puts a folder where the page goes."""
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            page = next(tmp_path.rglob("report.html"))
+            if page.is_file():
+                page.unlink()
+                page.mkdir()
+
+    monitor = Watch(GradCAM("net.features"), **CHEAP)
+    run = trainer(tmp_path, Blocked(), monitor, logger=CSVLogger(tmp_path))
+    with pytest.warns(UserWarning, match=r"ExplanationMonitor: .*page|animation"):
+        run.fit(Classifier(), *loaders())
+    assert monitor.steps == [0, 3, 6]
+    assert len(history_of(tmp_path).records) == 3
+
+
+def test_a_second_fit_starts_afresh(tmp_path: Path) -> None:
+    monitor = ExplanationMonitor(Failing(), **CHEAP)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="no map today"):
+            trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(), *loaders())
+
+
+def test_the_members_of_a_collection_keep_their_curves_and_controls(tmp_path: Path) -> None:
+    metrics = MetricCollection([Faithfulness(steps=4)])
+    monitor = ExplanationMonitor(GradCAM("net.features"), probe=3, metrics=metrics)
+    run = trainer(tmp_path, monitor, logger=CSVLogger(tmp_path), max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    assert "explain/overall_auc_centre_gaussian" in run.callback_metrics
+    for record in history_of(tmp_path).records:
+        assert None not in record.deletion_auc
+        overall = [i - d for i, d in zip(record.insertion_auc, record.deletion_auc, strict=True)]
+        assert sum(overall) / 3 == pytest.approx(record.values["overall_auc"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("top", "blank"), [(0.001, True), (0.1, False)])
+def test_a_map_too_faint_to_be_stored_is_blank_everywhere(
+    top: float, blank: bool, tmp_path: Path
+) -> None:
+    class Faint:
+        def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+            maps = torch.zeros(len(images), *images.shape[2:])
+            maps[:, 5:9, 5:9] = top
+            return maps
+
+    monitor = ExplanationMonitor(Faint(), **CHEAP)
+    run = trainer(tmp_path, monitor, logger=CSVLogger(tmp_path), max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    history = history_of(tmp_path)
+    assert float(run.callback_metrics["explain/blank_maps"]) == 3 * blank
+    for record in history.records:
+        assert record.blank == [blank] * 3
+        stored = history.maps[record.first : record.end]
+        assert [not each.any() for each in stored] == record.blank
+
+
+def test_predictions_and_verdicts_are_stored(tmp_path: Path) -> None:
+    monitor = ExplanationMonitor(GradCAM("net.features"), **(CHEAP | {"probe": 6}))
+    model = Classifier()
+    trainer(tmp_path, monitor, logger=CSVLogger(tmp_path), max_epochs=1).fit(model, *loaders())
+    record = history_of(tmp_path).records[-1]
+    batch = torch.stack([loaders()[1].dataset[i][0] for i in range(6)])
+    labels = [int(loaders()[1].dataset[i][1]) for i in range(6)]
+    with torch.no_grad():
+        predicted = model.eval()(batch).argmax(dim=1).tolist()
+    assert record.predicted == predicted
+    assert record.verdicts == [
+        "right" if p == label else "wrong" for p, label in zip(predicted, labels, strict=True)
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# what others rely on
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"every_n_epochs": 2},
+        {"every_n_train_steps": 5},
+        {"max_overhead": 1e-6},
+        {"method": Failing()},
+    ],
+    ids=["epochs", "steps", "budget", "failing"],
+)
+@pytest.mark.filterwarnings("ignore:ExplanationMonitor")
+def test_a_checkpoint_and_a_stop_may_watch_the_auc(settings: Any, tmp_path: Path) -> None:
+    monitor = ExplanationMonitor(**({"method": GradCAM("net.features")} | CHEAP | settings))
+    checkpoint = ModelCheckpoint(tmp_path / "best", monitor="explain/overall_auc", mode="max")
+    stop = EarlyStopping("explain/overall_auc", mode="max", patience=9, check_finite=True)
+    run = trainer(tmp_path, checkpoint, stop, monitor, max_epochs=3)
+    run.fit(Classifier(), *loaders())
+    assert run.current_epoch == 3
+    assert list((tmp_path / "best").glob("*.ckpt"))
+
+
+# --------------------------------------------------------------------------------------------------
+# several monitors, and when they explain
+
+
+def test_two_monitors_log_and_store_under_their_own_names(tmp_path: Path) -> None:
+    first = Watch(GradCAM("net.features"), **CHEAP)
+    second = Watch(LayerCAM("net.features"), **CHEAP)
+    named = Watch(GradCAM("net.features"), name="fine", **CHEAP)
+    run = trainer(tmp_path, first, second, named, logger=CSVLogger(tmp_path), max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    keys = {f"explain/{name}overall_auc" for name in ("", "2/", "fine/")}
+    assert keys <= run.callback_metrics.keys()
+    folders = {path.parent.name for path in tmp_path.rglob("run.json")}
+    assert folders == {"explanations", "explanations-2", "explanations-fine"}
+    assert first.steps == second.steps == named.steps == [0, 3]
+
+
+def test_two_monitors_of_one_name_are_refused(tmp_path: Path) -> None:
+    twins = [ExplanationMonitor(GradCAM(layer), name="a") for layer in ("net.features", None)]
+    with pytest.raises(RuntimeError, match="stateful"):
+        trainer(tmp_path, *twins).fit(Classifier(), *loaders())
+
+
+def test_a_step_is_not_missed_where_a_batch_takes_several(tmp_path: Path) -> None:
+    class Twice(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, index: int) -> None:
+            optimizer: Any = self.optimizers()
+            for _ in range(3):
+                optimizer.zero_grad()
+                self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+                optimizer.step()
+
+    monitor = Watch(GradCAM("net.features"), every_n_train_steps=4, **CHEAP)
+    trainer(tmp_path, monitor, max_epochs=2).fit(Twice(), *loaders())
+    # Six batches of three steps: 4 is passed at 6, 8 at 9, 12 and 16 at 12 and 18.
+    assert monitor.steps == [0, 6, 9, 12, 18]
+
+
+def test_a_validation_in_every_third_epoch_is_explained(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), every_n_epochs=2, **CHEAP)
+    run = trainer(tmp_path, monitor, max_epochs=3, check_val_every_n_epoch=3)
+    run.fit(Classifier(), *loaders())
+    assert monitor.steps == [0, 9]
