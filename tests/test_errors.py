@@ -8,7 +8,7 @@ import pytest
 
 import lightning_aop
 from lightning_aop import AOP, GradCAM, RankedMask
-from lightning_aop.coco import PictureError
+from lightning_aop.coco import ImageError
 from lightning_aop.errors import (
     ExistingFileError,
     FileError,
@@ -28,7 +28,7 @@ BUILT_IN: dict[type[UserError], type[Exception]] = {
     TargetLayerError: ValueError,
     InvalidTypeError: TypeError,
     FileError: OSError,
-    PictureError: OSError,
+    ImageError: OSError,
     MissingFileError: FileNotFoundError,
     ExistingFileError: FileExistsError,
     MissingPackageError: ImportError,

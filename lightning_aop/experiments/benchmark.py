@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -280,7 +281,7 @@ class _Judge(pl.LightningModule):
     ) -> list[dict[str, Any]]:
         start = time.perf_counter()
         with count_evaluations(self.model) as count:
-            maps = method.explain(self.model, images, targets)
+            maps = self.passes.in_parts(partial(method.explain, self.model), images, targets)
         if maps.device.type != "cpu":
             torch.accelerator.synchronize(maps.device)
         explained = time.perf_counter()

@@ -101,6 +101,12 @@ class Passes:
         """Return how many of the images to hand to a method or metric, which may take no chunks."""
         return max(1, min(images, self.limit or images))
 
+    def in_parts(self, work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Return what the work makes of the tensors, as many rows at once as `at_once` says."""
+        size = self.at_once(len(tensors[0]))
+        parts = zip(*(each.split(size) for each in tensors), strict=True)
+        return torch.cat([work(*part) for part in parts])
+
     def _grow(self) -> None:
         """Try larger passes again after some that went well: what filled the memory may be gone."""
         if self.limit is None:

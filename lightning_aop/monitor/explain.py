@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -92,7 +93,8 @@ def explain(
         return judge.metric(plan.score, together=workers.size > 1)
 
     def work() -> _Worked:
-        maps = _maps(way.method_for(plan.score), model, pictures, targets, passes)
+        method = way.method_for(plan.score)
+        maps = passes.in_parts(partial(method.explain, model), pictures, targets)
         worked = _Worked(maps, maps.new_full((len(maps), 2, 2), torch.nan), None)
         judging = metric()
         if judging is None or not judged.any():
@@ -136,15 +138,6 @@ def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Pass
     finite = logits.isfinite().all(dim=1)[rows]
     judged = (torch.arange(len(rows)) < labelled) & finite
     return Plan(rows, targets, finite, judged, logits, way.score_for(probe))
-
-
-def _maps(
-    method: SaliencyMethod, model: nn.Module, images: Images, targets: Targets, passes: Passes
-) -> Maps:
-    """Explain the images, not all at once where memory has run out before."""
-    size = passes.at_once(len(images))
-    parts = zip(images.split(size), targets.split(size), strict=True)
-    return torch.cat([method.explain(model, *part) for part in parts])
 
 
 def _within_memory(

@@ -135,7 +135,7 @@ def test_methods_nest_in_the_monitor(root: Path, weights: Path, tmp_path: Path) 
     [
         (["--data.root=nowhere"], "root nowhere is no folder"),
         (["--model.backbone=resnet19"], "'resnet19' is no classifier of torchvision"),
-        (["--model.backbone=resnet18"], "are none of resnet18"),
+        (["--model.backbone=resnet18"], "are no weights of resnet18"),
         (["--model.weights=gone.pth"], "gone.pth: no such file"),
         (["--model.num_classes=9"], "the head has 9 classes, the data has 6"),
         (["--data.features=cached", "--model.train_backbone=true"], "needs a frozen backbone"),

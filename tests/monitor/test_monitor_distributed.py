@@ -65,7 +65,8 @@ def test_all_processes_explain_the_first_one_s_network(two: dict[str, list[Any]]
         network = SmallNet().eval()
         network.load_state_dict({k.removeprefix("net."): v for k, v in mine["state"].items()})
         expected = fast_sigcam(iterations=2).explain(network, images, labels)
-        torch.testing.assert_close(mine["maps"], expected, atol=1e-5, rtol=0)
+        shown = torch.where(expected.amax(dim=(1, 2), keepdim=True) * 255 < 0.5, 0.0, expected)
+        torch.testing.assert_close(mine["maps"], shown, atol=1e-5, rtol=0)
         metric = Faithfulness(steps=28)
         metric.update(network, images, expected, labels)
         for name, value in metric.compute().items():

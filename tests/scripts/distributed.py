@@ -24,11 +24,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_aop import ExplanationMonitor, fast_sigcam
+from lightning_aop.monitor import callback
 from lightning_aop.monitor.explanation import Explanation, Moment
 
 out, processes, probe, failing = Path(sys.argv[1]), *map(int, sys.argv[2:])
 torch.set_num_threads(1)
 said: list[str] = []
+# On every process, where Lightning's own is heard on the first only.
+callback.rank_zero_warn = lambda text, **_: said.append(text)
 warnings.showwarning = lambda message, *_: said.append(str(message))
 
 
@@ -93,7 +96,7 @@ class Watch(ExplanationMonitor):
         self.found.append(
             {
                 "maps": explanation.maps,
-                "values": explanation.values,
+                "values": {k: v for k, v in explanation.values.items() if k != "seconds"},
                 "curves": explanation.curves,
                 "state": self.state,
             }
