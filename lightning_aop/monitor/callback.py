@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +69,8 @@ class _Run:
         passes: how many images go through the model at once.
         probe: the images, once they are chosen.
         adapter: how the user's module maps images to logits, once that was found.
-        model: the module as such a model.
+        module: the user's module.
+        model: the same as a model from images to logits.
         integers: the data's images are integers, which no normalisation has seen.
         resumed: the probe is a checkpoint's, and not compared with the data yet.
         last_step: the optimizer steps at the last look at them.
@@ -84,6 +86,7 @@ class _Run:
     passes: Passes = field(default_factory=Passes)
     probe: Probe | None = None
     adapter: Adapter | None = None
+    module: torch.nn.Module | None = None
     model: torch.nn.Module | None = None
     integers: bool = False
     resumed: bool = False
@@ -394,7 +397,7 @@ class ExplanationMonitor(Callback):
 
     def _new_run(self) -> _Run:
         own = "" if self._label is None else f"({self._label})"
-        warn = Warnings(lambda text: rank_zero_warn(text, stacklevel=2), f"ExplanationMonitor{own}")
+        warn = Warnings(partial(rank_zero_warn, stacklevel=2), f"ExplanationMonitor{own}")
         run = _Run(
             Judge(self.metrics, self.controls), Budget(self.max_overhead), warn, RunFolder(warn)
         )
@@ -475,7 +478,7 @@ class ExplanationMonitor(Callback):
     ) -> Explanation:
         """Return the maps and the metrics of the probe as the model is now, the same everywhere."""
         run = self._state
-        if run.model is None:
+        if run.module is not pl_module:  # new, or another than the one that was fitted
             self._prepare(trainer, pl_module, processes)
         assert run.probe is not None
         assert run.model is not None
@@ -520,7 +523,7 @@ class ExplanationMonitor(Callback):
         elif run.resumed:
             run.resumed = False
             self._compare(found, run.probe)
-        run.model = way.model(pl_module)
+        run.module, run.model = pl_module, way.model(pl_module)
 
     @property
     def _way(self) -> Way:

@@ -198,3 +198,15 @@ def test_a_validation_in_every_third_epoch_is_explained(tmp_path: Path) -> None:
     run = trainer(tmp_path, monitor, max_epochs=3, check_val_every_n_epoch=3)
     run.fit(Classifier(), *loaders())
     assert monitor.steps == [0, 9]
+
+
+def test_another_module_is_explained_as_itself(tmp_path: Path) -> None:
+    monitor = Watch(GradCAM("net.features"), **CHEAP)
+    run, (_, data) = trainer(tmp_path, monitor, max_epochs=1), loaders()
+    run.fit(Classifier(), *loaders())
+    torch.manual_seed(5)
+    other = Classifier()
+    (found,) = run.validate(other, data, verbose=False)
+    fresh = Watch(GradCAM("net.features"), **CHEAP)
+    (expected,) = trainer(tmp_path, fresh).validate(other, data, verbose=False)
+    assert found["explain/overall_auc"] == expected["explain/overall_auc"]
