@@ -405,22 +405,3 @@ def source_of(probe: ProbeSource, loaders: Any) -> Any:
         return getattr(_first_loader(loaders), "dataset", None)
     except ValueError:
         return None
-
-
-def class_names_of(dataset: Any) -> Sequence[str] | None:
-    """Return the `classes` of a dataset, as torchvision's datasets name them, or None."""
-    layers = _layers(_pictures(dataset))
-    return next((layer.classes for layer, _ in layers if hasattr(layer, "classes")), None)
-
-
-def normalisation_of(dataset: Any) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Return mean and std of the dataset's transform, or of the last step of it that has them."""
-    for layer, _ in _layers(_pictures(dataset)):
-        transform = getattr(layer, "transform", None)
-        steps = getattr(transform, "transforms", None)
-        for step in (*reversed(steps if isinstance(steps, (list, tuple)) else []), transform):
-            mean, std = getattr(step, "mean", None), getattr(step, "std", None)
-            if mean is not None and std is not None and not callable(mean):
-                first, second = (torch.as_tensor(v).flatten().tolist() for v in (mean, std))
-                return first, second
-    return None
