@@ -20,6 +20,7 @@ from lightning_aop.methods.rise import RISE
 from lightning_aop.methods.xrai import XRAI
 from lightning_aop.model.isolation import is_explaining
 from lightning_aop.monitor import ExplanationMonitor
+from lightning_aop.monitor.explain import explain
 from lightning_aop.types import ActivationMethod, Perturbation, SaliencyMethod
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "SaliencyMethod",
     "WGradCAM",
     "XGradCAM",
+    "explain",
     "fast_sigcam",
     "is_explaining",
     "sigcam",

@@ -31,6 +31,11 @@ from lightning_aop.types import (
 class Blank:
     """The neutral start: no saliency anywhere. With it AOP is the perturbation method alone."""
 
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image."""
+        return 0
+
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
         """Return zeros [B, H, W]."""
         check_batch(images, targets)
@@ -67,6 +72,14 @@ class AOP:
         for name, value in (("threshold", self.threshold), ("scale", self.scale)):
             if not 0 <= value <= 1:
                 raise InvalidValueError(f"AOP: {name} must lie in [0, 1], got {value}")
+
+    @property
+    def evaluations(self) -> int | None:
+        """The model evaluations per image, None where a stage doesn't say."""
+        first, second = (
+            getattr(stage, "evaluations", None) for stage in (self.activation, self.perturbation)
+        )
+        return None if first is None or second is None else int(first + second)
 
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
         """Return the refined maps [B, H, W] in [0, 1]."""

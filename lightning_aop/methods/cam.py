@@ -71,6 +71,11 @@ class ActivationMap(ABC):
     def __post_init__(self) -> None:
         require_positive(type(self).__name__, eval_batch_size=self.eval_batch_size)
 
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image."""
+        return 2
+
     @abstractmethod
     def _evidence(
         self, classifier: Classifier, captured: Capture, images: Images, targets: Targets
@@ -152,6 +157,11 @@ class CAM(ActivationMap):
     """
 
     _TOLERANCE: ClassVar[float] = 1e-2  # of the logit's own size; half precision needs as much
+
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image."""
+        return 1
 
     def _evidence(
         self, classifier: Classifier, captured: Capture, images: Images, targets: Targets

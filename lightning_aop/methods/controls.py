@@ -26,6 +26,11 @@ class RandomMap:
 
     seed: int = 0
 
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image."""
+        return 0
+
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
         """Return noise [B, H, W] in [0, 1]."""
         check_batch(images, targets)
@@ -47,6 +52,11 @@ class CentreGaussian:
     def __post_init__(self) -> None:
         require_positive("CentreGaussian", sigma=self.sigma)
 
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image."""
+        return 0
+
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
         """Return exp(−d²/2σ²) [B, H, W], min-max normalised to [0, 1]."""
         check_batch(images, targets)
@@ -64,6 +74,11 @@ class EdgeDetector:
 
     Of the mean of the channels; the border repeats the outermost pixels.
     """
+
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image."""
+        return 0
 
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
         """Return √(∂x² + ∂y²) [B, H, W], each map min-max normalised to [0, 1]."""

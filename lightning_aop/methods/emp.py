@@ -65,6 +65,11 @@ class EMP:
             eval_batch_size=self.eval_batch_size,
         )
 
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image."""
+        return 2 * self.iterations
+
     def refine(self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps) -> Maps:
         """Return 1 − M of the last iterate, from M = 1 − start, at the images' size."""
         with explaining(model, images, targets) as (classifier, x, t):

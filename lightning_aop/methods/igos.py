@@ -126,6 +126,11 @@ class IGOS:
             eval_batch_size=self.eval_batch_size,
         )
 
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image, about: the line search takes 1 to 12 an iteration."""
+        return self.iterations * (2 * self.samples + 8) + 1
+
     def refine(self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps) -> Maps:
         """Return 1 − M of the last iterate, from M = 1 − start, at the images' size."""
         with explaining(model, images, targets, self.seed) as (classifier, x, t):

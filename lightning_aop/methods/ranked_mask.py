@@ -99,6 +99,11 @@ class RankedMask:
         if not 0 <= self.momentum < 1:
             raise InvalidValueError(f"RankedMask: momentum must lie in [0, 1), got {self.momentum}")
 
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image."""
+        return 4 * self.iterations + 1
+
     def refine(self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps) -> Maps:
         """Return the map of the last iterate, from R = start, at the images' size."""
         with explaining(model, images, targets, self.seed) as (classifier, x, t):

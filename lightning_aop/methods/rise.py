@@ -56,6 +56,11 @@ class RISE:
                 f"RISE: probability must lie between 0 and 1, got {self.probability}"
             )
 
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image."""
+        return self.masks
+
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
         """Return the maps [B, H, W] in [0, 1]."""
         with explaining(model, images, targets, self.seed) as (classifier, x, t), torch.no_grad():

@@ -232,6 +232,11 @@ class XRAI:
                 f"{self.segments}"
             )
 
+    @property
+    def evaluations(self) -> int:
+        """The model evaluations per image."""
+        return 2 * (2 * self.steps - 1)
+
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
         """Return the maps [B, H, W] in [0, 1].
 

@@ -106,6 +106,15 @@ class _FaithfulnessAUC(Metric, ABC):
             evaluated += self.last_evaluated[game].sum().to(evaluated)
         self.total += len(images)
 
+    @property
+    def evaluations_per_image(self) -> int | None:
+        """The most model evaluations for all curves of an image, None where its size decides."""
+        if self.evaluations is not None or self.settings["pixels_per_step"] is not None:
+            return self.evaluations
+        games = len(self.games)
+        # Both together start where the other ends.
+        return games * int(self.settings["steps"]) + (games == 1)
+
     def reset(self) -> None:
         """Forget all images."""
         super().reset()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_aop.checks import check_batch
 from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
-from lightning_aop.model.isolation import device_of, undisturbed, unwrap
+from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
 from lightning_aop.model.passes import pass_size
 from lightning_aop.scores import Score, full_precision
@@ -82,8 +82,8 @@ def explaining(
     check_batch(images, targets)
     if not callable(getattr(model, "forward", None)) or not isinstance(model, nn.Module):
         raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = unwrap(model)
-    with undisturbed(model, seed):
+    precision, model = precision_of(model), unwrap(model)
+    with undisturbed(model, seed), precision:
         device = device_of(model)
         targets = targets.detach().clone().to(device)
         low, high = (int(value) for value in torch.stack(targets.aminmax()).tolist())

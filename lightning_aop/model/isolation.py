@@ -3,7 +3,8 @@
 import random
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,11 +188,25 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's module from under torch.compile, DataParallel or DistributedDataParallel."""
+    """Return the user's module from under torch.compile, Fabric, DataParallel or DDP."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
+        elif _is_fabric(model):
+            model = vars(model)["_modules"]["_original_module"]
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
             return model
+
+
+def precision_of(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return the precision that Fabric's wrapper puts around a forward, for what `unwrap` takes out."""
+    if not _is_fabric(model):
+        return nullcontext()
+    context: AbstractContextManager[Any] = vars(model)["_strategy"].precision.forward_context()
+    return context
+
+
+def _is_fabric(model: nn.Module) -> bool:
+    return any(cls.__name__ == "_FabricModule" for cls in type(model).__mro__)

@@ -3,22 +3,29 @@
 import time
 from dataclasses import dataclass, field
 
+_FREE = 60.0  # seconds
+
 
 @dataclass
 class Budget:
     """Time spent on explanations beside the time spent on training, from now on.
+
+    A share of the training time says little before there was much of it: the first minute of
+    explanations is free.
 
     Attributes:
         share: explanations may take this share of the training time; None for any.
         spent: seconds spent on explanations.
         last: seconds that the last explanation took, but for extras, and the next is expected to take.
         skipped: explanations left out since the last.
+        left_out: explanations left out in all.
     """
 
     share: float | None = None
     spent: float = 0.0
     last: float = 0.0
     skipped: int = 0
+    left_out: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -38,7 +45,13 @@ class Budget:
         """
         if self.share is None or self.last == 0:
             return True
-        return self.spent + self.last + extra <= self.share * self.training
+        allowed = max(self.share * self.training, _FREE)
+        return self.spent + self.last + extra <= allowed
+
+    def skip(self) -> None:
+        """Take an explanation into account that is left out."""
+        self.skipped += 1
+        self.left_out += 1
 
     def pay(self, seconds: float, extra: float = 0.0) -> None:
         """Take an explanation into account, of which `extra` seconds were for extras."""

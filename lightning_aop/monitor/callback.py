@@ -4,42 +4,46 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torchmetrics import Metric, MetricCollection
 
 from lightning_aop._version import __version__
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.history.store import HistoryWriter
-from lightning_aop.model.adapter import Adapter, LogitsFunction, find_adapter
+from lightning_aop.model.adapter import Adapter, LogitsFunction, find_adapter, name_of
 from lightning_aop.model.isolation import device_of, isolated, isolated_rng
+from lightning_aop.model.layers import find_feature_map
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
-from lightning_aop.monitor.explain import Way, explain
-from lightning_aop.monitor.explanation import Explanation, Moment, mean_drift
-from lightning_aop.monitor.facts import class_names, normalisation
+from lightning_aop.monitor.explain import Way, explain, explain_probe
+from lightning_aop.monitor.explanation import Explanation, Look, Moment, MomentKind, mean_drift
+from lightning_aop.monitor.facts import found_look
 from lightning_aop.monitor.judge import Judge
 from lightning_aop.monitor.labels import ReadBatch
 from lightning_aop.monitor.lightning import (
     Callback,
-    Drawn,
     LightningModule,
     Trainer,
     draw,
     fact_sources,
+    inform,
+    is_last,
     log_scalars,
     logs_folder,
     misconfiguration,
     moment_of,
     precision_of,
-    rank_zero_warn,
     unsupported,
     wants_files,
+    warn,
 )
 from lightning_aop.monitor.probe import (
+    Drawn,
     Probe,
     ProbeSource,
     TargetChoice,
@@ -47,7 +51,7 @@ from lightning_aop.monitor.probe import (
 from lightning_aop.monitor.processes import Processes
 from lightning_aop.monitor.progress import progress_bar
 from lightning_aop.monitor.run_folder import Earlier, RunFolder
-from lightning_aop.monitor.sinks import Look, Pictures, Scalars, Sink, Warnings, write_tables
+from lightning_aop.monitor.sinks import Pictures, Scalars, Sink, Warnings, write_tables
 from lightning_aop.scores import Score
 from lightning_aop.types import SaliencyMethod
 from lightning_aop.view.grid import PANELS, Panel
@@ -77,6 +81,8 @@ class _Run:
         last_epoch: the epochs that were over when one was explained last.
         validations: how many there were.
         held: the values last logged.
+        last: the last explanation.
+        explained: how many there were.
     """
 
     judge: Judge
@@ -94,6 +100,8 @@ class _Run:
     last_epoch: int = 0
     validations: int = 0
     held: dict[str, float] = field(default_factory=dict)
+    last: Explanation | None = None
+    explained: int = 0
 
     def hold(self, values: dict[str, float]) -> dict[str, float]:
         """Return the values, and the last ones in place of those that are missing or not finite."""
@@ -171,8 +179,9 @@ class ExplanationMonitor(Callback):
         std: likewise.
         max_classes_per_image: the most positive classes of one multilabel image to explain.
         max_overhead: leave out explanations so that they take no more than this share of the training
-            time (0.05 for a twentieth), as `explain/overhead` and `explain/skipped` tell. The first
-            is always made, and paid off before the next. None for no limit.
+            time, a tenth by default, as `explain/overhead` and `explain/skipped` tell. The first
+            minute of explanations is free, and the first and the last are always made. None for no
+            limit.
         store: keep the maps and metrics in files. Without them there is no drift.
         logits: `fn(module, images)` that returns logits [B, K], where they are not found or others are
             meant.
@@ -204,7 +213,7 @@ class ExplanationMonitor(Callback):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         max_classes_per_image: int = 3,
-        max_overhead: float | None = None,
+        max_overhead: float | None = 0.1,
         store: bool = True,
         full_precision: bool = False,
         logits: LogitsFunction | None = None,
@@ -236,6 +245,34 @@ class ExplanationMonitor(Callback):
         self.sinks = sinks
         self._label = name  # what is logged under, the number of one without a name
         self._run: _Run | None = None
+
+    # ---------------------------------------------------------------------------------------------
+    # without a Trainer
+
+    def explain(self, module: torch.nn.Module, batch: Any) -> Explanation:
+        """Explain a batch with the settings of this monitor; see `lightning_aop.explain`.
+
+        Raises:
+            ValueError: a setting can't work, or the batch or the module's outputs can't be read.
+        """
+        if problem := self._misuse():
+            raise InvalidValueError(f"ExplanationMonitor: {problem}")
+        return explain(
+            module,
+            batch,
+            method=self.method,
+            targets=self.targets,
+            target_layer=self.target_layer,
+            score=self.score,
+            metrics=self.metrics,
+            panels=self.panels,
+            class_names=self.class_names,
+            mean=self.mean,
+            std=self.std,
+            max_classes_per_image=self.max_classes_per_image,
+            logits=self.logits,
+            read_batch=self.read_batch,
+        )
 
     # ---------------------------------------------------------------------------------------------
     # when
@@ -288,18 +325,52 @@ class ExplanationMonitor(Callback):
         if not trainer.enable_validation and self._due(trainer):
             self._fire(trainer, pl_module, "epoch")
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Explain the model as it was left, where that was due and left out."""
+        if self._state.budget.skipped:
+            self._fire(trainer, pl_module, "end")
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make an animation of the maps, and a table for loggers that have tables."""
+        """Make an animation of the maps, and a table for loggers that have tables; say what was done."""
         run = self._state
-        if run.folder.folder is None:
-            return
-        step = moment_of(trainer, "epoch").logged_step
-        try:
-            with isolated_rng():
-                run.folder.finish()
-                write_tables(run.folder.folder, trainer.loggers, self._prefix, step)
-        except Exception as error:
-            run.warn(f"no animation or table of the maps. {type(error).__name__}: {error}")
+        if run.folder.folder is not None:
+            step = moment_of(trainer, "epoch").logged_step
+            try:
+                with isolated_rng():
+                    run.folder.finish()
+                    write_tables(run.folder.folder, trainer.loggers, self._prefix, step)
+            except Exception as error:
+                run.warn(f"no animation or table of the maps. {type(error).__name__}: {error}")
+        if run.last is not None or run.warn.told:
+            inform(f"{run.warn.name}: {self._summary()}")
+
+    def _summary(self) -> str:
+        """Return what was done in the run, in a line, and what went wrong, in a line each."""
+        run = self._state
+        if run.last is None:
+            parts = ["nothing was explained"]
+        else:
+            count, times = len(run.last.probe.images), run.explained
+            parts = [
+                f"explained {count} image{'s' * (count != 1)} {times} time{'s' * (times != 1)}"
+            ]
+        if run.budget.left_out:
+            parts[0] += f", and left out {run.budget.left_out} for max_overhead={self.max_overhead}"
+        values = {} if run.last is None else run.last.values | run.judge.scalars()
+        if "overall_auc" in values:
+            controls = " and ".join(
+                f"{values[name]:.2f} for a {control}"
+                for name, control in (
+                    ("overall_auc_random_map", "random map"),
+                    ("overall_auc_centre_gaussian", "centre gaussian"),
+                )
+                if name in values
+            )
+            against = f", against {controls}" if controls else ""
+            parts.append(f"overall AUC {values['overall_auc']:.2f}{against}")
+        if run.folder.folder is not None:
+            parts.append(f"the page is {run.folder.folder / 'report.html'}")
+        return "\n  ".join(["; ".join(parts), *run.warn.told])
 
     @property
     def _enabled(self) -> bool:
@@ -397,9 +468,9 @@ class ExplanationMonitor(Callback):
 
     def _new_run(self) -> _Run:
         own = "" if self._label is None else f"({self._label})"
-        warn = Warnings(partial(rank_zero_warn, stacklevel=2), f"ExplanationMonitor{own}")
+        said = Warnings(warn, f"ExplanationMonitor{own}")
         run = _Run(
-            Judge(self.metrics, self.controls), Budget(self.max_overhead), warn, RunFolder(warn)
+            Judge(self.metrics, self.controls), Budget(self.max_overhead), said, RunFolder(said)
         )
         run.held |= {name: _WORST[name] for name in run.judge.names if name in _WORST}
         return run
@@ -411,9 +482,7 @@ class ExplanationMonitor(Callback):
     # ---------------------------------------------------------------------------------------------
     # what happens
 
-    def _fire(
-        self, trainer: Trainer, pl_module: LightningModule, kind: Literal["start", "step", "epoch"]
-    ) -> bool:
+    def _fire(self, trainer: Trainer, pl_module: LightningModule, kind: MomentKind) -> bool:
         """Explain and log; whatever goes wrong becomes a warning, and no state is left changed.
 
         Returns:
@@ -430,8 +499,9 @@ class ExplanationMonitor(Callback):
             ):
                 # Each process has a clock of its own, and one must not wait for the others.
                 extra = run.judge.extra_seconds
-                if not processes.from_first(lambda: run.budget.allows_another(extra)):
-                    run.budget.skipped += 1
+                last = kind == "end" or is_last(trainer)
+                if not processes.from_first(lambda: last or run.budget.allows_another(extra)):
+                    run.budget.skip()
                     return False
                 with isolated(pl_module):
                     explanation = self._explain(trainer, pl_module, processes)
@@ -444,6 +514,7 @@ class ExplanationMonitor(Callback):
 
                 drift = processes.from_first(drift_since)
                 explanation = self._timed(replace(explanation, drift=drift), started)
+                run.last, run.explained = explanation, run.explained + 1
                 if explanation.controls:
                     run.judge.lines = explanation.controls
                 if moment.fitting:
@@ -482,14 +553,37 @@ class ExplanationMonitor(Callback):
             self._prepare(trainer, pl_module, processes)
         assert run.probe is not None
         assert run.model is not None
+        first = run.last is None
+
+        def tell(text: str) -> None:
+            inform(f"{run.warn.name}: {text}")
+
         with (
             precision_of(trainer, pl_module, self.full_precision),
             processes.buffers_of_first(pl_module),
-            progress_bar(trainer, run.model, len(run.probe.images)),
+            progress_bar(
+                trainer, run.model, len(run.probe.images), tell if first else None
+            ) as begin,
         ):
-            return explain(
-                run.model, run.probe, self._way, run.judge, processes, run.passes, run.warn
+            if first:
+                tell(self._description())
+            explanation = explain_probe(
+                run.model, run.probe, self._way, run.judge, processes, run.passes, run.warn, begin
             )
+        return replace(explanation, look=self._look(trainer))
+
+    def _description(self) -> str:
+        """Return what is explained, and how, as far as it was found and not given."""
+        run = self._state
+        assert run.adapter is not None
+        assert run.model is not None
+        assert run.probe is not None
+        parts = [f"{name_of(run.model)}, {run.adapter.description}"]
+        if self.method is None and self.target_layer is None:
+            with suppress(Exception):  # the explanation itself will tell
+                found = find_feature_map(run.model, run.probe.images[:1])
+                parts.append(f"feature map '{found.layer}'")
+        return "; ".join(parts)
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, processes: Processes) -> None:
         """Choose the probe, and find how the module maps images to logits."""
@@ -558,17 +652,18 @@ class ExplanationMonitor(Callback):
 
     def _pictures(self, trainer: Trainer, before: Sequence[Earlier]) -> Pictures:
         run = self._state
-        look, root = self._look(trainer), trainer.default_root_dir
-        return Pictures(trainer.loggers, root, look, before, self._prefix, run.warn)
+        root = trainer.default_root_dir
+        return Pictures(trainer.loggers, root, before, self._prefix, run.warn)
 
     def _look(self, trainer: Trainer) -> Look:
-        sources, run = fact_sources(self.probe, trainer), self._state
-        count = None if run.adapter is None else run.adapter.classes
-        names = self.class_names or class_names(sources, count).value
-        mean, std = self.mean, self.std
-        if mean is None and std is None and run.probe is not None and not run.integers:
-            mean, std = normalisation(sources, run.probe.images.shape[1]).value or (None, None)
-        return Look(names, mean, std, self.panels)
+        run = self._state
+        assert run.adapter is not None
+        assert run.probe is not None
+        look = Look(self.class_names, self.mean, self.std, self.panels)
+        channels = None if run.integers else run.probe.images.shape[1]
+        return found_look(
+            look, fact_sources(self.probe, trainer), run.adapter.classes, channels, run.warn
+        )
 
     def _compare(self, found: Drawn | None, probe: Probe) -> None:
         """Tell whether the data still has the images of the run that is resumed."""

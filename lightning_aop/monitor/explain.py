@@ -1,24 +1,38 @@
-"""Explain a probe: no Trainer, no logging, on one process or on several."""
+"""Explain a batch, or a probe: no Trainer, no logging, on one process or on several."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lightning_aop.methods.aop import fast_sigcam
-from lightning_aop.model.adapter import predict
-from lightning_aop.model.isolation import device_of
+from lightning_aop.model.adapter import LogitsFunction, find_adapter, predict
+from lightning_aop.model.isolation import (
+    device_of,
+    isolated,
+    isolated_rng,
+    precision_of,
+    unwrap,
+)
 from lightning_aop.model.passes import Passes
-from lightning_aop.monitor.explanation import Explanation, Plan
-from lightning_aop.monitor.judge import Judge, Judging, computed, located, updated
-from lightning_aop.monitor.probe import Probe, TargetChoice
+from lightning_aop.monitor.explanation import Explanation, Look, Plan
+from lightning_aop.monitor.facts import class_count, found_look
+from lightning_aop.monitor.judge import CONTROLS, Judge, Judging, computed, located, updated
+from lightning_aop.monitor.labels import ReadBatch
+from lightning_aop.monitor.labels import read_batch as find_labels
+from lightning_aop.monitor.lightning import to_device, warn
+from lightning_aop.monitor.probe import Drawn, Probe, TargetChoice, collect
 from lightning_aop.monitor.processes import Processes
+from lightning_aop.monitor.progress import progress_bar
 from lightning_aop.scores import Score, of_all_classes, sigmoid, softmax
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
+from lightning_aop.view.grid import Panel
 
 
 @dataclass(frozen=True)
@@ -59,12 +73,104 @@ class _Worked:
 
 def explain(
     model: nn.Module,
+    batch: Any,
+    *,
+    method: SaliencyMethod | None = None,
+    targets: TargetChoice | None = None,
+    target_layer: str | nn.Module | None = None,
+    score: Score | None = None,
+    metrics: Judging | bool = True,
+    panels: Sequence[Panel] = ("overlay",),
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    max_classes_per_image: int = 3,
+    logits: LogitsFunction | None = None,
+    read_batch: ReadBatch | None = None,
+) -> Explanation:
+    """Explain a batch without a Trainer: in a notebook, a script, with Fabric or in a loop of one's own.
+
+        explanation = lightning_aop.explain(model, (images, labels))
+        explanation  # in a notebook: the images beside their heatmaps
+        explanation.save("maps.png")
+        explanation.maps, explanation.targets, explanation.values["overall_auc"]
+
+    The model is left as it was, bit for bit, and explained on its device.
+
+    Args:
+        model: any module that `ExplanationMonitor` can explain, in Fabric's wrapper or without.
+        batch: as a DataLoader gives it, or a dataset, of which all is explained, or a function that
+            returns a batch.
+        method: how to explain; `fast_sigcam()` by default.
+        targets: which classes, as for `ExplanationMonitor`; by default the labels where the batch has
+            some, else the predicted class.
+        target_layer: of the default method.
+        score: the class score F_c; by default what suits the model and the labels.
+        metrics: what judges the maps; by default deletion and insertion AUC, 56 model evaluations per
+            map. False for none.
+        panels: what stands beside each image in the picture.
+        class_names: names by class index; by default those of the dataset or of the model.
+        mean: what the images were normalised with; by default what the dataset says.
+        std: likewise.
+        max_classes_per_image: the most positive classes of one multilabel image to explain.
+        logits: `fn(module, images)` that returns logits [B, K], where they are not found.
+        read_batch: `fn(batch)` that returns images and labels, where they are not found.
+
+    Returns:
+        The explanation, one map for each image and class.
+
+    Raises:
+        ValueError: no images, no labels or no logits were found, or they don't fit each other.
+    """
+    device, passes = device_of(model), Passes()
+    with (
+        isolated_rng(device),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        isolated(unwrap(model)),
+        precision_of(model),
+    ):
+        found = collect(batch, None)
+        sources = [batch if isinstance(batch, Dataset) else None, unwrap(model)]
+        drawn = Drawn(
+            find_labels(to_device(found.batch, device), None, read_batch),
+            class_count(sources),
+            None,
+            found.read_masks,
+        )
+        expected = drawn.reading.expected(unwrap(model), drawn.classes)
+        adapter = find_adapter(model, drawn.reading.inputs, expected, logits)
+        probe = drawn.probe(adapter, warn)
+        if targets is None:
+            targets = "predicted" if probe.labels is None else "label"
+        adapted = adapter.model(unwrap(model))
+        way = Way(method, target_layer, targets, score or adapter.score, max_classes_per_image)
+        with progress_bar(None, adapted, len(probe.images)) as begin:
+            explanation = explain_probe(
+                adapted,
+                probe,
+                way,
+                Judge(metrics, controls=False),
+                Processes.alone(),
+                passes,
+                warn,
+                begin,
+            )
+        channels = None if drawn.reading.inputs.form.integer else probe.images.shape[1]
+        look = Look(class_names, mean, std, panels)
+        look = found_look(look, sources, adapter.classes, channels, warn)
+        return replace(explanation, look=look)
+
+
+def explain_probe(
+    model: nn.Module,
     probe: Probe,
     way: Way,
     judge: Judge,
     processes: Processes,
     passes: Passes,
     warn: Callable[[str], None],
+    begin: Callable[[int | None, float], None] = lambda evaluations, seconds: None,
 ) -> Explanation:
     """Explain the probe as the model is now; every process returns the same.
 
@@ -76,18 +182,23 @@ def explain(
         processes: who shares the work.
         passes: how many images go through the model at once; it shrinks where memory runs out.
         warn: is called with a sentence for the user.
+        begin: is called before the work with the model evaluations that it takes on this process,
+            None if that isn't known, and the seconds that one of them took just now.
 
     Raises:
         Exception: whatever the model, the method or a metric raised, on any of the processes.
     """
     images = probe.images.to(device_of(model))
+    started = time.perf_counter()
     plan = processes.from_first(lambda: _plan(model, probe, images, way, passes))
+    seconds = (time.perf_counter() - started) / len(images)
     # Where a process would have nothing to judge, each does all the work.
     workers = processes if int(plan.judged.sum()) >= processes.size else Processes.alone()
     possible = plan.finite.nonzero()[:, 0]
     mine = possible[workers.share(len(possible))]
     pictures, targets = images[plan.rows[mine]], plan.targets[mine].to(images.device)
     judged = plan.judged[mine].to(images.device)
+    begin(_evaluations(way.method_for(plan.score), judge, len(mine), int(judged.sum())), seconds)
 
     def metric() -> Judging | None:
         return judge.metric(plan.score, together=workers.size > 1)
@@ -124,6 +235,15 @@ def explain(
     known &= plan.finite
     values |= located(maps[known], masks[known], plan.targets[known], plan.logits.shape[1])
     return Explanation.of(probe, plan, maps, curves, values, controls)
+
+
+def _evaluations(method: SaliencyMethod, judge: Judge, maps: int, judged: int) -> int | None:
+    """Return what the maps and their metrics cost, None if the method or the metric doesn't say."""
+    each: int | None = getattr(method, "evaluations", None)
+    metric = judge.evaluations
+    if each is None or metric is None:
+        return None
+    return maps * each + judged * metric * (1 + CONTROLS * judge.controls_due)
 
 
 def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Passes) -> Plan:

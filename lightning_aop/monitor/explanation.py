@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -12,9 +13,15 @@ from lightning_aop.history.store import stored
 from lightning_aop.metrics.functional import auc
 from lightning_aop.monitor.probe import Probe
 from lightning_aop.scores import Score, logit, of_all_classes
+from lightning_aop.view.grid import Panel
+from lightning_aop.view.heat import Picture
+from lightning_aop.view.png import png, write_png
 
 Pair: TypeAlias = tuple[int, int]
 """The image and the class that one map is of."""
+
+MomentKind: TypeAlias = Literal["start", "step", "epoch", "end"]
+"""Before training, after an optimizer step, at the end of an epoch, and after training."""
 
 Verdict: TypeAlias = Literal["right", "wrong", "missed", "false positive", "absent"]
 """What the model says of a pair, against its label.
@@ -30,7 +37,7 @@ class Moment:
     """When the probe is explained.
 
     Attributes:
-        kind: before training, after an optimizer step, or at the end of an epoch.
+        kind: what has just happened.
         step: optimizer steps until then.
         logged_step: the step to log images at.
         epoch: which one, from 0.
@@ -38,12 +45,29 @@ class Moment:
         fitting: under `fit`; otherwise under `validate` or `test`.
     """
 
-    kind: Literal["start", "step", "epoch"]
+    kind: MomentKind
     step: int
     logged_step: int
     epoch: int
     title: str
     fitting: bool
+
+
+@dataclass(frozen=True)
+class Look:
+    """How images are shown.
+
+    Attributes:
+        names: of the classes, by index.
+        mean: what the images were normalised with.
+        std: likewise.
+        panels: what stands beside each image.
+    """
+
+    names: Sequence[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    panels: Sequence[Panel] = ("overlay",)
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is known of P pairs of an image and a class.
+    """What is known of P pairs of an image and a class. A notebook shows it as a picture.
 
     Attributes:
         probe: the images, with what the data says of them.
@@ -89,6 +113,7 @@ class Explanation:
         values: the metrics, by name.
         controls: the metrics of maps that don't depend on the model, by their name; empty where they
             were not measured this time.
+        look: how it is shown.
     """
 
     probe: Probe
@@ -107,6 +132,7 @@ class Explanation:
     chances: Float[Tensor, "n k"]
     values: dict[str, float]
     controls: dict[str, dict[str, float]]
+    look: Look = Look()
 
     @classmethod
     def of(
@@ -155,12 +181,25 @@ class Explanation:
         changes: dict[str, object] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("probe", "chances", "values", "controls"):
+            if field.name in ("probe", "chances", "values", "controls", "look"):
                 continue
             changes[field.name] = (
                 value[chosen] if isinstance(value, Tensor) else [value[i] for i in chosen.tolist()]
             )
         return replace(self, **changes)  # type: ignore[arg-type]
+
+    def pictures(self, title: str = "") -> list[Picture]:
+        """Return the grid of images and maps, uint8 [3, height, width]; several beyond 32 maps."""
+        from lightning_aop.monitor.panels import draw_probe  # which draws this class
+
+        return list(draw_probe(self, title=title))
+
+    def save(self, path: str | Path, title: str = "") -> Path:
+        """Write the first of the pictures as a PNG file, and return its path."""
+        return write_png(self.pictures(title)[0], path)
+
+    def _repr_png_(self) -> bytes:
+        return png(self.pictures()[0])
 
 
 def _verdicts(probe: Probe, plan: Plan, predicted: Int[Tensor, " p"]) -> list[Verdict | None]:

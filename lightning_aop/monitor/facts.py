@@ -5,9 +5,11 @@ the images is left out, with a note that says so; none is ever an error.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
+
+from lightning_aop.monitor.explanation import Look
 
 T = TypeVar("T")
 
@@ -43,6 +45,36 @@ def class_names(sources: Sequence[Any], count: int | None = None) -> Fact[list[s
                     f"{count} classes: classes are shown by index; set class_names=[…] for names"
                 )
     return Fact(None, note)
+
+
+def found_look(
+    look: Look,
+    sources: Sequence[Any],
+    classes: int,
+    channels: int | None,
+    warn: Callable[[str], None],
+) -> Look:
+    """Return a look with what was not given filled in from what is found.
+
+    Args:
+        look: as the user wants it.
+        sources: datasets, datamodules and modules, the likeliest first.
+        classes: how many the model has.
+        channels: how many the images have; None where they are as they were taken.
+        warn: is told of what was found and does not fit.
+    """
+    if look.names is None:
+        names = class_names(sources, classes)
+        look = replace(look, names=names.value)
+        if names.note:
+            warn(names.note)
+    if look.mean is None and look.std is None and channels is not None:
+        scale = normalisation(sources, channels)
+        mean, std = scale.value or (None, None)
+        look = replace(look, mean=mean, std=std)
+        if scale.note:
+            warn(scale.note)
+    return look
 
 
 def class_count(sources: Sequence[Any]) -> int | None:

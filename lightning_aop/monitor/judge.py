@@ -25,6 +25,9 @@ _CONTROLS: dict[str, SaliencyMethod] = {
 }
 
 
+CONTROLS = len(_CONTROLS)
+
+
 @dataclass
 class Judge:
     """The metrics of the maps, and when the controls are measured.
@@ -54,6 +57,16 @@ class Judge:
         if self.metrics is True:
             return Faithfulness(score, steps=_STEPS, sync_on_compute=together)
         return None if self.metrics is False else self.metrics
+
+    @property
+    def evaluations(self) -> int | None:
+        """The model evaluations for each map, None where the metric doesn't say."""
+        metric = Faithfulness(steps=_STEPS) if self.metrics is True else self.metrics
+        if isinstance(metric, bool):
+            return 0
+        costs = [getattr(part, "evaluations_per_image", None) for part in _parts(metric)]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if len(known) == len(costs) else None
 
     @property
     def names(self) -> set[str]:

@@ -7,21 +7,21 @@ imported would take over the messages of both, also when `logging` was told to l
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
-from lightning_aop.model.adapter import Adapter
 from lightning_aop.model.isolation import device_of, in_float32, undisturbed
-from lightning_aop.monitor.explanation import Moment
+from lightning_aop.monitor.explanation import Moment, MomentKind
 from lightning_aop.monitor.facts import class_count
-from lightning_aop.monitor.labels import ReadBatch, Reading, read_batch
-from lightning_aop.monitor.probe import MaskReader, Probe, ProbeSource, collect, source_of
+from lightning_aop.monitor.labels import ReadBatch, read_batch
+from lightning_aop.monitor.probe import Drawn, ProbeSource, collect, source_of
 
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -39,10 +39,10 @@ def _in_use() -> list[Any]:
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.utilities import rank_zero_warn
+    from pytorch_lightning.utilities import rank_zero_only as _rank_zero_only
 else:
     LightningModule = Trainer = Any  # of any Lightning
-    rank_zero_warn = _in_use()[0].utilities.rank_zero_warn  # the same function in all
+    _rank_zero_only = _in_use()[0].utilities.rank_zero_only  # the same function in all
 
     def _bases() -> tuple[type, ...]:
         return tuple(lightning.Callback for lightning in _in_use())
@@ -57,6 +57,25 @@ else:
             return super().__new__(cls)
 
 
+@_rank_zero_only
+def warn(message: str) -> None:
+    """Warn, in these words only: no bar around them, and no line of somebody's code."""
+    own = warnings.formatwarning
+    with tqdm.external_write_mode(file=sys.stderr):
+        try:
+            warnings.formatwarning = lambda message, *rest: f"{message}\n"
+            warnings.warn(message, stacklevel=3)
+        finally:
+            warnings.formatwarning = own
+
+
+@_rank_zero_only
+def inform(message: str) -> None:
+    """Say what is done, where Lightning says such things."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        _in_use()[0].utilities.rank_zero_info(message)
+
+
 def misconfiguration(trainer: Trainer, message: str) -> Exception:
     """Return the error by which the trainer's own Lightning refuses settings."""
     lightnings = _in_use()
@@ -65,9 +84,11 @@ def misconfiguration(trainer: Trainer, message: str) -> Exception:
     return error
 
 
-def moment_of(trainer: Trainer, kind: Literal["start", "step", "epoch"]) -> Moment:
+def moment_of(trainer: Trainer, kind: MomentKind) -> Moment:
     """Return where the training is."""
     step, epoch = trainer.global_step, trainer.current_epoch
+    if kind == "end":
+        epoch = max(epoch - 1, 0)  # Lightning has gone on to the one that will not be
     # What Lightning's own callbacks log at: of several optimizers' steps in a batch it counts one.
     logged: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     if kind != "start":
@@ -130,43 +151,6 @@ def loaders_of(trainer: Trainer) -> Any:
     return trainer.train_dataloader if validation is None else validation
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What the probe is made of.
-
-    Attributes:
-        reading: the images and labels, in the batch that they are from.
-        classes: the number of classes, None where the data doesn't say.
-        limit: how many samples were asked for, None for all.
-        read_masks: what gives the masks of a class, where the dataset has masks.
-    """
-
-    reading: Reading
-    classes: int | None
-    limit: int | None
-    read_masks: MaskReader | None
-
-    def probe(self, adapter: Adapter, warn: Callable[[str], None]) -> Probe:
-        """Return the probe, with labels that fit the model's outputs."""
-        probe, count = Probe.of(self.reading, adapter), self.limit
-        if probe.note:
-            warn(probe.note)
-        if self.read_masks is not None and probe.masks is None:
-            try:
-                probe = probe.with_masks(self.read_masks)
-            except Exception as error:
-                warn(
-                    "no outlines and no pointing game, for the masks of the probe could not be "
-                    f"read. {type(error).__name__}: {error}"
-                )
-        if count is not None and len(probe.images) < count:
-            warn(
-                f"probe={count} samples asked for, but the data has {len(probe.images)}: all of them "
-                "are explained; lower probe to silence this"
-            )
-        return probe
-
-
 def draw(
     source: ProbeSource, read: ReadBatch | None, trainer: Trainer, module: LightningModule
 ) -> Drawn:
@@ -186,10 +170,23 @@ def draw(
     return Drawn(read_batch(batch, found.limit, read), classes, found.limit, found.read_masks)
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch of any form with its tensors on a device."""
+    # Not the LightningModule's hooks, which may ask for its trainer.
+    return _in_use()[0].utilities.move_data_to_device(batch, device)
+
+
 def fact_sources(source: ProbeSource, trainer: Trainer) -> list[Any]:
     """Return what may tell the names of classes and the normalisation, the likeliest first."""
     datasets = [source_of(each, loaders_of(trainer)) for each in (source, 1)]
     return [*datasets, getattr(trainer, "datamodule", None), trainer.lightning_module]
+
+
+def is_last(trainer: Trainer) -> bool:
+    """Tell whether training is known to end with this batch: a stop by a callback isn't known yet."""
+    if 0 < trainer.max_steps <= trainer.global_step:
+        return True
+    return bool(trainer.is_last_batch) and trainer.current_epoch + 1 == trainer.max_epochs
 
 
 def log_scalars(
@@ -205,7 +202,7 @@ def log_scalars(
         module.log_dict(scalars, on_step=False, on_epoch=True, batch_size=1, sync_dist=together)
         return
     # Lightning would drop what is logged at a step off its log_every_n_steps, and refuses to log before
-    # training: the loggers get it directly, ModelCheckpoint by log_dict.
+    # and after training: the loggers get it directly, ModelCheckpoint by log_dict.
     if moment.kind == "step":
         module.log_dict(scalars, on_step=True, on_epoch=False, logger=False, sync_dist=together)
     for logger in trainer.loggers:
@@ -218,17 +215,19 @@ def log_scalars(
 
 __all__ = [
     "Callback",
-    "Drawn",
     "LightningModule",
     "Trainer",
     "draw",
+    "inform",
+    "is_last",
     "loaders_of",
     "log_scalars",
     "logs_folder",
     "misconfiguration",
     "moment_of",
     "precision_of",
-    "rank_zero_warn",
+    "to_device",
     "unsupported",
     "wants_files",
+    "warn",
 ]

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -11,24 +11,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lightning_aop.monitor.explanation import Explanation
-from lightning_aop.view.grid import Panel, heatmap_grid
-
-Picture: TypeAlias = UInt8[Tensor, "3 height width"]
+from lightning_aop.view.grid import heatmap_grid
+from lightning_aop.view.heat import Picture
 
 # A picture of more is slow to open and no longer to be taken in; what is over goes into further ones.
 _EXPLANATIONS = 32
 _CHANGES = 16
 
 
-def draw_probe(
-    explanation: Explanation,
-    names: Sequence[str] | None,
-    *,
-    title: str,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    panels: Sequence[Panel] = ("overlay",),
-) -> Iterator[Picture]:
+def draw_probe(explanation: Explanation, *, title: str) -> Iterator[Picture]:
     """Draw each explanation with its class, score and overall AUC, and its mask's outline if known.
 
     Under a single-label picture stands also what the model would have said where it is wrong. The
@@ -38,12 +29,13 @@ def draw_probe(
     Yields:
         As many pictures as are needed: one shows at most 32 explanations, but all of one probe picture.
     """
-    probe, rows = explanation.probe, explanation.rows
+    probe, rows, look = explanation.probe, explanation.rows, explanation.look
+    names, panels = look.names, look.panels
     order = rows.argsort(stable=True) if probe.multilabel else torch.arange(len(rows))
     pages = _pages(rows[order].tolist(), together=probe.multilabel)
     for number, page in enumerate(pages):
         part = explanation.only(order[page])
-        layout: dict[str, Any] = {"mean": mean, "std": std, "panels": panels}
+        layout: dict[str, Any] = {"mean": look.mean, "std": look.std, "panels": panels}
         layout["title"] = title if len(pages) == 1 else f"{title} · {number + 1} of {len(pages)}"
         if probe.multilabel:
             layout["groups"] = part.rows.tolist()
@@ -72,21 +64,15 @@ def _pages(rows: list[int], together: bool) -> list[slice]:
 def draw_change(
     explanation: Explanation,
     before: Sequence[tuple[str, dict[tuple[int, int], UInt8[Tensor, "i j"]]]],
-    names: Sequence[str] | None,
     *,
     title: str,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
 ) -> Picture | None:
     """Draw the first map, the previous one and that of now side by side, of up to 16 explanations.
 
     Args:
         explanation: what was found now.
         before: titles and maps of the first time and, if it is another, of the previous one.
-        names: by class index.
         title: when.
-        mean: see `heatmap_grid`.
-        std: see `heatmap_grid`.
 
     Returns:
         The picture, or None where nothing was explained before.
@@ -98,6 +84,7 @@ def draw_change(
     if not pairs:
         return None
     height, width = explanation.maps.shape[1:]
+    look, names = explanation.look, explanation.look.names
     rows, groups, maps, captions, headings = [], [], [], [], []
     names_of_times = ["first", "previous"] if len(before) == 2 else ["previous"]
     for group, n in enumerate(pairs):
@@ -120,8 +107,8 @@ def draw_change(
         torch.stack(maps),
         captions,
         title=f"{title} · change of the maps",
-        mean=mean,
-        std=std,
+        mean=look.mean,
+        std=look.std,
         groups=groups,
         headings=headings,
     )

@@ -244,6 +244,43 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What the probe is made of.
+
+    Attributes:
+        reading: the images and labels, in the batch that they are from.
+        classes: the number of classes, None where the data doesn't say.
+        limit: how many samples were asked for, None for all.
+        read_masks: what gives the masks of a class, where the dataset has masks.
+    """
+
+    reading: Reading
+    classes: int | None
+    limit: int | None
+    read_masks: MaskReader | None
+
+    def probe(self, adapter: Adapter, warn: Callable[[str], None]) -> Probe:
+        """Return the probe, with labels that fit the model's outputs."""
+        probe, count = Probe.of(self.reading, adapter), self.limit
+        if probe.note:
+            warn(probe.note)
+        if self.read_masks is not None and probe.masks is None:
+            try:
+                probe = probe.with_masks(self.read_masks)
+            except Exception as error:
+                warn(
+                    "no outlines and no pointing game, for the masks of the probe could not be "
+                    f"read. {type(error).__name__}: {error}"
+                )
+        if count is not None and len(probe.images) < count:
+            warn(
+                f"probe={count} samples asked for, but the data has {len(probe.images)}: all of them "
+                "are explained; lower probe to silence this"
+            )
+        return probe
+
+
+@dataclass(frozen=True)
 class Collected:
     """A batch for the probe, how many of its samples to take (None for all), and their masks."""
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from lightning_aop.monitor.explanation import Explanation, Moment
 from lightning_aop.monitor.loggers import has_tables, log_image, log_table
 from lightning_aop.monitor.panels import draw_change, draw_probe
 from lightning_aop.monitor.run_folder import Earlier
-from lightning_aop.view.grid import Panel
 
 
 @runtime_checkable
@@ -51,30 +50,12 @@ class Scalars:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How images are shown.
-
-    Attributes:
-        names: of the classes, by index.
-        mean: what the images were normalised with.
-        std: likewise.
-        panels: what stands beside each image.
-    """
-
-    names: Sequence[str] | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    panels: Sequence[Panel] = ("overlay",)
-
-
-@dataclass(frozen=True)
 class Pictures:
     """The heatmap grids, for every logger.
 
     Attributes:
         loggers: who gets them; PNG files in `fallback` without any.
         fallback: a folder for pictures that no logger takes.
-        look: how it is shown.
         before: the first and the previous maps.
         prefix: of the tags, such as "explain/".
         warn: is called with a sentence for the user.
@@ -82,7 +63,6 @@ class Pictures:
 
     loggers: Sequence[object]
     fallback: str | Path
-    look: Look
     before: Sequence[Earlier]
     prefix: str
     warn: Callable[[str, str], None]
@@ -90,17 +70,10 @@ class Pictures:
 
     def write(self, explanation: Explanation, moment: Moment) -> None:
         """Draw the explanation, and what has changed, and log both."""
-        look: dict[str, Any] = {
-            "title": moment.title,
-            "mean": self.look.mean,
-            "std": self.look.std,
-        }
-        names = self.look.names
-        pages = draw_probe(explanation, names, panels=self.look.panels, **look)
-        for number, page in enumerate(pages, start=1):
+        for number, page in enumerate(draw_probe(explanation, title=moment.title), start=1):
             tag = "heatmaps" if number == 1 else f"heatmaps-{number}"
             self._log(tag, page, moment)
-        change = draw_change(explanation, self.before, names, **look)
+        change = draw_change(explanation, self.before, title=moment.title)
         if change is not None:
             self._log("change", change, moment)
 
@@ -134,7 +107,7 @@ def write_tables(folder: Path, loggers: Sequence[object], prefix: str, step: int
 
 
 class Warnings:
-    """Says each trouble once: the same comes back at every epoch.
+    """Says each trouble once, for the same comes back at every epoch, and counts it.
 
     Args:
         emit: says it.
@@ -142,12 +115,22 @@ class Warnings:
     """
 
     def __init__(self, emit: Callable[[str], None], name: str = "ExplanationMonitor") -> None:
-        self._emit, self._name = emit, name
-        self._said: set[str] = set()
+        self._emit, self.name = emit, name
+        self._counts: dict[str, int] = {}
+        self._words: dict[str, str] = {}
 
     def __call__(self, message: str, more: str = "") -> None:
         """Warn of `message`, unless it was said before with other numbers; `more` is not compared."""
         key = re.sub(r"\d+", "", message)
-        if key not in self._said:
-            self._said.add(key)
-            self._emit(f"{self._name}: {message}{more}")
+        self._counts[key] = self._counts.get(key, 0) + 1
+        if self._counts[key] == 1:
+            self._words[key] = message
+            self._emit(f"{self.name}: {message}{more}")
+
+    @property
+    def told(self) -> list[str]:
+        """Each trouble, with how often it came."""
+        return [
+            text if self._counts[key] == 1 else f"{self._counts[key]} times: {text}"
+            for key, text in self._words.items()
+        ]

@@ -10,7 +10,7 @@ from lightning_aop.errors import InvalidValueError
 from lightning_aop.files import write_whole
 from lightning_aop.view.heat import Picture
 
-__all__ = ["write_png"]
+__all__ = ["png", "write_png"]
 
 
 def write_png(image: Picture, path: str | Path) -> Path:
@@ -27,12 +27,22 @@ def write_png(image: Picture, path: str | Path) -> Path:
         ValueError: ``image`` has another shape or dtype.
         OSError: the file cannot be written; an existing one is left as it was.
     """
+    target = Path(path)
+    write_whole(target, png(image))
+    return target
+
+
+def png(image: Picture) -> bytes:
+    """Return a picture, (3, H, W) uint8, as the bytes of a PNG file.
+
+    Raises:
+        ValueError: ``image`` has another shape or dtype.
+    """
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
         raise InvalidValueError(
             f"image must be torch.uint8 of shape [3, H, W], got {image.dtype} of shape "
             f"{list(image.shape)}: give what heatmap_grid() returned"
         )
-    target, content = Path(path), io.BytesIO()
+    content = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(content, "PNG")
-    write_whole(target, content.getvalue())
-    return target
+    return content.getvalue()

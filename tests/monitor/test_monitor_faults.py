@@ -32,10 +32,12 @@ class Found(Watch):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.found: list[Any] = []
+        self.moments: list[Moment] = []
 
     def write(self, explanation: Explanation, moment: Moment) -> None:
         super().write(explanation, moment)
         self.found.append(explanation)
+        self.moments.append(moment)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -304,6 +306,7 @@ def test_an_interrupt_in_the_middle_of_a_map_leaves_no_trace(tmp_path: Path) -> 
 def test_the_budget_pays_off_what_was_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("lightning_aop.monitor.budget._FREE", 0.0)
     budget = Budget(0.1, started=100.0)
     assert budget.allows_another()  # nobody knows yet what it takes
     now[0] += 5.0
@@ -324,11 +327,27 @@ def test_the_budget_pays_off_what_was_spent(monkeypatch: pytest.MonkeyPatch) -> 
     assert not budget.allows_another(6.0)
 
 
+def test_the_first_minute_of_explanations_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    budget = Budget(0.1, started=0.0)
+    for _ in range(6):  # without any training between
+        assert budget.allows_another()
+        now[0] += 10.0
+        budget.pay(10.0)
+    assert not budget.allows_another()
+    now[0] += 699.0
+    assert not budget.allows_another()
+    now[0] += 1.0  # 70 s are a tenth
+    assert budget.allows_another()
+
+
 class Clock:
     """Time that passes only where it is said to: an explanation takes 20 ms, a step 10 ms."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
+        monkeypatch.setattr("lightning_aop.monitor.budget._FREE", 0.0)
         for room in ("monitor.budget", "monitor.callback"):
             monkeypatch.setattr(f"lightning_aop.{room}.time", self)
 
@@ -358,6 +377,7 @@ def test_explanations_are_left_out_to_keep_within_the_budget(
     # The first in any case; the second is paid for after 80 ms, 8 steps, each other after 40 more.
     steps = [0, *range(8, 61, 4)]
     assert len(monitor.found) == pytest.approx(len(steps), abs=1)  # rounding may put one off
+    assert monitor.moments[-1].step == 60  # where training ends
     spent = [each.values["seconds"] for each in monitor.found]
     assert spent == pytest.approx([0.02] * len(monitor.found))
     text = next(tmp_path.rglob("metrics.csv")).read_text()
@@ -369,8 +389,41 @@ def test_explanations_are_left_out_to_keep_within_the_budget(
     assert all(share <= 0.5 + 1e-6 for share in overhead[1:])
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_model_is_explained_as_it_was_left(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+
+    class Stop(Steps):
+        def on_train_epoch_end(self, run: pl.Trainer, *_: Any) -> None:
+            run.should_stop = stopped and run.current_epoch == 3
+
+    monitor = Found(clock, metrics=False, probe=2, max_overhead=1e-6)
+    module = Classifier()
+    run = trainer(tmp_path, monitor, Stop(clock), max_epochs=4 + 3 * stopped)
+    run.fit(module, *loaders())
+    assert [each.step for each in monitor.moments] == [0, 12]
+    assert [each.epoch for each in monitor.moments] == [0, 3]
+    last = monitor.found[-1]
+    expected = GradCAM("net.features").explain(module, last.probe.images[last.rows], last.targets)
+    torch.testing.assert_close(last.maps, expected)
+    text = next(tmp_path.rglob("metrics.csv")).read_text()
+    header, *rows = [line.split(",") for line in text.splitlines()]
+    logged = [row[header.index("step")] for row in rows if row[header.index("explain/seconds")]]
+    assert logged == ["0", "11" if not stopped else "12"]
+    # A checkpoint that watches a value finds it in each validation.
+    assert "explain/seconds" in run.callback_metrics
+
+
 def test_without_a_budget_nothing_is_left_out(tmp_path: Path) -> None:
-    monitor = Found(GradCAM("net.features"), metrics=False, probe=2, every_n_train_steps=1)
+    monitor = Found(
+        GradCAM("net.features"),
+        metrics=False,
+        probe=2,
+        every_n_train_steps=1,
+        max_overhead=None,
+    )
     run = trainer(tmp_path, monitor, max_epochs=1)
     run.fit(Classifier(), *loaders())
     assert len(monitor.found) == 1 + 3

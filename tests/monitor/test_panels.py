@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_aop.monitor import panels
-from lightning_aop.monitor.explanation import Explanation, Plan
+from lightning_aop.monitor.explanation import Explanation, Look, Plan
 from lightning_aop.monitor.panels import draw_change, draw_probe
 from lightning_aop.monitor.probe import Probe
 from lightning_aop.scores import sigmoid, softmax
@@ -43,7 +43,7 @@ def explained(
     )
     images = torch.rand(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(1))
     probe = Probe.from_batch((images, labels), None)
-    found = Explanation.of(probe, plan, maps, curves, {}, {})
+    found = replace(Explanation.of(probe, plan, maps, curves, {}, {}), look=Look(NAMES))
     return found if drift is None else replace(found, drift=drift)
 
 
@@ -61,7 +61,7 @@ class Grids:
 
 def test_captions_tell_score_auc_and_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     grids, what = Grids(monkeypatch), explained([0, 1, 2], [0, 1, 2], torch.arange(3))
-    list(draw_probe(what, NAMES, title="t"))
+    list(draw_probe(what, title="t"))
     (call,) = grids.calls
     logits = random_logits(3)
     chances = logits.exp() / logits.exp().sum(1, keepdim=True)
@@ -83,7 +83,8 @@ def test_hundreds_of_explanations_take_several_pictures(monkeypatch: pytest.Monk
     grids = Grids(monkeypatch)
     what = explained(list(range(300)), [0] * 300, torch.zeros(300).long())
     sizes = [
-        tuple(picture.shape) for picture in draw_probe(what, NAMES, title="epoch 3", panels=["map"])
+        tuple(picture.shape)
+        for picture in draw_probe(replace(what, look=Look(NAMES, panels=["map"])), title="epoch 3")
     ]
     assert len(sizes) == 10
     assert max(max(size[1:]) for size in sizes) < 4000
@@ -97,7 +98,7 @@ def test_the_classes_of_a_picture_stay_on_one_page(monkeypatch: pytest.MonkeyPat
     grids = Grids(monkeypatch)
     rows, targets = [*range(13)] * 3, [0] * 13 + [1] * 13 + [2] * 13
     what = explained(rows, targets, torch.tensor([[1.0, 1, 0, 0, 0]] * 13))
-    list(draw_probe(what, NAMES, title="t"))
+    list(draw_probe(what, title="t"))
     assert [call["groups"] for call in grids.calls] == [
         [n for n in range(10) for _ in range(3)],
         [10, 10, 10, 11, 11, 11, 12, 12, 12],
@@ -125,7 +126,7 @@ def test_change_shows_the_first_the_previous_and_the_map_of_now(
         ("before training", {(0, 0): stored[0]}),
         ("epoch 1", {(0, 0): stored[1], (1, 1): stored[2], (9, 9): stored[3]}),
     ]
-    picture = draw_change(what, before, NAMES, title="epoch 2")
+    picture = draw_change(what, before, title="epoch 2")
     assert picture is not None
     (call,) = grids.calls
     assert call["captions"] == [
@@ -140,15 +141,15 @@ def test_change_shows_the_first_the_previous_and_the_map_of_now(
     assert torch.equal(call["maps"], torch.stack(expected))
     assert torch.equal(call["images"], what.probe.images[[0, 0, 0, 1, 1]])
     assert [text.split("\n")[0] for text in call["headings"]] == ["ant", "bee"]
-    assert draw_change(what, [], NAMES, title="t") is None
-    assert draw_change(what, [("t", {})], NAMES, title="t") is None
+    assert draw_change(what, [], title="t") is None
+    assert draw_change(what, [("t", {})], title="t") is None
 
 
 def test_maps_of_before_are_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
     grids, what = Grids(monkeypatch), explained([0], [0], torch.zeros(1).long(), [0.1])
     half = torch.zeros(8, 8, dtype=torch.uint8)
     half[:, 4:] = 255
-    draw_change(what, [("t", {(0, 0): half})], None, title="t")
+    draw_change(what, [("t", {(0, 0): half})], title="t")
     shown = grids.calls[0]["maps"][0]
     assert shown.shape == (32, 32)
     assert (shown[:, :14] == 0).all()
@@ -159,7 +160,7 @@ def test_maps_of_before_are_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_colours_of_the_map_alone_are_inferno() -> None:
     what = explained([0], [0], torch.zeros(1).long())
     what.maps[:] = 1
-    (picture,) = draw_probe(what, NAMES, title="t", panels=["map"])
+    (picture,) = draw_probe(replace(what, look=Look(NAMES, panels=["map"])), title="t")
     colour = np.array(matplotlib.colormaps["inferno"](1.0)[:3])
     brightest = torch.from_numpy(np.round(colour * 255).astype(np.uint8))
     assert int((picture == brightest[:, None, None]).all(0).sum()) >= 224 * 224

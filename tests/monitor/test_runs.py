@@ -1,5 +1,8 @@
 """What a run keeps and logs: failing sinks, values that others rely on, several monitors, schedules."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +213,48 @@ def test_another_module_is_explained_as_itself(tmp_path: Path) -> None:
     fresh = Watch(GradCAM("net.features"), **CHEAP)
     (expected,) = trainer(tmp_path, fresh).validate(other, data, verbose=False)
     assert found["explain/overall_auc"] == expected["explain/overall_auc"]
+
+
+def test_a_run_says_what_was_found_and_what_was_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_aop.monitor.progress._DELAY", 0.0)
+
+    settings = CHEAP | {"metrics": Faithfulness(steps=4), "controls": True}
+    monitor = ExplanationMonitor(GradCAM(), sinks=[Full()], **settings)
+    run = trainer(tmp_path, monitor, max_epochs=2)
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="Full could not take") as told:
+        run.fit(Classifier(), *loaders())
+    assert ["Full" in str(each.message) for each in told].count(True) == 1
+    said = [text for text in caplog.messages if text.startswith("ExplanationMonitor: ")]
+    found, estimate, done = said
+    assert found == "ExplanationMonitor: Classifier, forward(images) gives logits [B, 5]"
+    # GradCAM's forward and backward, and both curves, of three images; and those of two controls.
+    assert re.fullmatch(
+        r".*: explaining 3 images takes about \d+ s, for 78 model evaluations", estimate
+    )
+    values = {name: run.callback_metrics[f"explain/{name}"] for name in monitor._state.held}
+    (page,) = tmp_path.rglob("report.html")
+    assert done.splitlines() == [
+        f"ExplanationMonitor: explained 3 images 3 times; overall AUC {values['overall_auc']:.2f}, "
+        f"against {values['overall_auc_random_map']:.2f} for a random map and "
+        f"{values['overall_auc_centre_gaussian']:.2f} for a centre gaussian; the page is {page}",
+        "  3 times: Full could not take the explanation. OSError: no room",
+    ]
+
+
+def test_a_warning_is_told_in_our_own_words_beside_a_bar() -> None:
+    script = """
+import sys
+from tqdm import tqdm
+from lightning_aop.monitor.lightning import warn
+with tqdm(total=3, file=sys.stderr) as bar:
+    bar.update()
+    warn("ExplanationMonitor: no explanation at step 3")
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, check=True
+    )
+    lines = re.split(r"[\r\n]+", done.stderr)
+    assert "ExplanationMonitor: no explanation at step 3" in lines
+    assert not any("UserWarning" in line for line in lines)

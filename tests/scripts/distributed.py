@@ -31,7 +31,7 @@ out, processes, probe, failing = Path(sys.argv[1]), *map(int, sys.argv[2:])
 torch.set_num_threads(1)
 said: list[str] = []
 # On every process, where Lightning's own is heard on the first only.
-callback.rank_zero_warn = lambda text, **_: said.append(text)
+callback.warn = said.append
 warnings.showwarning = lambda message, *_: said.append(str(message))
 
 
