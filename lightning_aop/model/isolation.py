@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_aop.model.collectives import reshard
 from lightning_aop.model.state import Saved
 
 __all__ = ["foreign_state", "is_explaining", "isolated", "undisturbed"]
@@ -80,10 +81,12 @@ def isolated(model: nn.Module) -> Iterator[None]:
             # Importing dynamo costs seconds; whoever compiled a model has already paid for it.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(isolated_rng())
+        reshard(model)
         saved = Saved(model)
         for device in saved.devices():
             stack.enter_context(isolated_rng(device))
         stack.callback(saved.restore)
+        stack.callback(reshard, model)
         saved.set_gradients_aside()
         for module in model.modules():
             if hasattr(

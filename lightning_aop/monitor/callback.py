@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lightning_aop._version import __version__
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.history.store import HistoryWriter
 from lightning_aop.model.adapter import Adapter, LogitsFunction, find_adapter, name_of
+from lightning_aop.model.collectives import collectives_noticed, is_sharded
 from lightning_aop.model.isolation import device_of, isolated, isolated_rng
 from lightning_aop.model.layers import find_feature_map
 from lightning_aop.model.passes import Passes
@@ -49,7 +50,7 @@ from lightning_aop.monitor.probe import (
     TargetChoice,
 )
 from lightning_aop.monitor.processes import Processes
-from lightning_aop.monitor.progress import progress_bar
+from lightning_aop.monitor.progress import Begin, progress_bar
 from lightning_aop.monitor.run_folder import Earlier, RunFolder
 from lightning_aop.monitor.sinks import Pictures, Scalars, Sink, Warnings, write_tables
 from lightning_aop.scores import Score
@@ -83,6 +84,7 @@ class _Run:
         held: the values last logged.
         last: the last explanation.
         explained: how many there were.
+        alike: all processes do all the work, since the model's forward exchanges something.
     """
 
     judge: Judge
@@ -102,6 +104,7 @@ class _Run:
     held: dict[str, float] = field(default_factory=dict)
     last: Explanation | None = None
     explained: int = 0
+    alike: bool = False
 
     def hold(self, values: dict[str, float]) -> dict[str, float]:
         """Return the values, and the last ones in place of those that are missing or not finite."""
@@ -488,7 +491,8 @@ class ExplanationMonitor(Callback):
         Returns:
             Whether values were logged.
         """
-        run, processes, started = self._state, Processes(), time.perf_counter()
+        run, started = self._state, time.perf_counter()
+        processes = Processes(run.alike)
         moment = moment_of(trainer, kind)
         logged = False
         try:
@@ -503,7 +507,9 @@ class ExplanationMonitor(Callback):
                 if not processes.from_first(lambda: last or run.budget.allows_another(extra)):
                     run.budget.skip()
                     return False
-                with isolated(pl_module):
+                with ExitStack() as stack:
+                    # What fails on one process must not leave the others waiting.
+                    processes.together(lambda: stack.enter_context(isolated(pl_module)))
                     explanation = self._explain(trainer, pl_module, processes)
                 before: list[Earlier] = []  # for the one process that draws
 
@@ -558,13 +564,17 @@ class ExplanationMonitor(Callback):
         def tell(text: str) -> None:
             inform(f"{run.warn.name}: {text}")
 
-        with (
-            precision_of(trainer, pl_module, self.full_precision),
-            processes.buffers_of_first(pl_module),
-            progress_bar(
-                trainer, run.model, len(run.probe.images), tell if first else None
-            ) as begin,
-        ):
+        def ready() -> Begin:
+            assert run.model is not None
+            assert run.probe is not None
+            stack.enter_context(precision_of(trainer, pl_module, self.full_precision))
+            images = len(run.probe.images)
+            bar = progress_bar(trainer, run.model, images, tell if first else None)
+            return stack.enter_context(bar)
+
+        with ExitStack() as stack:
+            begin = processes.together(ready)
+            stack.enter_context(processes.buffers_of_first(pl_module))
             if first:
                 tell(self._description())
             explanation = explain_probe(
@@ -599,8 +609,13 @@ class ExplanationMonitor(Callback):
 
         found = processes.together(drawn)
 
+        noticed: set[str] = set()
+
         def adapter() -> Adapter:
-            with precision_of(trainer, pl_module, self.full_precision):
+            with (
+                precision_of(trainer, pl_module, self.full_precision),
+                collectives_noticed(noticed),
+            ):
                 if found is None:
                     assert run.probe is not None
                     batch = run.probe.images.to(device_of(pl_module)), run.probe.labels
@@ -609,6 +624,7 @@ class ExplanationMonitor(Callback):
                 return find_adapter(pl_module, found.reading.inputs, expected, self.logits)
 
         way = run.adapter = processes.together(adapter)
+        run.alike = processes.alike = processes.any(bool(noticed) or is_sharded(pl_module))
         run.integers = found is not None and found.reading.inputs.form.integer
         if run.probe is None:
             assert found is not None

@@ -23,7 +23,7 @@ from lightning_aop.model.isolation import (
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.explanation import Explanation, Look, Plan
 from lightning_aop.monitor.facts import class_count, found_look
-from lightning_aop.monitor.judge import CONTROLS, Judge, Judging, computed, located, updated
+from lightning_aop.monitor.judge import CONTROLS, Judge, Judging, computed, located, synced, updated
 from lightning_aop.monitor.labels import ReadBatch
 from lightning_aop.monitor.labels import read_batch as find_labels
 from lightning_aop.monitor.lightning import to_device, warn
@@ -188,12 +188,13 @@ def explain_probe(
     Raises:
         Exception: whatever the model, the method or a metric raised, on any of the processes.
     """
-    images = probe.images.to(device_of(model))
+    images = processes.together(lambda: probe.images.to(device_of(model)))
     started = time.perf_counter()
-    plan = processes.from_first(lambda: _plan(model, probe, images, way, passes))
+    plan = processes.same(lambda: _plan(model, probe, images, way, passes))
     seconds = (time.perf_counter() - started) / len(images)
     # Where a process would have nothing to judge, each does all the work.
-    workers = processes if int(plan.judged.sum()) >= processes.size else Processes.alone()
+    shared = not processes.alike and int(plan.judged.sum()) >= processes.size
+    workers = processes if shared else Processes.alone()
     possible = plan.finite.nonzero()[:, 0]
     mine = possible[workers.share(len(possible))]
     pictures, targets = images[plan.rows[mine]], plan.targets[mine].to(images.device)
@@ -226,10 +227,10 @@ def explain_probe(
         maps = workers.gather(worked.maps.float(), len(possible))
         curves = workers.gather(worked.curves.float(), len(possible))
         if worked.metric is not None:
-            values |= computed(worked.metric)
+            values |= _computed(worked.metric, workers, processes)
             if judge.controls_due:
                 batch = pictures[judged], targets[judged]
-                controls = _controls(judge, metric, model, batch, processes, passes, warn)
+                controls = _controls(judge, metric, model, batch, workers, processes, passes, warn)
     maps, curves = (_with_nan(found, plan.finite) for found in (maps, curves))
     masks, known = probe.masks_of(plan.rows, plan.targets)
     known &= plan.finite
@@ -269,11 +270,18 @@ def _within_memory(
     return worked
 
 
+def _computed(metric: Judging, workers: Processes, processes: Processes) -> dict[str, float]:
+    """Return a metric's values: first what the workers exchange, then what may fail on one of them."""
+    synced(metric, workers.size > 1)
+    return processes.together(lambda: computed(metric))
+
+
 def _controls(
     judge: Judge,
     metric: Callable[[], Judging | None],
     model: nn.Module,
     batch: tuple[Images, Targets],
+    workers: Processes,
     processes: Processes,
     passes: Passes,
     warn: Callable[[str], None],
@@ -290,7 +298,8 @@ def _controls(
         ]
 
     try:
-        return {name: computed(each) for name, each in processes.together(work).items()}
+        judged = processes.together(work)
+        return {name: _computed(each, workers, processes) for name, each in judged.items()}
     except Exception as error:
         warn(f"no metrics of the controls. {type(error).__name__}: {error}")
         return {}

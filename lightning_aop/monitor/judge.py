@@ -147,9 +147,23 @@ def updated(
     return metric, torch.cat(curves) if curves else None
 
 
+def synced(metric: Judging, together: bool) -> None:
+    """Add up what the processes have found, if `together`; `computed` exchanges nothing then."""
+    for part in _parts(metric):
+        if together:
+            part.sync()
+        part._to_sync = False
+
+
 def computed(metric: Judging) -> dict[str, float]:
     """Return the metric's values by name."""
-    result = metric.compute()
+    try:
+        result = metric.compute()
+    finally:
+        for part in _parts(metric):
+            if part._is_synced:
+                part.unsync()
+            part._to_sync = part.sync_on_compute
     if not isinstance(result, Mapping):
         result = {_name(metric): result}
     return {name: float(value) for name, value in result.items()}

@@ -122,10 +122,11 @@ def wants_files(trainer: Trainer) -> bool:
 def unsupported(trainer: Trainer) -> str | None:
     """Return why the monitor can't work with this trainer, or None."""
     name = type(trainer.strategy).__name__
-    if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"):
+    if name in ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"):
         return (
             f"{name} shards the weights over the processes, and a map needs all of them in each: use "
-            "DDP, or leave the monitor out and explain a checkpoint by trainer.validate() on one device"
+            "DDP or FSDP2 (ModelParallelStrategy), or leave the monitor out and explain a checkpoint "
+            "by trainer.validate() on one device"
         )
     return None
 

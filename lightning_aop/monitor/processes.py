@@ -25,8 +25,10 @@ class ProcessError(UserError, RuntimeError):
 class Processes:
     """All processes of the run, or this one alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, alike: bool = False) -> None:
+        """`alike` is for a model whose forward exchanges something itself: all do the same work."""
         joined = dist.is_available() and dist.is_initialized()
+        self.alike = alike
         self.size = dist.get_world_size() if joined else 1
         self.rank = dist.get_rank() if joined else 0
 
@@ -85,6 +87,25 @@ class Processes:
             if theirs is not None:
                 raise ProcessError(f"on process {rank}: {theirs}")
         return result  # type: ignore[no-any-return]
+
+    def same(self, work: Callable[[], T]) -> T:
+        """Return the first process's result of work that evaluates the model.
+
+        Raises:
+            Exception: what the work raised here, if it was done here.
+            ProcessError: what it raised on another process.
+        """
+        if not self.alike:
+            return self.from_first(work)
+        result = self.together(work)
+        return self.from_first(lambda: result)
+
+    def any(self, fact: bool) -> bool:
+        """Tell whether something is so on any of the processes."""
+        facts = [fact] * self.size
+        if self.size > 1:
+            dist.all_gather_object(facts, fact)
+        return any(facts)
 
     def share(self, count: int) -> Int[Tensor, " mine"]:
         """Return which of `count` pieces of work are this process's: every size-th."""

@@ -29,6 +29,7 @@ from lightning_aop.monitor.explanation import Explanation, Moment
 
 out, processes, probe, failing = Path(sys.argv[1]), *map(int, sys.argv[2:])
 torch.set_num_threads(1)
+TIMES = ("seconds", "overhead")
 said: list[str] = []
 # On every process, where Lightning's own is heard on the first only.
 callback.warn = said.append
@@ -96,7 +97,7 @@ class Watch(ExplanationMonitor):
         self.found.append(
             {
                 "maps": explanation.maps,
-                "values": {k: v for k, v in explanation.values.items() if k != "seconds"},
+                "values": {k: v for k, v in explanation.values.items() if k not in TIMES},
                 "curves": explanation.curves,
                 "state": self.state,
             }
