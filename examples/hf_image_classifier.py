@@ -1,6 +1,6 @@
 """An image classifier of Hugging Face transformers, fed with its own arguments.
 
-    python examples/hf_image_classifier.py    # needs pip install transformers
+python examples/hf_image_classifier.py    # needs pip install transformers
 """
 
 from pathlib import Path
