@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.ops import masks_to_boxes
 
 
 class Shapes(Dataset[tuple[Tensor, int]]):
@@ -51,10 +52,47 @@ class Shapes(Dataset[tuple[Tensor, int]]):
         return torch.stack([mask & (c == label) for c in classes])
 
 
-def small_network(classes: int = 3) -> nn.Module:
+class BoxedShapes(Shapes):
+    """The same pictures, each with the box and the class of its shape, as detectors take them."""
+
+    def __getitem__(self, index: int) -> Any:
+        box = masks_to_boxes(self.masks[[index]])
+        return self.pictures[index], {"boxes": box, "labels": self.labels[[index]]}
+
+
+class Chests(Dataset[tuple[Tensor, Tensor]]):
+    """Grey images [1, 64, 64] in the style of X-rays: two lungs, in every second one a nodule."""
+
+    classes = ("clear", "nodule")
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        g = torch.Generator().manual_seed(seed)
+        y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+        self.lungs = ((x - 32).abs() - 14) ** 2 / 80 + (y - 32) ** 2 / 500 < 1
+        side = 32 + 14 * torch.randn(count, 1, 1, generator=g).sign()
+        height = 18 + 28 * torch.rand(count, 1, 1, generator=g)
+        self.nodules = (x - side) ** 2 + (y - height) ** 2 < 25
+        self.labels = (torch.arange(count) % 2).float()
+        haze = F.interpolate(torch.randn(count, 1, 9, 9, generator=g), 64, mode="bicubic")[:, 0]
+        films = 0.7 - 0.45 * self.lungs + 0.08 * haze
+        films += 0.25 * self.nodules * self.labels[:, None, None]
+        self.films = films.clamp(0, 1)[:, None]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.films[index], self.labels[index]
+
+    def input_masks(self, index: int, classes: Sequence[int]) -> Tensor:
+        """Return where a nodule is, or where one would be, bool [len(classes), H, W]."""
+        return torch.stack([self.nodules[index] if c == 1 else self.lungs for c in classes])
+
+
+def small_network(classes: int = 3, channels: int = 3) -> nn.Sequential:
     """Return a network of four convolutions that learns the shapes in a few epochs."""
     layers: list[nn.Module] = []
-    for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 64)):
+    for inputs, outputs in ((channels, 16), (16, 32), (32, 64), (64, 64)):
         layers += [
             nn.Conv2d(
                 inputs, outputs, 3, stride=2 if outputs < 64 or inputs < 64 else 1, padding=1

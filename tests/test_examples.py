@@ -55,6 +55,20 @@ def assert_picture(path: Path) -> None:
         assert np.asarray(picture).std() > 10
 
 
+def assert_on_the_objects(history: History, *, ground: int | None = None) -> None:
+    """The last two explanations have more of their heat on the objects than even maps would have."""
+    heat, area = [], []
+    for record in history.records[-2:]:
+        maps = history.maps[record.first : record.first + len(record.images)]
+        for pair, map_ in zip(record.pairs, maps, strict=True):
+            if pair in history.masks and pair[1] != ground:
+                mask = history.masks[pair] > 0
+                heat.append(map_[mask].sum() / max(map_.sum(dtype=float), 1))
+                area.append(mask.mean())
+    print(f"{np.mean(heat):.2f} of the heat on {np.mean(area):.2f} of the image")
+    assert np.mean(heat) > np.mean(area) > 0
+
+
 def quickstart(folder: Path) -> None:
     script("quickstart").main(epochs=2, pictures=64, output=folder)
     assert [record.epoch for record in history_in(folder).records] == [0, 0, 1]
@@ -134,6 +148,44 @@ def shortcut(folder: Path) -> None:
     assert energy[5] < energy[3]
 
 
+def segmentation(folder: Path) -> None:
+    script("segmentation").main(epochs=2, pictures=300, output=folder)
+    history = history_in(folder)
+    assert "segmentation" in history.configuration["logits"]
+    assert history.class_names[0] == "ground"
+    assert_on_the_objects(history, ground=0)
+
+
+def detection(folder: Path) -> None:
+    script("detection").main(epochs=2, pictures=600, output=folder)
+    history = history_in(folder)
+    assert "detections" in history.configuration["logits"]
+    assert_on_the_objects(history)
+
+
+def binary_xray(folder: Path) -> None:
+    script("binary_xray").main(epochs=5, pictures=600, output=folder)
+    history = history_in(folder)
+    assert history.images.shape[-1] == 3  # drawn in grey
+    assert {target for record in history.records for target in record.targets} == {0, 1}
+    assert_on_the_objects(history)
+
+
+def hf_image_classifier(folder: Path) -> None:
+    pytest.importorskip("transformers")
+    script("hf_image_classifier").main(epochs=5, pictures=600, output=folder)
+    history = history_in(folder)
+    assert list(history.class_names.values()) == ["disc", "square", "cross"]
+    assert_on_the_objects(history)
+
+
+def embeddings(folder: Path) -> None:
+    script("embeddings").main(epochs=3, pictures=600, output=folder)
+    history = history_in(folder)
+    assert "logits=fn" in history.configuration["logits"]
+    assert_on_the_objects(history)
+
+
 RUNS: dict[str, Callable[[Path], None]] = {
     run.__name__: run
     for run in (
@@ -147,6 +199,11 @@ RUNS: dict[str, Callable[[Path], None]] = {
         custom_method,
         compare_methods,
         shortcut,
+        segmentation,
+        detection,
+        binary_xray,
+        hf_image_classifier,
+        embeddings,
     )
 }
 

@@ -206,4 +206,7 @@ def _device(name: str) -> torch.device:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({error})") from error
+        raise UserError(
+            f"--device {name} is not available on this machine ({error}): use --device cpu, or leave "
+            "--device out to take a GPU where there is one"
+        ) from error

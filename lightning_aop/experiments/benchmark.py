@@ -92,7 +92,7 @@ def run(
         tell: is given what the user should know, on one process.
 
     Raises:
-        ValueError: a network, a method or the data is not to be had.
+        ValueError: a network, a method or the data is not available.
         ImportError: a package is missing.
     """
     arrow()

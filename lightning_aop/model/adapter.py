@@ -27,8 +27,8 @@ from lightning_aop.types import Images, Targets
 
 __all__ = ["Adapter", "AdapterError", "Classifier", "explaining", "find_adapter", "predict"]
 
-LogitsFunction: TypeAlias = Callable[[nn.Module, Images], Float[Tensor, "b k"]]
-"""The user's own way from a module and images to logits."""
+LogitsFunction: TypeAlias = Callable[[Any, Images], Float[Tensor, "b k"]]
+"""The user's own way from a module, of the user's own class, and images to logits."""
 
 
 class AdapterError(InvalidValueError):

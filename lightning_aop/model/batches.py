@@ -185,7 +185,10 @@ def _refusal(batch: Any, values: Sequence[Any]) -> str:
                 f"the batch has {list(value.shape)}, 1-D signals [B, C, L] or a single image: only "
                 f"batches of images [B, C, H, W] are explained; {remedy}"
             )
-        if isinstance(value, (list, tuple)) and len({tuple(v.shape) for v in value}) > 1:
+        images = isinstance(value, (list, tuple)) and all(
+            isinstance(v, Tensor) and v.ndim == 3 for v in value
+        )
+        if images and len({tuple(v.shape) for v in value}) > 1:
             sizes = sorted({tuple(v.shape) for v in value})[:3]
             return (
                 f"the images of the batch have several sizes, such as {sizes}: the probe takes images "

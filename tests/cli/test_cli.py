@@ -106,7 +106,10 @@ def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> No
             r"are no weights of alexnet.*they fit squeezenet1_1: name .* \(--model\)",
         ),
         (["--model=resnet999"], "is no classifier of torchvision"),
-        (["--device=cuda:77"], "--device cuda:77: not to be had here"),
+        (
+            ["--device=cuda:77"],
+            r"--device cuda:77 is not available on this machine \(.*: use --device cpu",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_said(

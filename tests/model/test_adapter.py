@@ -409,6 +409,11 @@ def test_what_leads_to_no_logits_is_refused_in_words() -> None:
         (torch.rand(4, 3, 8, 8, 8), "volumes or videos"),
         (torch.rand(4, 2, 100), "1-D signals"),
         ([torch.rand(3, 8, 8), torch.rand(3, 9, 8)], "several sizes"),
+        # With labels, as loaders give them.
+        ([torch.rand(4, 3, 8, 8, 8), torch.zeros(4)], "volumes or videos"),
+        ([torch.rand(4, 2, 100), torch.zeros(4)], "1-D signals"),
+        (((torch.rand(3, 8, 8), torch.rand(3, 9, 8)), torch.zeros(2)), "several sizes"),
+        (((torch.rand(3, 8, 8), torch.rand(3, 9, 8)), ({}, {})), "several sizes"),
         ({"text": "a"}, r"dict with keys \['text'\]"),
     ):
         with pytest.raises(ValueError, match=f"{words}.*read_batch=fn"):
