@@ -216,7 +216,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     proved = sum(result == "equal" for result in _cells.values())
     rows = "\n".join(f"| {name} | {result} |" for name, result in _cells.items())
     refused = (
-        "| FSDP, DeepSpeed, ModelParallel | refused: the weights are shards, a map needs all |"
+        "| FSDP1, DeepSpeed | refused: the weights are shards, a map needs all |"
     )
     table = (
         f"\n{proved} of {len(_cells)} cells are equal bit for bit, on {platform.system()} with Python "

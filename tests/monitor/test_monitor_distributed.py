@@ -102,3 +102,32 @@ def test_a_process_that_fails_stops_nobody(failing: int, probe: int, tmp_path: P
             assert any(f"{where}RuntimeError: {words}" in text for text in each["warnings"])
     first, second = (process["state"] for process in results["fit"])
     assert torch.equal(first["net.head.weight"], second["net.head.weight"])
+
+
+@pytest.mark.parametrize("kind", ["gathering", "sharded"])
+def test_processes_that_need_each_other_in_a_forward_explain_alike(
+    kind: str, tmp_path: Path
+) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    finish([sys.executable, SCRIPT.with_name("alike.py"), tmp_path, kind], env=environment)
+    found = {
+        what: [torch.load(tmp_path / f"{what}-{rank}.pt") for rank in range(2)]
+        for what in ("without", "with")
+    }
+    for without, watched in zip(found["without"], found["with"], strict=True):
+        assert "explain/overall_auc" in watched["logged"]
+        assert len(watched["maps"]) == 3
+        for name, value in without["state"].items():
+            assert torch.equal(value, watched["state"][name])
+        pairs = zip(without["optimizer"], watched["optimizer"], strict=True)
+        assert all(torch.equal(before, after) for before, after in pairs)
+    first, second = (each["maps"] for each in found["with"])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))
+    # The same on one process, with the weights whole.
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(9)
+    images = torch.rand(24, 3, 32, 32, generator=generator)[:3]
+    labels = torch.randint(0, 5, (24,), generator=generator)[:3]
+    expected = fast_sigcam(iterations=2).explain(SmallNet(), images, labels)
+    shown = torch.where(expected.amax(dim=(1, 2), keepdim=True) * 255 < 0.5, 0.0, expected)
+    assert torch.equal(first[0], shown)
