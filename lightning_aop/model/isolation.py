@@ -83,6 +83,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         for device in saved.devices():
             stack.enter_context(isolated_rng(device))
         stack.callback(saved.restore)
+        saved.hold()
         saved.set_gradients_aside()
         for module in model.modules():
             if hasattr(

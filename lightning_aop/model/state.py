@@ -6,6 +6,10 @@ move on; momentum encoders and spectral norms write parameters. None of it can b
 counter. So `Saved` walks from a module through attributes, containers, closures and plain objects,
 keeps a copy of each value, and compares bits afterwards. Only what differs is written.
 
+Large tensors are not copied. Inside they stand on a copy of their bits that PyTorch makes at the first
+write, whoever writes and whenever that is (`_Lent`), and afterwards on their own memory again, which
+nothing has written to. Where others could write to that memory by another way, it is copied.
+
 The walk stops at what is no part of the model: trainers, loggers, datasets, optimizers, and objects
 with open files, threads or locks. `foreign` names those that a forward could change all the same.
 """
@@ -13,6 +17,7 @@ with open files, threads or locks. `foreign` names those that a forward could ch
 import collections
 import functools
 import io
+import operator
 import queue
 import random
 import socket
@@ -49,29 +54,48 @@ _LIVE = (
     *(type(threading.Lock()), type(threading.RLock())),
 )
 _PIECE = 2**26  # bytes that are copied, and compared, at once
+_LARGE = 2**16  # bytes of a tensor from which on to lend is cheaper than to copy
 
 
 class Saved:
-    """The values of all that is reachable from a module, as of when this was made."""
+    """The values of all that is reachable from a module, as of when this was made.
+
+    Those of tensors and arrays are as of `hold`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.foreign: dict[str, str] = {}
         """By its place, the type of each object that could change and cannot be put back."""
         self._classes: list[tuple[Any, type]] = []
         self._containers: list[tuple[Any, list[Any]]] = []
+        self._empty: list[Any] = []
         self._slots: list[tuple[Any, str, Any]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
-        self._arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._copies: list[np.ndarray[Any, Any]] = []
         self._generators: list[Callable[[], Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._storages: dict[int, tuple[torch.UntypedStorage, list[Any]]] = {}
+        self._lent: dict[int, _Lent] = {}  # by the tensor's identity
+        self._pieces: list[_Piece] = []
         self._seen: dict[int, Any] = {}  # holds each object, so that its identity stays its own
         # Uninitialised parameters of lazy layers refuse most functions otherwise.
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             self._walk(model)
             counted = [t for t, *_ in self._tensors if not t.is_inference()]
             self._versions = _unsafe_preserve_version_counter(tuple(counted))
-            self._pieces = _pieces(self._storages.values())
+
+    def hold(self) -> None:
+        """Make sure that the bits of tensors and arrays are not lost."""
+        self._copies = [values.copy() for values in self._arrays]
+        copied = []
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            for storage, tensors in self._storages.values():
+                if lent := _lend(storage, tensors):
+                    self._lent[id(tensors[0])] = lent
+                else:
+                    copied.append(storage)
+            self._pieces += _pieces(copied)
 
     def restore(self) -> None:
         """Put back whatever is different now."""
@@ -80,22 +104,28 @@ class Saved:
                 thing.__class__ = kind
         for container, items in self._containers:
             now = _items(container)
-            if len(now) != len(items) or any(a is not b for a, b in zip(now, items, strict=True)):
+            if len(now) != len(items) or not all(map(operator.is_, now, items)):
                 _refill(container, items)
+        for container in self._empty:
+            if container:
+                _refill(container, [])
         for thing, name, value in self._slots:
             if getattr(thing, name, None) is not value:
                 object.__setattr__(thing, name, value)  # a frozen dataclass refuses its own
         for cell, value in self._cells:
             if cell.cell_contents is not value:
                 cell.cell_contents = value
-        for values, copy in self._arrays:
+        for values, copy in zip(self._arrays, self._copies, strict=False):
             if values.tobytes() != copy.tobytes():
                 values[...] = copy
         for give_back in self._generators:
             give_back()
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
+            for lent in self._lent.values():
+                lent.take_back()
             for tensor, alias, requires_grad, grad in self._tensors:
-                if _layout(tensor) != _layout(alias):
+                # To ask where a tensor is would copy it, if somebody has kept what it was lent.
+                if id(tensor) not in self._lent and _layout(tensor) != _layout(alias):
                     with torch.inference_mode(tensor.is_inference()):
                         tensor.data = alias
                 if tensor.is_leaf:
@@ -116,7 +146,7 @@ class Saved:
 
     def devices(self) -> set[torch.device]:
         """Return the devices that the values are on."""
-        return {storage.device for storage in self._storages.values()}
+        return {storage.device for storage, _ in self._storages.values()}
 
     def __contains__(self, thing: object) -> bool:
         return self._seen.get(id(thing)) is thing
@@ -128,11 +158,14 @@ class Saved:
         ahead: list[tuple[str, Any]] = [("", model)]
         while ahead:
             place, thing = ahead.pop()
-            if type(thing) in _ATOMS or id(thing) in self._seen:
+            if id(thing) in self._seen:
                 continue
             self._seen[id(thing)] = thing
             for name, value in self._save(place, thing):
-                if type(value) not in _ATOMS:
+                kind = type(value)
+                if kind in _CONTAINERS and not value:
+                    self._empty.append(value)  # as most of a module's are
+                elif kind not in _ATOMS:
                     ahead.append((f"{place}.{name}" if place else name, value))
 
     def _save(self, place: str, thing: Any) -> Iterable[tuple[str, Any]]:
@@ -157,9 +190,14 @@ class Saved:
             return _members(thing, items)
         if issubclass(kind, (tuple, frozenset)):
             return _members(thing, list(thing))
+        if issubclass(kind, torch.UntypedStorage) and thing.device.type != "meta":
+            self._save_storage(thing, thing)
+            return ()
+        if issubclass(kind, torch.TypedStorage):
+            return (("untyped", thing.untyped()),)
         if issubclass(kind, np.ndarray) and not issubclass(kind, np.memmap):
             if thing.flags.writeable:
-                self._arrays.append((thing, thing.copy()))
+                self._arrays.append(thing)
             return _members(thing, thing.ravel().tolist()) if thing.dtype.hasobject else ()
         if give_back := _random_state(thing):
             self._generators.append(give_back)
@@ -189,9 +227,12 @@ class Saved:
         grad = tensor.grad if tensor.is_leaf else None
         self._tensors.append((tensor, tensor.detach(), tensor.requires_grad, grad))
         storage = tensor.untyped_storage()
-        if storage.nbytes():
-            self._storages.setdefault(storage.data_ptr(), storage)
+        self._save_storage(storage, tensor)
         return leads
+
+    def _save_storage(self, storage: torch.UntypedStorage, holder: Any) -> None:
+        if storage.nbytes():
+            self._storages.setdefault(storage.data_ptr(), (storage, []))[1].append(holder)
 
     def _save_function(self, function: types.FunctionType) -> Iterable[tuple[str, Any]]:
         if function.__module__ is None or _root(function.__module__) in _OTHERS:
@@ -246,6 +287,8 @@ _CONTAINERS = (collections.OrderedDict, dict, list, collections.deque, set, byte
 
 def _items(container: Any) -> list[Any]:
     """Return what a container holds, of a dictionary its keys and then its values."""
+    if type(container) is dict:
+        return [*container, *container.values()]
     if isinstance(container, collections.OrderedDict):
         return [
             *collections.OrderedDict.keys(container),
@@ -311,6 +354,64 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.size(), tensor.stride(), tensor.dtype, tensor.device
 
 
+class _Lent:
+    """A tensor that stands on a copy of its bits, which is made when somebody writes to it.
+
+    That is `torch._lazy_clone`: whatever may write to a tensor, in Python or in C++, asks its storage for
+    memory that may be written to, and this is when the storage gets some of its own. What only reads
+    goes on reading the tensor's own memory, so there is nothing to compare.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage, tensor: Tensor) -> None:
+        self._storage, self._tensor, self._own = storage, tensor, tensor.detach()
+        lent = torch._lazy_clone(self._own)
+        self._copy = lent.untyped_storage()
+        tensor.data = lent
+
+    def take_back(self) -> None:
+        """Let the tensor stand on its own memory again."""
+        self._tensor.data = self._own
+        if _uses(self._copy) == 1:  # nobody has kept some of the copy, such as an error a graph
+            del self._copy
+            self._storage.data_ptr()  # on its own, it is an ordinary storage again
+
+
+_LENDS = hasattr(torch, "_lazy_clone") and hasattr(torch._C, "_storage_Use_Count")
+
+
+def _lend(storage: torch.UntypedStorage, holders: list[Any]) -> _Lent | None:
+    """Let a tensor stand on a copy yet to be made, if nobody else can write to its memory."""
+    first = holders[0]
+    if (
+        not _LENDS
+        or storage.nbytes() < _LARGE
+        or len(holders) > 1
+        or type(first) not in (Tensor, nn.Parameter)
+        or not first.is_leaf
+        or first._is_view()
+        or first.is_inference()
+        # A view, a NumPy array of it, a graph: more than the tensor, what `_tensors` has of it, and
+        # the storage that is asked.
+        or _uses(storage) > 3
+    ):
+        return None
+    if storage.device.type == "cuda":
+        # PyTorch makes the copy on the default stream, which others don't wait for.
+        if torch.cuda.current_stream(storage.device) != torch.cuda.default_stream(storage.device):
+            return None
+    elif storage.device.type != "cpu":
+        return None
+    try:
+        return _Lent(storage, first)
+    except RuntimeError:  # memory from elsewhere: shared, mapped from a file, NumPy's
+        return None
+
+
+def _uses(storage: torch.UntypedStorage) -> int:
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
 class _Piece:
     """Some storages of one device, and a copy of their bits."""
 
@@ -336,9 +437,10 @@ class _Piece:
     def restore(self) -> None:
         """Write back the storages whose bits are others now."""
         now = self._now()
-        # Elsewhere than on the CPU each comparison waits for the device: one for all of them first.
-        if len(now) > 1 and not self._copy.is_cpu and torch.equal(torch.cat(now), self._copy):
-            return
+        # One comparison for all of them first: elsewhere than on the CPU each waits for the device.
+        if len(now) > 1 and (len(self._copy) < 2**20 or not self._copy.is_cpu):
+            if torch.equal(torch.cat(now), self._copy):
+                return
         before = self._copy.split([len(bits) for bits in now])
         for bits, saved in zip(now, before, strict=True):
             if not torch.equal(bits.to(saved.device), saved):
