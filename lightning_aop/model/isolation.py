@@ -1,6 +1,7 @@
 """Leave no trace on a user's model: its state by value, modes, hooks, logs and random state."""
 
 import random
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -102,9 +103,14 @@ def _drop(*args: object, **kwargs: object) -> None:
 def foreign_state(model: nn.Module) -> dict[str, str]:
     """Return by its place what hangs on a model, could change in a forward, and can't be put back.
 
-    Such are iterators, queues, open files and what holds threads or locks.
+    Such are iterators, queues, open files, what holds threads or locks, and objects of C++.
     """
-    return Saved(model).foreign
+    found = Saved(model).foreign
+    return {_TABLES.sub("", place): kind for place, kind in sorted(found.items())}
+
+
+# Where a module has its modules, which are spoken of without it.
+_TABLES = re.compile(r"(?<![^.])_modules\.")
 
 
 @contextmanager

@@ -48,7 +48,7 @@ _OTHERS = {
 }
 _ATOMS = {
     *(type(None), bool, int, float, complex, str, bytes, type, range, slice),
-    *(torch.dtype, torch.device, torch.Size, types.BuiltinFunctionType, types.ModuleType),
+    *(torch.dtype, torch.device, torch.Size, types.ModuleType),
     *(weakref.ref, weakref.ProxyType, weakref.CallableProxyType),
 }
 # Of a class: what finds its slots; what only gives other values; locks, which it leaves as they were.
@@ -252,13 +252,15 @@ class Saved:
             return (("seed_seq", seeds),)
         if kind is types.MethodType:
             return (("__self__", thing.__self__), ("__func__", thing.__func__))
+        if kind in (types.BuiltinMethodType, types.MethodWrapperType):
+            return (("__self__", thing.__self__),)
         if kind in (staticmethod, classmethod):
             return (("__func__", thing.__func__),)
         if kind is functools.partial:
             return (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))
         if kind is types.FunctionType:
             return self._save_function(thing)
-        if _is_foreign(thing):
+        if _is_foreign(thing) or (kind is torch.ScriptObject and "quantized" not in str(thing)):
             self.foreign[place] = kind.__name__
             return ()
         return self._save_object(place, thing)
@@ -267,6 +269,8 @@ class Saved:
         leads = self._save_attributes(tensor)
         if is_traceable_wrapper_subclass(tensor):
             return [*leads, *((n, getattr(tensor, n)) for n in tensor.__tensor_flatten__()[0])]
+        if tensor.is_nested:
+            return [*leads, ("values", tensor.values())]
         if tensor.device.type == "meta" or tensor.layout not in (torch.strided, *_SPARSE):
             return leads
         self._classes.append((tensor, type(tensor)))
@@ -316,6 +320,8 @@ class Saved:
         if any(issubclass(type(value), _LIVE) for value in (*attributes.values(), *slots)):
             self.foreign[place] = kind.__name__
             return ()
+        if _is_opaque(thing):
+            self.foreign[place] = kind.__name__
         return self._save_attributes(thing)
 
     def _save_attributes(self, thing: Any) -> list[tuple[str, Any]]:
@@ -359,6 +365,20 @@ def _is_foreign(thing: object) -> bool:
         return True
     # An iterator that is written in Python is saved as any object.
     return isinstance(thing, Iterator) and not hasattr(thing, "__dict__")
+
+
+def _is_opaque(thing: object) -> bool:
+    """Tell whether a thing is what C++ or Rust has made, of which Python knows nothing but its methods.
+
+    What is equal by value, as its hash says, is taken for a value.
+    """
+    kind = type(thing)
+    return (
+        _is_users(kind)
+        and kind.__hash__ is object.__hash__
+        and not hasattr(thing, "__dict__")
+        and not any("__slots__" in vars(base) for base in kind.__mro__)
+    )
 
 
 def _root(module: str) -> str:
@@ -491,6 +511,7 @@ def _lend(storage: torch.UntypedStorage, holders: list[Any]) -> _Lent | None:
         or not first.is_leaf
         or first._is_view()
         or first.is_inference()
+        or first.is_quantized
         # A view, a NumPy array of it, a graph: more than the tensor, what `_tensors` has of it, and
         # the storage that is asked.
         or _uses(storage) > 3
