@@ -105,7 +105,8 @@ def foreign_state(model: nn.Module) -> dict[str, str]:
 
     Such are iterators, queues, open files, what holds threads or locks, and objects of C++.
     """
-    found = Saved(model).foreign
+    with isolated_rng():
+        found = Saved(model).foreign
     return {_TABLES.sub("", place): kind for place, kind in sorted(found.items())}
 
 

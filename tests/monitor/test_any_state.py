@@ -8,6 +8,7 @@ import collections
 import ctypes
 import enum
 import functools
+import io
 import random
 import weakref
 from array import array
@@ -1098,6 +1099,36 @@ def check(names: list[str], often: bool, folder: Path) -> None:
     without = trained(names, folder)
     assert_same(without, trained(names, folder, monitor))
     assert monitor.fired == (5 if often else 3)
+
+
+def test_what_cannot_be_put_back_is_named_before_training(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Listening(Watch):
+        def on_train_start(self, *arguments: Any) -> None:
+            said.append("training")
+            super().on_train_start(*arguments)
+
+        def on_fit_start(self, *arguments: Any) -> None:
+            with pytest.warns(UserWarning, match="put back") as caught:
+                super().on_fit_start(*arguments)
+            said.extend(str(each.message) for each in caught)
+
+    PARTS["open"] = Open
+    try:
+        trained(["open"], tmp_path, Listening())
+    finally:
+        del PARTS["open"]
+    assert len(said) == 2
+    assert "net.parts.0.file (BytesIO), net.parts.0.noise (generator)" in said[0]
+    assert "lightning_aop.is_explaining()" in said[0]
+    assert said[1] == "training"
+
+
+class Open(nn.Identity):
+    def __init__(self) -> None:
+        super().__init__()
+        self.file, self.noise = io.BytesIO(), (0.1 * i for i in range(9))
 
 
 @pytest.mark.slow
