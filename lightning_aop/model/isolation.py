@@ -67,8 +67,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     gradients are set aside, what a LightningModule logs is dropped, compiled models run eagerly
     and inference mode is left.
 
-    Open it once around all that is done to a model: it copies the weights, and is free inside
-    another for the same model.
+    Open it once around all that is done to a model: it walks through all that hangs on it, and is free
+    inside another for the same model. Large weights are copied only where something writes to them.
     """
     # Of an adapted model the first module is the user's.
     if any(next(iter(model.modules()), model) in saved for saved in _open):

@@ -1,7 +1,10 @@
 """Tensors too large to copy for nothing: who writes to one gets a copy, and the tensor has its bits."""
 
 import gc
+import re
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -294,6 +297,32 @@ def test_nothing_is_kept_after_an_error() -> None:
     with torch.no_grad():
         model.table.add_(1)
     assert model.table.data_ptr() == pointer
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_memory_of_100_million_parameters() -> None:
+    model = SmallNet()
+    model.more = nn.Sequential(*(nn.Linear(2000, 2000) for _ in range(25)))
+
+    def peak() -> int:
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+
+    def explained(write: bool) -> int:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before, started = peak(), time.perf_counter()
+        with undisturbed(model), torch.no_grad():
+            model.more(model.head(torch.rand(2, 12)).sum() * torch.ones(2, 2000))
+            if write:
+                for parameter in model.more.parameters():
+                    parameter.data.add_(1)
+        print(f"{write=}: {time.perf_counter() - started:.3f} s, {peak() - before} kB")
+        return peak() - before
+
+    explained(False)
+    assert explained(False) < 20 * 1024
+    assert 370 * 1024 < explained(True) < 420 * 1024
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
