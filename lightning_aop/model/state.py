@@ -110,6 +110,12 @@ class Saved:
 
     def restore(self) -> None:
         """Put back whatever is different now."""
+        try:
+            self._restore_objects()
+        finally:  # an object that refuses must not cost the weights
+            self._restore_tensors()
+
+    def _restore_objects(self) -> None:
         for thing, kind in self._classes:
             if type(thing) is not kind:
                 thing.__class__ = kind
@@ -135,10 +141,10 @@ class Saved:
         for kind, shared in self._shared.items():
             there = _of_class(kind)
             for name in there.keys() - shared.keys():
-                delattr(kind, name)
+                type.__delattr__(kind, name)  # an enumeration refuses its own
             for name, value in shared.items():
                 if there.get(name, _MISSING) is not value:
-                    setattr(kind, name, value)
+                    type.__setattr__(kind, name, value)
         for held, name, value in self._scripted:
             if held.getattr(name) is not value:
                 held.setattr(name, value)
@@ -149,6 +155,8 @@ class Saved:
                 values[...] = copy
         for give_back in self._generators:
             give_back()
+
+    def _restore_tensors(self) -> None:
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
             for lent in self._lent.values():
                 lent.take_back()

@@ -287,6 +287,25 @@ def test_nothing_large_is_copied() -> None:
     assert not torch._C._is_cow_tensor(model.table)
 
 
+def test_an_object_that_refuses_costs_no_weights() -> None:
+    class Refusing(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            if self[0]:
+                raise RuntimeError("not now")
+            return super().__iter__()
+
+    def write(model: Any) -> None:
+        model.other[0] = 1
+        in_place(model)
+
+    model = Large(write)
+    model.other = Refusing([0])
+    before = bits(model.table)
+    with pytest.raises(RuntimeError, match="not now"), isolated(model):
+        model(IMAGES)
+    assert bits(model.table) == before
+
+
 def test_nothing_is_kept_after_an_error() -> None:
     model = Large(lambda model: 1 / 0)
     pointer = model.table.data_ptr()
