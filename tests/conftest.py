@@ -215,9 +215,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     after = rest.split("<!-- end of matrix -->")[1]
     proved = sum(result == "equal" for result in _cells.values())
     rows = "\n".join(f"| {name} | {result} |" for name, result in _cells.items())
-    refused = (
-        "| FSDP1, DeepSpeed | refused: the weights are shards, a map needs all |"
-    )
+    refused = "| FSDP1, DeepSpeed | refused: the weights are shards, a map needs all |"
     table = (
         f"\n{proved} of {len(_cells)} cells are equal bit for bit, on {platform.system()} with Python "
         f"{platform.python_version()}, torch {torch.__version__.split('+')[0]} and Lightning "

@@ -1,6 +1,7 @@
 """Leave no trace on a user's model: its state by value, modes, hooks, logs and random state."""
 
 import random
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -68,8 +69,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     gradients are set aside, what a LightningModule logs is dropped, compiled models run eagerly
     and inference mode is left.
 
-    Open it once around all that is done to a model: it copies the weights, and is free inside
-    another for the same model.
+    Open it once around all that is done to a model: it walks through all that hangs on it, and is free
+    inside another for the same model. Large weights are copied only where something writes to them.
     """
     # Of an adapted model the first module is the user's.
     if any(next(iter(model.modules()), model) in saved for saved in _open):
@@ -87,6 +88,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
             stack.enter_context(isolated_rng(device))
         stack.callback(saved.restore)
         stack.callback(reshard, model)
+        saved.hold()
         saved.set_gradients_aside()
         for module in model.modules():
             if hasattr(
@@ -105,9 +107,15 @@ def _drop(*args: object, **kwargs: object) -> None:
 def foreign_state(model: nn.Module) -> dict[str, str]:
     """Return by its place what hangs on a model, could change in a forward, and can't be put back.
 
-    Such are iterators, queues, open files and what holds threads or locks.
+    Such are iterators, queues, open files, what holds threads or locks, and objects of C++.
     """
-    return Saved(model).foreign
+    with isolated_rng():
+        found = Saved(model).foreign
+    return {_TABLES.sub("", place): kind for place, kind in sorted(found.items())}
+
+
+# Where a module has its modules, which are spoken of without it.
+_TABLES = re.compile(r"(?<![^.])_modules\.")
 
 
 @contextmanager

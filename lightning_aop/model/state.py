@@ -6,16 +6,23 @@ move on; momentum encoders and spectral norms write parameters. None of it can b
 counter. So `Saved` walks from a module through attributes, containers, closures and plain objects,
 keeps a copy of each value, and compares bits afterwards. Only what differs is written.
 
+Large tensors are not copied. Inside they stand on a copy of their bits that PyTorch makes at the first
+write, whoever writes and whenever that is (`_Lent`), and afterwards on their own memory again, which
+nothing has written to. Where others could write to that memory by another way, it is copied.
+
 The walk stops at what is no part of the model: trainers, loggers, datasets, optimizers, and objects
 with open files, threads or locks. `foreign` names those that a forward could change all the same.
 """
 
 import collections
+import ctypes
 import functools
 import io
+import operator
 import queue
 import random
 import socket
+import sys
 import threading
 import types
 import weakref
@@ -35,67 +42,127 @@ __all__ = ["Saved"]
 # Plain objects of these packages are not the model's own: trainers, loggers, optimizers, datasets.
 _OTHERS = {
     *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"),
-    *("logging", "threading", "multiprocessing", "concurrent", "asyncio", "subprocess", "weakref"),
+    *("logging", "threading", "multiprocessing", "concurrent", "asyncio", "subprocess"),
     "lightning_aop",  # counts evaluations, and keeps what it computed
     *("wandb", "mlflow", "tensorboard", "tensorboardX", "comet_ml", "neptune", "clearml", "aim"),
 }
 _ATOMS = {
     *(type(None), bool, int, float, complex, str, bytes, type, range, slice),
-    *(torch.dtype, torch.device, torch.Size, types.BuiltinFunctionType, types.ModuleType),
+    *(torch.dtype, torch.device, torch.Size, types.ModuleType),
     *(weakref.ref, weakref.ProxyType, weakref.CallableProxyType),
+}
+# Of a class: what finds its slots; what only gives other values; locks, which it leaves as they were.
+_OF_CLASSES = {
+    *(types.MemberDescriptorType, types.GetSetDescriptorType, property),
+    *(type(threading.Lock()), type(threading.RLock())),
 }
 _LIVE = (
     *(io.IOBase, socket.socket, threading.Thread),
     *(type(threading.Lock()), type(threading.RLock())),
 )
+_C_DATA = (ctypes.Array, ctypes.Structure, ctypes.Union, ctypes._SimpleCData)
 _PIECE = 2**26  # bytes that are copied, and compared, at once
+_LARGE = 2**16  # bytes of a tensor from which on to lend is cheaper than to copy
 
 
 class Saved:
-    """The values of all that is reachable from a module, as of when this was made."""
+    """The values of all that is reachable from a module, as of when this was made.
+
+    Those of tensors and arrays are as of `hold`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.foreign: dict[str, str] = {}
         """By its place, the type of each object that could change and cannot be put back."""
         self._classes: list[tuple[Any, type]] = []
         self._containers: list[tuple[Any, list[Any]]] = []
+        self._empty: list[Any] = []
         self._slots: list[tuple[Any, str, Any]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
-        self._arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+        self._shared: dict[type, dict[str, Any]] = {}  # what classes of the user's have
+        self._scripted: list[tuple[Any, str, Any]] = []
+        self._c_data: list[tuple[Any, bytes]] = []
+        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._copies: list[np.ndarray[Any, Any]] = []
         self._generators: list[Callable[[], Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._storages: dict[int, tuple[torch.UntypedStorage, list[Any]]] = {}
+        self._lent: dict[int, _Lent] = {}  # by the tensor's identity
+        self._pieces: list[_Piece] = []
         self._seen: dict[int, Any] = {}  # holds each object, so that its identity stays its own
         # Uninitialised parameters of lazy layers refuse most functions otherwise.
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             self._walk(model)
             counted = [t for t, *_ in self._tensors if not t.is_inference()]
             self._versions = _unsafe_preserve_version_counter(tuple(counted))
-            self._pieces = _pieces(self._storages.values())
+
+    def hold(self) -> None:
+        """Make sure that the bits of tensors and arrays are not lost."""
+        self._copies = [values.copy() for values in self._arrays]
+        copied = []
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            for storage, tensors in self._storages.values():
+                if lent := _lend(storage, tensors):
+                    self._lent[id(tensors[0])] = lent
+                else:
+                    copied.append(storage)
+            self._pieces += _pieces(copied)
 
     def restore(self) -> None:
         """Put back whatever is different now."""
+        try:
+            self._restore_objects()
+        finally:  # an object that refuses must not cost the weights
+            self._restore_tensors()
+
+    def _restore_objects(self) -> None:
         for thing, kind in self._classes:
             if type(thing) is not kind:
                 thing.__class__ = kind
         for container, items in self._containers:
             now = _items(container)
-            if len(now) != len(items) or any(a is not b for a, b in zip(now, items, strict=True)):
+            if len(now) != len(items) or not all(map(operator.is_, now, items)):
                 _refill(container, items)
+        for container in self._empty:
+            if container:
+                _refill(container, [])
         for thing, name, value in self._slots:
-            if getattr(thing, name, None) is not value:
+            if getattr(thing, name, _MISSING) is value:
+                continue
+            if value is _MISSING:
+                object.__delattr__(thing, name)
+            else:
                 object.__setattr__(thing, name, value)  # a frozen dataclass refuses its own
         for cell, value in self._cells:
-            if cell.cell_contents is not value:
+            if value is _MISSING:
+                del cell.cell_contents
+            else:
                 cell.cell_contents = value
-        for values, copy in self._arrays:
+        for kind, shared in self._shared.items():
+            there = _of_class(kind)
+            for name in there.keys() - shared.keys():
+                type.__delattr__(kind, name)  # an enumeration refuses its own
+            for name, value in shared.items():
+                if there.get(name, _MISSING) is not value:
+                    type.__setattr__(kind, name, value)
+        for held, name, value in self._scripted:
+            if held.getattr(name) is not value:
+                held.setattr(name, value)
+        for thing, memory in self._c_data:
+            ctypes.memmove(ctypes.addressof(thing), memory, len(memory))
+        for values, copy in zip(self._arrays, self._copies, strict=False):
             if values.tobytes() != copy.tobytes():
                 values[...] = copy
         for give_back in self._generators:
             give_back()
+
+    def _restore_tensors(self) -> None:
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
+            for lent in self._lent.values():
+                lent.take_back()
             for tensor, alias, requires_grad, grad in self._tensors:
-                if _layout(tensor) != _layout(alias):
+                # To ask where a tensor is would copy it, if somebody has kept what it was lent.
+                if id(tensor) not in self._lent and _layout(tensor) != _layout(alias):
                     with torch.inference_mode(tensor.is_inference()):
                         tensor.data = alias
                 if tensor.is_leaf:
@@ -116,7 +183,7 @@ class Saved:
 
     def devices(self) -> set[torch.device]:
         """Return the devices that the values are on."""
-        return {storage.device for storage in self._storages.values()}
+        return {storage.device for storage, _ in self._storages.values()}
 
     def __contains__(self, thing: object) -> bool:
         return self._seen.get(id(thing)) is thing
@@ -126,14 +193,23 @@ class Saved:
 
     def _walk(self, model: nn.Module) -> None:
         ahead: list[tuple[str, Any]] = [("", model)]
+        kinds: set[type] = set()
         while ahead:
             place, thing = ahead.pop()
-            if type(thing) in _ATOMS or id(thing) in self._seen:
+            if id(thing) in self._seen:
                 continue
             self._seen[id(thing)] = thing
             for name, value in self._save(place, thing):
-                if type(value) not in _ATOMS:
+                kind = type(value)
+                if kind in _CONTAINERS and not value:
+                    self._empty.append(value)  # as most of a module's are
+                elif kind not in _ATOMS:
                     ahead.append((f"{place}.{name}" if place else name, value))
+            if type(thing) not in kinds:
+                kinds.add(type(thing))
+                for kind in filter(_is_users, type(thing).__mro__):
+                    own = self._shared.setdefault(kind, _of_class(kind))
+                    ahead += [(f"{kind.__name__}.{name}", value) for name, value in own.items()]
 
     def _save(self, place: str, thing: Any) -> Iterable[tuple[str, Any]]:
         """Save one object; return what it leads to."""
@@ -146,84 +222,149 @@ class Saved:
             self._containers.append((vars(thing), _items(vars(thing))))
             leads = list(vars(thing).items())
             if isinstance(thing, torch.jit.ScriptModule):
-                leads += [
-                    *thing.named_parameters(recurse=False),
-                    *thing.named_buffers(recurse=False),
-                ]
+                leads += self._save_script(thing)
             return leads
         if issubclass(kind, _CONTAINERS):
             items = _items(thing)
             self._containers.append((thing, items))
-            return _members(thing, items)
+            if issubclass(kind, collections.defaultdict):
+                self._slots.append((thing, "default_factory", thing.default_factory))
+                return [("default_factory", thing.default_factory), *_members(thing, items)]
+            return [*self._save_attributes(thing), *_members(thing, items)]
         if issubclass(kind, (tuple, frozenset)):
-            return _members(thing, list(thing))
+            return [*self._save_attributes(thing), *_members(thing, list(thing))]
+        if issubclass(kind, torch.UntypedStorage) and thing.device.type != "meta":
+            self._save_storage(thing, thing)
+            return ()
+        if issubclass(kind, torch.TypedStorage):
+            return (("untyped", thing.untyped()),)
         if issubclass(kind, np.ndarray) and not issubclass(kind, np.memmap):
             if thing.flags.writeable:
-                self._arrays.append((thing, thing.copy()))
-            return _members(thing, thing.ravel().tolist()) if thing.dtype.hasobject else ()
+                self._arrays.append(thing.view(np.ndarray))  # a masked one without its mask
+            leads = self._save_attributes(thing)
+            return (
+                [*leads, *_members(thing, thing.ravel().tolist())]
+                if thing.dtype.hasobject
+                else leads
+            )
+        if issubclass(kind, _C_DATA):
+            self._c_data.append(
+                (thing, ctypes.string_at(ctypes.addressof(thing), ctypes.sizeof(thing)))
+            )
+            return ()
+        if kind is memoryview:
+            return (("obj", thing.obj),)
         if give_back := _random_state(thing):
             self._generators.append(give_back)
-            return ()
+            seeds = getattr(getattr(thing, "bit_generator", thing), "seed_seq", None)
+            return (("seed_seq", seeds),)
         if kind is types.MethodType:
             return (("__self__", thing.__self__), ("__func__", thing.__func__))
+        if kind in (types.BuiltinMethodType, types.MethodWrapperType):
+            return (("__self__", thing.__self__),)
+        if kind in (staticmethod, classmethod):
+            return (("__func__", thing.__func__),)
         if kind is functools.partial:
             return (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))
         if kind is types.FunctionType:
             return self._save_function(thing)
-        if _is_foreign(thing):
+        if _is_foreign(thing) or (kind is torch.ScriptObject and "quantized" not in str(thing)):
             self.foreign[place] = kind.__name__
             return ()
         return self._save_object(place, thing)
 
     def _save_tensor(self, tensor: Tensor) -> Iterable[tuple[str, Any]]:
-        leads = list(vars(tensor).items()) if hasattr(tensor, "__dict__") else []
-        if leads:
-            self._containers.append((vars(tensor), _items(vars(tensor))))
+        leads = self._save_attributes(tensor)
         if is_traceable_wrapper_subclass(tensor):
             return [*leads, *((n, getattr(tensor, n)) for n in tensor.__tensor_flatten__()[0])]
-        if tensor.layout is torch.sparse_coo:
-            return [*leads, ("indices", tensor._indices()), ("values", tensor._values())]
-        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        if tensor.is_nested:
+            return [*leads, ("values", tensor.values())]
+        if tensor.device.type == "meta" or tensor.layout not in (torch.strided, *_SPARSE):
             return leads
         self._classes.append((tensor, type(tensor)))
         grad = tensor.grad if tensor.is_leaf else None
         self._tensors.append((tensor, tensor.detach(), tensor.requires_grad, grad))
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            self._storages.setdefault(storage.data_ptr(), storage)
+        if parts := _SPARSE.get(tensor.layout):
+            return [*leads, *((part.__name__, part(tensor)) for part in parts)]
+        self._save_storage(tensor.untyped_storage(), tensor)
         return leads
+
+    def _save_storage(self, storage: torch.UntypedStorage, holder: Any) -> None:
+        if storage.nbytes():
+            self._storages.setdefault(storage.data_ptr(), (storage, []))[1].append(holder)
+
+    def _save_script(self, module: torch.jit.ScriptModule) -> Iterable[tuple[str, Any]]:
+        """Save what a scripted module has in C++; lists and the like come as copies."""
+        held = module._c
+        names = module._concrete_type.get_attributes()
+        attributes = [(name, held.getattr(name)) for name in names if held.hasattr(name)]
+        self._scripted += [(held, name, value) for name, value in attributes]
+        own = *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
+        return [*attributes, *own]
 
     def _save_function(self, function: types.FunctionType) -> Iterable[tuple[str, Any]]:
         if function.__module__ is None or _root(function.__module__) in _OTHERS:
             return []
-        leads: list[tuple[str, Any]] = []
+        leads: list[tuple[str, Any]] = [
+            ("__defaults__", function.__defaults__),
+            ("__kwdefaults__", function.__kwdefaults__),
+        ]
         names = function.__code__.co_freevars
         for name, cell in zip(names, function.__closure__ or (), strict=True):
             try:
-                self._cells.append((cell, cell.cell_contents))
+                value = cell.cell_contents
             except ValueError:  # not assigned yet
-                continue
-            leads.append((name, cell.cell_contents))
-        return [*leads, ("__dict__", vars(function))] if vars(function) else leads
+                value = _MISSING
+            self._cells.append((cell, value))
+            leads.append((name, value))
+        return [*leads, *self._save_attributes(function)]
 
     def _save_object(self, place: str, thing: Any) -> Iterable[tuple[str, Any]]:
         kind = type(thing)
-        if issubclass(kind, type) or any(
-            _root(base.__module__) in _OTHERS for base in kind.__mro__
-        ):
+        if issubclass(kind, type) or any(_is_others(base) for base in kind.__mro__):
             return ()
-        attributes: dict[str, Any] = getattr(thing, "__dict__", {})
-        slots = [(n, getattr(thing, n)) for n in _slotnames(kind) if hasattr(thing, n)]
-        if any(
-            issubclass(type(value), _LIVE)
-            for value in (*attributes.values(), *dict(slots).values())
-        ):
+        attributes = getattr(thing, "__dict__", {})
+        slots = (getattr(thing, name, None) for name in _slotnames(kind))
+        if any(issubclass(type(value), _LIVE) for value in (*attributes.values(), *slots)):
             self.foreign[place] = kind.__name__
             return ()
-        if attributes:
-            self._containers.append((attributes, _items(attributes)))
+        if _is_opaque(thing):
+            self.foreign[place] = kind.__name__
+        return self._save_attributes(thing)
+
+    def _save_attributes(self, thing: Any) -> list[tuple[str, Any]]:
+        """Save what an object of any type has in a dictionary and in slots."""
+        attributes = getattr(thing, "__dict__", None)
+        names = _slotnames(type(thing))
+        slots = [(name, getattr(thing, name, _MISSING)) for name in names]
         self._slots += [(thing, name, value) for name, value in slots]
+        if not attributes:
+            self._empty += [] if attributes is None else [attributes]
+            return slots
+        self._containers.append((attributes, _items(attributes)))
         return [*attributes.items(), *slots]
+
+
+_MISSING = object()
+
+
+def _is_users(kind: type) -> bool:
+    root = _root(kind.__module__)
+    return root not in _OTHERS and root not in sys.stdlib_module_names and root != "numpy"
+
+
+def _of_class(kind: type) -> dict[str, Any]:
+    """Return what a class has for all its objects, but for what Python and locks need."""
+    return {
+        name: value
+        for name, value in vars(kind).items()
+        if not (name.startswith("__") and name.endswith("__")) and type(value) not in _OF_CLASSES
+    }
+
+
+def _is_others(kind: type) -> bool:
+    module = kind.__module__
+    return _root(module) in _OTHERS and not module.startswith("torch.distributions")
 
 
 def _is_foreign(thing: object) -> bool:
@@ -232,6 +373,20 @@ def _is_foreign(thing: object) -> bool:
         return True
     # An iterator that is written in Python is saved as any object.
     return isinstance(thing, Iterator) and not hasattr(thing, "__dict__")
+
+
+def _is_opaque(thing: object) -> bool:
+    """Tell whether a thing is what C++ or Rust has made, of which Python knows nothing but its methods.
+
+    What is equal by value, as its hash says, is taken for a value.
+    """
+    kind = type(thing)
+    return (
+        _is_users(kind)
+        and kind.__hash__ is object.__hash__
+        and not hasattr(thing, "__dict__")
+        and not any("__slots__" in vars(base) for base in kind.__mro__)
+    )
 
 
 def _root(module: str) -> str:
@@ -246,6 +401,8 @@ _CONTAINERS = (collections.OrderedDict, dict, list, collections.deque, set, byte
 
 def _items(container: Any) -> list[Any]:
     """Return what a container holds, of a dictionary its keys and then its values."""
+    if type(container) is dict:
+        return [*container, *container.values()]
     if isinstance(container, collections.OrderedDict):
         return [
             *collections.OrderedDict.keys(container),
@@ -293,6 +450,9 @@ def _random_state(thing: Any) -> Callable[[], Any] | None:
         return functools.partial(set_state, thing.get_state())
     if isinstance(thing, random.Random) and not isinstance(thing, random.SystemRandom):
         return functools.partial(thing.setstate, thing.getstate())
+    if isinstance(thing, np.random.SeedSequence):
+        put_back: Callable[[Any], Any] = getattr(thing, "__setstate__")  # noqa: B009  # undeclared
+        return functools.partial(put_back, thing.__reduce__()[2])
     if isinstance(thing, np.random.RandomState):
         return functools.partial(thing.set_state, thing.get_state())
     bits = (
@@ -307,8 +467,79 @@ def _random_state(thing: Any) -> Callable[[], Any] | None:
 # tensors
 
 
+_SPARSE: dict[torch.layout, tuple[Callable[[Tensor], Tensor], ...]] = {
+    torch.sparse_coo: (Tensor._indices, Tensor._values),
+    torch.sparse_csr: (Tensor.crow_indices, Tensor.col_indices, Tensor.values),
+    torch.sparse_csc: (Tensor.ccol_indices, Tensor.row_indices, Tensor.values),
+    torch.sparse_bsr: (Tensor.crow_indices, Tensor.col_indices, Tensor.values),
+    torch.sparse_bsc: (Tensor.ccol_indices, Tensor.row_indices, Tensor.values),
+}
+
+
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    if parts := _SPARSE.get(tensor.layout):
+        coalesced = tensor.layout is torch.sparse_coo and tensor.is_coalesced()
+        return tensor.size(), coalesced, *(_layout(part(tensor)) for part in parts)
     return tensor.data_ptr(), tensor.size(), tensor.stride(), tensor.dtype, tensor.device
+
+
+class _Lent:
+    """A tensor that stands on a copy of its bits, which is made when somebody writes to it.
+
+    That is `torch._lazy_clone`: whatever may write to a tensor, in Python or in C++, asks its storage
+    for memory that may be written to, and this is when the storage gets some of its own. What only
+    reads goes on reading the tensor's own memory, so there is nothing to compare.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage, tensor: Tensor) -> None:
+        self._storage, self._tensor, self._own = storage, tensor, tensor.detach()
+        lent = torch._lazy_clone(self._own)
+        self._copy = lent.untyped_storage()
+        tensor.data = lent
+
+    def take_back(self) -> None:
+        """Let the tensor stand on its own memory again."""
+        self._tensor.data = self._own
+        if _uses(self._copy) == 1:  # nobody has kept some of the copy, such as an error a graph
+            del self._copy
+            self._storage.data_ptr()  # on its own, it is an ordinary storage again
+
+
+_LENDS = hasattr(torch, "_lazy_clone") and hasattr(torch._C, "_storage_Use_Count")
+
+
+def _lend(storage: torch.UntypedStorage, holders: list[Any]) -> _Lent | None:
+    """Let a tensor stand on a copy yet to be made, if nobody else can write to its memory."""
+    first = holders[0]
+    if (
+        not _LENDS
+        or storage.nbytes() < _LARGE
+        or len(holders) > 1
+        or type(first) not in (Tensor, nn.Parameter)
+        or not first.is_leaf
+        or first._is_view()
+        or first.is_inference()
+        or first.is_quantized
+        # A view, a NumPy array of it, a graph: more than the tensor, what `_tensors` has of it, and
+        # the storage that is asked.
+        or _uses(storage) > 3
+    ):
+        return None
+    if storage.device.type == "cuda":
+        # PyTorch makes the copy on the default stream, which others don't wait for.
+        if torch.cuda.current_stream(storage.device) != torch.cuda.default_stream(storage.device):
+            return None
+    elif storage.device.type != "cpu":
+        return None
+    try:
+        return _Lent(storage, first)
+    except RuntimeError:  # memory from elsewhere: shared, mapped from a file, NumPy's
+        return None
+
+
+def _uses(storage: torch.UntypedStorage) -> int:
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
 
 
 class _Piece:
@@ -336,8 +567,9 @@ class _Piece:
     def restore(self) -> None:
         """Write back the storages whose bits are others now."""
         now = self._now()
-        # Elsewhere than on the CPU each comparison waits for the device: one for all of them first.
-        if len(now) > 1 and not self._copy.is_cpu and torch.equal(torch.cat(now), self._copy):
+        # One comparison for all of them first: elsewhere than on the CPU each waits for the device.
+        cheap = len(now) > 1 and (len(self._copy) < 2**20 or not self._copy.is_cpu)
+        if cheap and torch.equal(torch.cat(now), self._copy):
             return
         before = self._copy.split([len(bits) for bits in now])
         for bits, saved in zip(now, before, strict=True):

@@ -17,7 +17,7 @@ from lightning_aop.errors import InvalidValueError
 from lightning_aop.history.store import HistoryWriter
 from lightning_aop.model.adapter import Adapter, LogitsFunction, find_adapter, name_of
 from lightning_aop.model.collectives import collectives_noticed, is_sharded
-from lightning_aop.model.isolation import device_of, isolated, isolated_rng
+from lightning_aop.model.isolation import device_of, foreign_state, isolated, isolated_rng
 from lightning_aop.model.layers import find_feature_map
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
@@ -292,6 +292,21 @@ class ExplanationMonitor(Callback):
         if stage == "fit":
             self._run = self._new_run()
             _step_before_averaging(self, trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say, before any explanation, what of the model could not be put back after one."""
+        try:
+            found = foreign_state(pl_module) if self._enabled else {}
+        except Exception:  # the first explanation fails likewise, and says why
+            return
+        if found:
+            named = ", ".join(f"{place} ({kind})" for place, kind in [*found.items()][:5])
+            more = "" if len(found) <= 5 else f" and {len(found) - 5} more"
+            self._state.warn(
+                f"on the model are objects that can't be put back after an explanation: {named}{more}. "
+                "Where a forward changes one, let it not do so while lightning_aop.is_explaining(), "
+                "or training goes another way"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain the untrained model; a resumed run has done so."""
