@@ -38,6 +38,20 @@ Reshape: TypeAlias = Callable[[Tensor], Tensor]
 """Turns a layer's output into feature maps [B, C, h, w]: tokens, or maps with the channels last."""
 
 
+def _first_of(output: object) -> object:
+    """Return what a layer hands on: its output, or the first of a tuple, as blocks with attention give."""
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def _with_first(output: object, first: Tensor) -> object:
+    """Return an output with another tensor in the place of the one that `_first_of` returns."""
+    if not isinstance(output, tuple):
+        return first
+    every = (first, *output[1:])
+    make = getattr(output, "_make", tuple)  # of a named tuple
+    return make(every)
+
+
 class Capture:
     """The output of a layer in the last forward, as the rest of the model saw it."""
 
@@ -46,8 +60,9 @@ class Capture:
         self._reshape = reshape
         self._activation: Tensor | None = None
 
-    def _hook(self, module: nn.Module, args: object, output: object) -> Tensor:
-        if not isinstance(output, Tensor):
+    def _hook(self, module: nn.Module, args: object, output: object) -> object:
+        first = _first_of(output)
+        if not isinstance(first, Tensor):
             raise TargetLayerError(
                 f"target layer '{self.name}' gives {type(output).__name__}, not a feature map "
                 "[B, C, h, w]: name a convolutional layer"
@@ -55,8 +70,8 @@ class Capture:
         # The graph starts here: a frozen backbone has none, a trainable one needs none below. The
         # clone may be overwritten by an in-place ReLU; it then holds, values and gradient alike,
         # what the head really gets.
-        self._activation = output.detach().requires_grad_().clone()
-        return self._activation
+        self._activation = first.detach().requires_grad_().clone()
+        return _with_first(output, self._activation)
 
     def activation(self) -> Float[Tensor, "b k i j"]:
         """Return A in float32."""
@@ -275,6 +290,9 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
     asked, quarters = asked.to(images.device).requires_grad_(), quarters.to(images.device)
     for parameter in model.parameters():  # so that the graph shows where weights come in
         parameter.requires_grad_(parameter.ndim >= 2 and parameter.is_floating_point())
+    for module in model.modules():  # or signals fade away before the running statistics are learnt
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.training = True
     outputs, sources = _record(model, asked)
     logits = sources[0]
     weights = len(_leaves(logits)) - 1  # without the image
@@ -321,15 +339,16 @@ def _record(model: nn.Module, images: Images) -> tuple[list[_Output], list[Tenso
     def ended(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             calls[name] = calls.get(name, 0) + 1
+            first = _first_of(output)
             if (
-                isinstance(output, Tensor)
-                and output.ndim in (3, 4)
-                and len(output) == len(images)
-                and output.grad_fn is not None
+                isinstance(first, Tensor)
+                and first.ndim in (3, 4)
+                and len(first) == len(images)
+                and first.grad_fn is not None
                 and not isinstance(module, _TO_A_FIXED_SIZE)
             ):
                 given = next(iter(args), None)
-                recorded.append(_Output(name, module, given, output, output.grad_fn))
+                recorded.append(_Output(name, module, given, first, first.grad_fn))
 
         return hook
 
@@ -436,10 +455,9 @@ def _normalised(
     hears what leads around it. What a norm is given has a gradient at right angles to it, and
     methods that multiply the two would see nothing.
     """
-    for norm in outputs:
+    for norm in outputs[outputs.index(output) + 1 :]:
         if (
-            norm.given is output.tensor
-            and norm.tensor.shape == output.tensor.shape
+            norm.tensor.shape == output.tensor.shape
             and "norm" in type(norm.module).__name__.lower()
             and _heard(norm.tensor, layout, sources)
         ):
@@ -452,11 +470,16 @@ def _normalised(
     return output.name
 
 
+def _cloned(module: nn.Module, args: object, output: object) -> object:
+    first = _first_of(output)
+    return _with_first(output, first.clone()) if isinstance(first, Tensor) else output
+
+
 @contextmanager
 def not_overwritten(model: nn.Module, name: str) -> Iterator[None]:
     """Hand on a copy of a layer's output, which what comes after may write into."""
     layer = model.get_submodule(name)
-    with layer.register_forward_hook(lambda module, args, output: output.clone()):
+    with layer.register_forward_hook(_cloned):
         yield
 
 
