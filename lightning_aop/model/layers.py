@@ -40,7 +40,7 @@ Reshape: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def _first_of(output: object) -> object:
-    """Return what a layer hands on: its output, or the first of a tuple, as blocks with attention give."""
+    """Return a layer's output, or the first of a tuple, as blocks with attention give it."""
     return output[0] if isinstance(output, tuple) and output else output
 
 
