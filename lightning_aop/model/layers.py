@@ -408,11 +408,13 @@ _MOST = 0.75  # of the weights; a map before so many says little about the class
 
 def _leaves(logits: Tensor, cut: _Edge | None = None) -> list[Tensor]:
     """Return the image and the weights that the logits come from where the graph is cut at a tensor."""
-    leaves, seen, ahead = [], {None}, [(logits.grad_fn, logits.output_nr)]
+    leaves: list[Tensor] = []
+    seen: set[Node] = set()
+    ahead: list[tuple[Node | None, int]] = [(logits.grad_fn, logits.output_nr)]
     while ahead:
         edge = ahead.pop()
         node = edge[0]
-        if edge == cut or node in seen:
+        if node is None or edge == cut or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
