@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_aop.checks import require_finite, require_positive
-from lightning_aop.model.adapter import Classifier, explaining
+from lightning_aop.model.adapter import Classifier, explaining, name_of
 from lightning_aop.model.layers import (
     Capture,
     Reshape,
@@ -183,7 +183,7 @@ class CAM(ActivationMap):
                 return evidence, scores
         raise TargetLayerError(
             f"CAM needs global average pooling and one linear layer after '{captured.name}', and "
-            f"{type(classifier.model).__name__} does something else there: use GradCAM, which is the "
+            f"{name_of(classifier.model)} does something else there: use GradCAM, which is the "
             "same where CAM applies"
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_aop.checks import require_finite, require_positive
 from lightning_aop.errors import InvalidValueError, MissingPackageError
 from lightning_aop.methods.xrai import superpixels
-from lightning_aop.model.adapter import Classifier, explaining
+from lightning_aop.model.adapter import Classifier, explaining, name_of
 from lightning_aop.model.isolation import isolated_rng
 from lightning_aop.model.layers import named_layer, separate_activations
 from lightning_aop.model.passes import pass_size
@@ -127,7 +127,7 @@ class CaptumAttribution:
                 isinstance(m, nn.ReLU) for m in classifier.model.modules()
             ):
                 warnings.warn(
-                    f"{type(classifier.model).__name__} has no nn.ReLU module, which is all that "
+                    f"{name_of(classifier.model)} has no nn.ReLU module, which is all that "
                     f"{self.method} changes: its map is that of the plain gradient",
                     stacklevel=2,
                 )

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_aop.checks import check_batch
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.metrics.similarity import rank_correlation, require_room, ssim
-from lightning_aop.model.adapter import explaining
+from lightning_aop.model.adapter import explaining, name_of
 from lightning_aop.model.isolation import holding, undisturbed, unwrap
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
@@ -107,7 +107,7 @@ def parameter_randomization(
         if name not in known:
             raise InvalidValueError(
                 f"parameter_randomization: layers names '{name}', which is no layer of "
-                f"{type(unwrap(model)).__name__} whose weights are randomised; those are "
+                f"{name_of(unwrap(model))} whose weights are randomised; those are "
                 f"{', '.join(known) or 'none'}"
             )
     if len(set(chosen)) < len(chosen):

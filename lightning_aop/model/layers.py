@@ -1,6 +1,7 @@
 """Which output of a model is its last feature map, and how to capture it."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from lightning_aop.errors import InvalidValueError
-from lightning_aop.model.adapter import Classifier
+from lightning_aop.model.adapter import Classifier, name_of
 from lightning_aop.model.isolation import undisturbed, unwrap
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images
@@ -38,6 +39,20 @@ Reshape: TypeAlias = Callable[[Tensor], Tensor]
 """Turns a layer's output into feature maps [B, C, h, w]: tokens, or maps with the channels last."""
 
 
+def _first_of(output: object) -> object:
+    """Return a layer's output, or the first of a tuple, as blocks with attention give it."""
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def _with_first(output: object, first: Tensor) -> object:
+    """Return an output with another tensor in the place of the one that `_first_of` returns."""
+    if not isinstance(output, tuple):
+        return first
+    every = (first, *output[1:])
+    make = getattr(output, "_make", tuple)  # of a named tuple
+    return make(every)
+
+
 class Capture:
     """The output of a layer in the last forward, as the rest of the model saw it."""
 
@@ -46,8 +61,9 @@ class Capture:
         self._reshape = reshape
         self._activation: Tensor | None = None
 
-    def _hook(self, module: nn.Module, args: object, output: object) -> Tensor:
-        if not isinstance(output, Tensor):
+    def _hook(self, module: nn.Module, args: object, output: object) -> object:
+        first = _first_of(output)
+        if not isinstance(first, Tensor):
             raise TargetLayerError(
                 f"target layer '{self.name}' gives {type(output).__name__}, not a feature map "
                 "[B, C, h, w]: name a convolutional layer"
@@ -55,8 +71,8 @@ class Capture:
         # The graph starts here: a frozen backbone has none, a trainable one needs none below. The
         # clone may be overwritten by an in-place ReLU; it then holds, values and gradient alike,
         # what the head really gets.
-        self._activation = output.detach().requires_grad_().clone()
-        return self._activation
+        self._activation = first.detach().requires_grad_().clone()
+        return _with_first(output, self._activation)
 
     def activation(self) -> Float[Tensor, "b k i j"]:
         """Return A in float32."""
@@ -138,18 +154,18 @@ def _layouts(shape: Sequence[int], size: tuple[int, int]) -> Iterator[tuple[_Lay
     """Yield the layouts that an output of this shape can have, and whether each fits the image.
 
     Maps fit with about the image's proportions, tokens with a grid of square patches. Tokens that
-    stand for no place come first, and are a quarter at most.
+    stand for no place come first, and are a quarter and 128 at most.
     """
     if len(shape) == 4:
         for layout in (_Layout((shape[2], shape[3])), _Layout((shape[1], shape[2]), True)):
             yield layout, _proportionate(layout.grid, size)
     elif len(shape) == 3 and shape[2] > 1:
-        for prefix in range(shape[1] // 4 + 1):
+        for prefix in range(min(shape[1] // 4, 128) + 1):
             count = shape[1] - prefix
-            for h in range(1, count + 1):
-                if count % h == 0:
-                    grid = (h, count // h)
-                    yield _Layout(grid, True, prefix), _patches(grid, size)
+            sides = [h for h in range(1, math.isqrt(count) + 1) if count % h == 0]
+            for h in sorted({*sides, *(count // h for h in sides)}):
+                grid = (h, count // h)
+                yield _Layout(grid, True, prefix), _patches(grid, size)
 
 
 def _as_maps(output: Tensor, size: tuple[int, int]) -> Tensor:
@@ -180,7 +196,7 @@ def named_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, n
             return target_layer, modules[target_layer]
         maps = [name for name, m in modules.items() if isinstance(m, nn.Conv2d)]
         raise TargetLayerError(
-            f"{type(model).__name__} has no layer '{target_layer}'; its last convolutions are "
+            f"{name_of(model)} has no layer '{target_layer}'; its last convolutions are "
             f"{', '.join(maps[-3:]) or 'none'} (all names: dict(model.named_modules()))"
         )
     target_layer = unwrap(target_layer)
@@ -189,7 +205,7 @@ def named_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, n
             return name, module
     raise TargetLayerError(
         f"the target layer given, a {type(target_layer).__name__}, is no submodule of "
-        f"{type(model).__name__}: give one of its own layers, or a name"
+        f"{name_of(model)}: give one of its own layers, or a name"
     )
 
 
@@ -255,15 +271,19 @@ def find_feature_map(model: nn.Module, images: Images) -> FeatureMap:
     return of_size[size]
 
 
+_Edge: TypeAlias = tuple[Node, int]
+"""The node that made a tensor in the graph, and which of the node's outputs it is."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Output:
-    """What a module gave, and was given first; `node` made it in the graph."""
+    """What a module gave, and was given first; `node` is where it is in the graph."""
 
     name: str
     module: nn.Module
     given: object
     tensor: Tensor
-    node: Node
+    node: _Edge
 
 
 def _ask(model: nn.Module, images: Images) -> FeatureMap:
@@ -271,10 +291,14 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
     lower, right = torch.arange(height) >= height // 2, torch.arange(width) >= width // 2
     quarters = torch.stack([(lower == i)[:, None] & (right == j) for i in (0, 1) for j in (0, 1)])
     noise, other = torch.randn(2, *images.shape[1:], dtype=images.dtype)
+    other = 4 * other  # so much contrast also makes places differ where attention is still even
     asked = torch.cat([noise[None], torch.where(quarters[:, None], other, noise)])
     asked, quarters = asked.to(images.device).requires_grad_(), quarters.to(images.device)
     for parameter in model.parameters():  # so that the graph shows where weights come in
         parameter.requires_grad_(parameter.ndim >= 2 and parameter.is_floating_point())
+    for module in model.modules():  # or signals fade away before the running statistics are learnt
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.training = True
     outputs, sources = _record(model, asked)
     logits = sources[0]
     weights = len(_leaves(logits)) - 1  # without the image
@@ -293,6 +317,8 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
         found = FeatureMap(name, layout.grid, layout)
         if not after:
             scores = scores or found
+        elif _is_projection(output, outputs):
+            continue
         elif max(layout.grid) == 1:
             small = small or found
         else:
@@ -300,7 +326,7 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
     if last := small or scores:  # a network of one convolution has nothing but its scores
         return last
     raise TargetLayerError(
-        f"{type(model).__name__} has no layer that gives a feature map of images of {height} x {width} "
+        f"{name_of(model)} has no layer that gives a feature map of images of {height} x {width} "
         "(one that changes where the image changes, carries all that reaches the logits, and comes "
         "late enough to say something about the class): use a method that needs no layer (RISE, "
         "LIME, XRAI), or name one as target_layer, and give reshape, a function that turns its "
@@ -321,15 +347,18 @@ def _record(model: nn.Module, images: Images) -> tuple[list[_Output], list[Tenso
     def ended(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             calls[name] = calls.get(name, 0) + 1
+            first = _first_of(output)
             if (
-                isinstance(output, Tensor)
-                and output.ndim in (3, 4)
-                and len(output) == len(images)
-                and output.grad_fn is not None
+                isinstance(first, Tensor)
+                and first.ndim in (3, 4)
+                and len(first) == len(images)
+                and first.grad_fn is not None
                 and not isinstance(module, _TO_A_FIXED_SIZE)
             ):
                 given = next(iter(args), None)
-                recorded.append(_Output(name, module, given, output, output.grad_fn))
+                recorded.append(
+                    _Output(name, module, given, first, (first.grad_fn, first.output_nr))
+                )
 
         return hook
 
@@ -349,11 +378,23 @@ def _record(model: nn.Module, images: Images) -> tuple[list[_Output], list[Tenso
         for handle in handles:
             handle.remove()
     # One output may be that of several modules: a block, and the stage that it ends.
-    outputs: dict[Node, _Output] = {}
+    outputs: dict[_Edge, _Output] = {}
     for output in recorded:
         if output.name and calls[output.name] == 1:
             outputs.setdefault(output.node, output)
     return list(outputs.values()), [logits, *head]
+
+
+def _is_projection(output: _Output, outputs: Sequence[_Output]) -> bool:
+    """Tell whether tokens are only projected here, as to the keys and values of a pooling attention.
+
+    All that this output carries is in what was projected, which comes next.
+    """
+    if not isinstance(output.module, nn.Linear) or not isinstance(output.given, Tensor):
+        return False
+    # What is given may be without the tokens that stand for no place.
+    projected = output.given.untyped_storage().data_ptr()
+    return any(each.tensor.untyped_storage().data_ptr() == projected for each in outputs)
 
 
 _TO_A_FIXED_SIZE = (
@@ -365,53 +406,61 @@ _TO_A_FIXED_SIZE = (
 _MOST = 0.75  # of the weights; a map before so many says little about the class
 
 
-def _leaves(logits: Tensor, cut: Node | None = None) -> list[Tensor]:
-    """Return the image and the weights that the logits come from where the graph is cut at a node."""
-    leaves, seen, ahead = [], {cut, None}, [logits.grad_fn]
+def _leaves(logits: Tensor, cut: _Edge | None = None) -> list[Tensor]:
+    """Return the image and the weights that the logits come from where the graph is cut at a tensor."""
+    leaves: list[Tensor] = []
+    seen: set[Node] = set()
+    ahead: list[tuple[Node | None, int]] = [(logits.grad_fn, logits.output_nr)]
     while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
+        edge = ahead.pop()
+        node = edge[0]
+        if node is None or edge == cut or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             leaves.append(node.variable)
-        ahead.extend(before for before, _ in node.next_functions)
+        ahead.extend(node.next_functions)
     return leaves
 
 
 def _layout(output: Tensor, quarters: Bool[Tensor, "4 h w"]) -> _Layout | None:
     """Return the layout in which an output changes where the image was changed.
 
-    In networks that have not learnt anything yet every cell may hear all of the image alike. There
-    a layout that fits the image is taken at its word, if nothing speaks against it.
+    In networks that have not learnt anything yet every cell may hear nearly as much of all of the
+    image. There maps whose proportions fit the image are taken at their word, if nothing speaks
+    against it, and tokens if they are a little better than chance, which those that stand for no
+    place, such as a Perceiver's latents, are not.
     """
     size = (quarters.shape[1], quarters.shape[2])
-    change = (output[1:] - output[:1]).abs().float()
+    change = (output[1:] - output[:1]).float()
     best: dict[bool, tuple[tuple[float, int], _Layout]] = {}
     for layout, fits in _layouts(output.shape, size):
         if not fits and min(layout.grid) < 2:
             continue
-        place = _locality(layout(change).mean(dim=1), quarters)
+        place = _locality(layout(change), quarters)
         rank = (round(place, 1), -layout.prefix)
-        if place >= (_NOT_ELSEWHERE if fits else _THERE) and (
-            fits not in best or rank > best[fits][0]
-        ):
+        least = (_NOT_ANYWHERE if output.ndim == 3 else _NOT_ELSEWHERE) if fits else _THERE
+        if place >= least and (fits not in best or rank > best[fits][0]):
             best[fits] = (rank, layout)
     chosen = best.get(True) or best.get(False)
     return None if chosen is None else chosen[1]
 
 
 # Of `_locality`, which is 4 for changes in the right place alone, and 1 for changes everywhere.
-_NOT_ELSEWHERE, _THERE = 0.9, 1.5
+_NOT_ELSEWHERE, _NOT_ANYWHERE, _THERE = 0.9, 1.05, 1.5
 
 
-def _locality(change: Float[Tensor, "4 i j"], quarters: Bool[Tensor, "4 h w"]) -> float:
-    """Return how much more of the change lies in its own quarter than of other copies' changes."""
+def _locality(change: Float[Tensor, "4 c i j"], quarters: Bool[Tensor, "4 h w"]) -> float:
+    """Return how much more of the change lies in its own quarter than of other copies' changes.
+
+    What changes alike everywhere, as all cells of an attention hear the same, says nothing of places.
+    """
+    change = (change - change.mean(dim=(2, 3), keepdim=True)).abs().mean(dim=1)
     share = change / change.sum(dim=(1, 2), keepdim=True)
     grid = (change.shape[1], change.shape[2])
     where = F.adaptive_avg_pool2d(quarters[:, None].float(), grid)[:, 0]
     ratio = (where * share).sum(dim=(1, 2)) / (where * share.mean(dim=0)).sum(dim=(1, 2))
-    return float(ratio.nan_to_num(0.0).min())
+    return float(ratio.nan_to_num(0.0).mean())
 
 
 def _heard(output: Tensor, layout: _Layout, sources: Sequence[Tensor]) -> bool:
@@ -436,10 +485,9 @@ def _normalised(
     hears what leads around it. What a norm is given has a gradient at right angles to it, and
     methods that multiply the two would see nothing.
     """
-    for norm in outputs:
+    for norm in outputs[outputs.index(output) + 1 :]:
         if (
-            norm.given is output.tensor
-            and norm.tensor.shape == output.tensor.shape
+            norm.tensor.shape == output.tensor.shape
             and "norm" in type(norm.module).__name__.lower()
             and _heard(norm.tensor, layout, sources)
         ):
@@ -452,11 +500,16 @@ def _normalised(
     return output.name
 
 
+def _cloned(module: nn.Module, args: object, output: object) -> object:
+    first = _first_of(output)
+    return _with_first(output, first.clone()) if isinstance(first, Tensor) else output
+
+
 @contextmanager
 def not_overwritten(model: nn.Module, name: str) -> Iterator[None]:
     """Hand on a copy of a layer's output, which what comes after may write into."""
     layer = model.get_submodule(name)
-    with layer.register_forward_hook(lambda module, args, output: output.clone()):
+    with layer.register_forward_hook(_cloned):
         yield
 
 

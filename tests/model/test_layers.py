@@ -1,5 +1,7 @@
 """Which layer is found, and with which cells, in the families of networks that people train."""
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -67,7 +69,7 @@ TIMM = [
     Row("cait_xxs24_224", (224, 224), "blocks.3", (14, 14), {"depth": 4}),
     Row("convit_tiny", (224, 224), "blocks.11.norm1", (14, 14)),
     Row("xcit_nano_12_p16_224", (224, 224), "cls_attn_blocks.1.norm1", (14, 14)),
-    Row("coat_lite_tiny", (224, 224), "serial_blocks4.0", (7, 7)),
+    Row("coat_lite_tiny", (224, 224), "serial_blocks4.1.norm1", (7, 7)),
     # Pooled tokens, and maps with the channels last.
     Row("vit_little_patch16_reg1_gap_256", (256, 256), "blocks.3", (16, 16), {"depth": 4}),
     Row("swin_tiny_patch4_window7_224", (224, 224), "norm", (7, 7), {"depths": (1, 1, 1, 1)}),
@@ -83,33 +85,69 @@ TIMM = [
     Row("efficientformer_l1", (224, 224), "norm", (7, 7)),
     Row("visformer_tiny", (224, 224), "norm", (7, 7)),
 ]
-SLOW = [
-    Row("vit_small_r26_s32_224", (224, 224), "blocks.11.norm1", (7, 7)),
-    Row("beit_base_patch16_224", (224, 224), "blocks.2", (14, 14), {"depth": 3}),
-    Row("volo_d1_224", (224, 224), "norm", (14, 14)),
-    Row("swinv2_cr_tiny_224", (224, 224), "stages.3", (7, 7)),
-    Row("focalnet_tiny_srf", (224, 224), "norm", (7, 7)),
-    Row("hiera_tiny_224", (224, 224), "blocks.11", (7, 7)),
-    Row("sequencer2d_s", (224, 224), "norm", (16, 16)),
-    Row("nest_tiny", (224, 224), "norm", (14, 14)),
-    Row("gmlp_s16_224", (224, 224), "norm", (14, 14)),
-    Row("davit_tiny", (224, 224), "stages.3.blocks.0.1", (7, 7)),
-    Row("mvitv2_tiny", (224, 224), "norm", (7, 7)),
-    Row("gcvit_xxtiny", (224, 224), "stages.3", (7, 7)),
-    Row("maxvit_pico_rw_256", (256, 256), "norm", (8, 8)),
-    Row("coatnet_nano_rw_224", (224, 224), "norm", (7, 7)),
-    Row("caformer_s18", (224, 224), "stages.3", (7, 7)),
-]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize(
-    "row", [*TIMM, *(pytest.param(row, marks=pytest.mark.slow) for row in SLOW)], ids=str
-)
+@pytest.mark.parametrize("row", TIMM, ids=str)
 def test_families_of_timm(row: Row) -> None:
     model = timm.create_model(row.name, pretrained=False, num_classes=10, **row.settings)
     found = find_feature_map(model, torch.rand(1, 3, *row.size))
     assert (found.layer, found.grid) == (row.layer, row.grid)
+
+
+class Family(NamedTuple):
+    """A line of `families.tsv`: a network at some sizes, and what a person would name there.
+
+    In the settings * stands for the size of the images, ** for the size as a list. Without a layer
+    the network is to be refused for the reason given.
+    """
+
+    library: str
+    name: str
+    settings: str
+    layer: str
+    grids: str  # height x width : rows x columns
+    reason: str = ""
+
+    def model(self, size: tuple[int, int]) -> nn.Module:
+        side: Any = size[0] if size[0] == size[1] else list(size)
+        text = self.settings.replace('"**"', str(list(size))).replace('"*"', str(side))
+        settings = json.loads(text or "{}")
+        if self.library == "timm":
+            made = timm.create_model(self.name, pretrained=False, num_classes=10, **settings)
+        else:
+            transformers = pytest.importorskip("transformers", minversion="5")
+            family = self.name.partition("For")[0]
+            config = getattr(transformers, f"{family}Config")(num_labels=10, **settings)
+            made = getattr(transformers, self.name)(config)
+        model: nn.Module = made
+        return model
+
+
+def families() -> list[Family]:
+    lines = Path(__file__).with_name("families.tsv").read_text().splitlines()
+    return [Family(*line.split("\t")) for line in lines[1:]]
+
+
+def numbers(text: str) -> tuple[int, int]:
+    first, second = map(int, text.split("x"))
+    return first, second
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", families(), ids=lambda f: f"{f.name} {f.grids.split()[0]}")
+def test_all_families(family: Family) -> None:
+    for case in family.grids.split():
+        size, _, grid = case.partition(":")
+        torch.manual_seed(0)
+        model, images = family.model(numbers(size)), torch.rand(1, 3, *numbers(size))
+        if grid:
+            found = find_feature_map(model, images)
+            assert (size, found.layer, found.grid) == (size, family.layer, numbers(grid))
+        else:
+            with pytest.raises(TargetLayerError, match=r"no layer .*RISE, LIME, XRAI"):
+                find_feature_map(model, images)
 
 
 TOKENS = {
@@ -157,7 +195,7 @@ def test_fused_and_plain_attention_have_the_same_layer(fused: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["tnt_s_legacy_patch16_224", "crossvit_tiny_240"])
-def test_blocks_that_hand_on_tuples_are_refused(name: str) -> None:
+def test_networks_of_two_streams_are_refused(name: str) -> None:
     model = timm.create_model(name, pretrained=False, num_classes=10)
     size = model.default_cfg["input_size"][1:]
     with pytest.raises(
