@@ -590,7 +590,8 @@ class ExplanationMonitor(Callback):
         try:
             if self.store and trainer.state.fn == "fit" and wants_files(trainer):
                 name = "explanations" if self._label is None else f"explanations-{self._label}"
-                folder.open(logs_folder(trainer) / name, lambda path: self._begun(trainer, path))
+                wanted, images = logs_folder(trainer) / name, len(explanation.probe.images)
+                folder.open(wanted, images, lambda path: self._begun(trainer, path))
             return folder.compare(explanation)
         except Exception as error:
             self._state.warn(
