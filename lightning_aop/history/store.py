@@ -225,9 +225,7 @@ def readable(folder: Path, images: int, count: int | None = None) -> Readable:
             records.append(record)
             unknown |= others
     if damaged:
-        lost.append(
-            f"{len(damaged)} of {len(lines)} records can't be read, such as {damaged[0]}"
-        )
+        lost.append(f"{len(damaged)} of {len(lines)} records can't be read, such as {damaged[0]}")
     return Readable(records, maps, lost, unknown)
 
 

@@ -63,9 +63,11 @@ class RunFolder:
         Raises:
             OSError: the folder can't be made.
         """
+        problems: list[str] = []
         if self._writer is not None:
             if self._writer.is_whole():
                 return
+            problems.append("someone else has changed it")
             self._earlier = self._writer.folder, self._writer.records
             self._writer, self._paged = None, False
         if self._earlier is None:
@@ -73,7 +75,7 @@ class RunFolder:
             return
         source, count = self._earlier
         earlier = readable(source, images, count)
-        problems = list(earlier.lost)
+        problems += earlier.lost
         if earlier.unknown:
             problems.append(f"a later version has written {', '.join(sorted(earlier.unknown))}")
         if source.parent == wanted.parent and not problems:
@@ -119,15 +121,14 @@ class RunFolder:
             for title, found in self._writer.earlier_maps()
         ]
         last = before[-1][1] if before else {}
+        pairs = explanation.pairs
         now = [
             n
-            for n, (pair, blank) in enumerate(
-                zip(explanation.pairs, explanation.blank.tolist(), strict=True)
-            )
+            for n, (pair, blank) in enumerate(zip(pairs, explanation.blank.tolist(), strict=True))
             if not blank and pair in last and last[pair].amax() > last[pair].amin()
         ]
         if now:
-            earlier = torch.stack([last[explanation.pairs[n]] for n in now])
+            earlier = torch.stack([last[pairs[n]] for n in now])
             alike = rank_correlation(stored(explanation.maps[now]).double(), earlier.double())
             for n, value in zip(now, alike.tolist(), strict=True):
                 drift[n] = 1 - value

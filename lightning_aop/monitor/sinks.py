@@ -147,7 +147,8 @@ class Warnings:
 
     def __call__(self, message: str, more: str = "") -> None:
         """Warn of `message`, unless it was said before with other numbers; `more` is not compared."""
-        key = re.sub(r"\d+", "", message)
+        # Also hexadecimal ones: addresses, and the names of temporary files.
+        key = re.sub(r"\b(0x)?[\da-f]*\d[\da-f]*", "", message)
         if key not in self._said:
             self._said.add(key)
             self._emit(f"{self._name}: {message}{more}")
