@@ -199,6 +199,29 @@ def test_a_folder_that_cannot_be_written_is_left_for_another(tmp_path: Path) -> 
     assert "3 of its 3 records" in said[0]
 
 
+def test_a_record_that_the_disk_has_no_room_for_costs_no_other(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    run = RunFolder(pytest.fail)
+    run.open(tmp_path / "explanations", 2, begin)
+    writer = run._writer
+    assert writer is not None
+    for step in (0, 1):
+        writer.add(record(step, PAIRS[step]), maps(step, len(PAIRS[step])))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = (writer.folder / "maps.npy").stat().st_size + 100  # for less than a map
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            writer.add(record(2, PAIRS[2]), maps(2, 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not check_records(writer.folder, [0, 1]).lost
+    run.open(tmp_path / "explanations", 2, begin)  # which is as good as before
+    assert run._writer is writer
+    writer.add(record(2, PAIRS[2]), maps(2, 2))
+    check_records(writer.folder, [0, 1, 2])
+
+
 def test_attempts_that_fail_leave_no_folders(tmp_path: Path) -> None:
     def full(folder: Path) -> Any:
         begin(folder)
