@@ -6,6 +6,7 @@ docs/reliability.md. That it is a kind which can be disturbed is tested, too.
 
 import importlib
 import io
+import os
 import random
 import zipfile
 from collections import deque
@@ -126,6 +127,7 @@ class Albumentations(Data):
 
     def write(self, folder: Path, images: Tensor) -> None:
         self.images = images
+        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask a server for its last version
         A: Any = pytest.importorskip("albumentations")  # noqa: N806
         transforms = [A.HorizontalFlip(p=0.5), A.RandomBrightnessContrast(p=1.0)]
         self.transform = A.Compose(transforms, seed=7)
