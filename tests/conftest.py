@@ -198,9 +198,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     name = dict(report.user_properties).get("cell")
     if report.when == "call" and isinstance(name, str):
-        _cells[name] = {"passed": "equal", "skipped": "skipped", "failed": "**not equal**"}[
-            report.outcome
-        ]
+        words = {"failed": "**not equal**", "skipped": "skipped", "passed": "equal"}
+        found = {words[report.outcome], _cells.get(name, "equal")}
+        _cells[name] = next(word for word in words.values() if word in found)  # of all tests of it
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -49,8 +49,12 @@ def report(options: Namespace) -> int:
     failures = 0
     for folder in folders:
         try:
+            history = History.load(folder)
+            failures += bool(history.lost)
+            for problem in history.lost:
+                print(f"{folder}: {problem}")
             print(write_report(folder))
-            if History.load(folder).records:
+            if history.records:
                 seconds, count = options.seconds, options.explanations
                 print(*write_animation(folder, seconds=seconds, explanations=count), sep="\n")
         except (ValueError, OSError) as error:
@@ -60,4 +64,4 @@ def report(options: Namespace) -> int:
 
 
 def _is_ours(folder: Path) -> bool:
-    return (folder / "images.npy").exists()
+    return any((folder / name).exists() for name in ("images.npy", "maps.npy", "history.jsonl"))

@@ -9,14 +9,16 @@ The folder has these files, which anything can read:
 - `run.json`: the configuration, the names of the classes, and the image and class of each mask.
 
 A record is written after its maps, so that a process may end at any moment: what is half there does
-not count, and is overwritten when the run is resumed.
+not count, and is overwritten when the run is resumed. Of damaged files, and of those of a later
+version, all that is whole is read.
 """
 
 import io
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,7 @@ class History:
         masks: where an object is, by image and class; not for all.
         maps: those of all records, 255 for 1.
         records: in their order.
+        lost: what can't be read of damaged files, in words.
     """
 
     configuration: dict[str, str]
@@ -104,6 +107,7 @@ class History:
     masks: dict[tuple[int, int], Bool[np.ndarray, "y x"]]
     maps: UInt8[np.ndarray, "m h w"]
     records: list[Record] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
     def class_name(self, target: int) -> str:
         """Return the name of a class, or its index in words."""
@@ -113,9 +117,11 @@ class History:
     def load(cls, folder: str | Path) -> "History":
         """Read a folder; maps stay on the disk until they are looked at.
 
+        Records that are damaged are left out, and named in `lost`.
+
         Raises:
             FileNotFoundError: nothing has been stored there.
-            ValueError: a file is damaged.
+            ValueError: the images can't be read.
         """
         folder = Path(folder)
         if not (folder / "run.json").exists():
@@ -124,37 +130,193 @@ class History:
                 "ExplanationMonitor has written"
             )
         try:
-            about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             images = np.load(folder / "images.npy", allow_pickle=False)
-            maps, records = np.zeros((0, 1, 1), dtype=np.uint8), []
-            if (folder / "maps.npy").exists():
-                maps = np.load(folder / "maps.npy", mmap_mode="r", allow_pickle=False)
-                records = _records(folder / "history.jsonl", len(maps))
-            masks = np.load(folder / "masks.npy", allow_pickle=False)
-            objects = dict(zip(map(tuple, about["masks"]), masks, strict=True))
-            names = {int(index): name for index, name in about["class_names"].items()}
-            return cls(about["configuration"], names, images, objects, maps, records)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+                raise InvalidValueError(f"has {images.dtype} of shape {images.shape}, no images")
+        except Exception as error:
             raise InvalidValueError(
-                f"{folder} can't be read. {type(error).__name__}: {error}"
+                f"{folder} can't be read: images.npy {_reason(error)}. Resume the run, or start it "
+                "again, to have the images stored anew"
             ) from error
+        found, lost = readable(folder, len(images)), []
+        try:
+            configuration, names, pairs = _about(folder / "run.json")
+        except Exception as error:
+            configuration, names, pairs = {}, {}, []
+            lost.append(f"run.json can't be read: {_reason(error)}")
+        objects: dict[tuple[int, int], Bool[np.ndarray, "y x"]] = {}
+        try:
+            masks = np.load(folder / "masks.npy", allow_pickle=False)
+            if masks.dtype != np.bool_ or masks.shape[1:] != images.shape[1:3]:
+                raise InvalidValueError(f"has {masks.dtype} of shape {masks.shape}, no masks")
+            objects = dict(zip(pairs, masks, strict=not lost))
+        except Exception as error:
+            lost.append(f"masks.npy can't be read: {_reason(error)}")
+        return cls(
+            configuration, names, images, objects, found.maps, found.records, lost + found.lost
+        )
 
 
-def _records(path: Path, maps: int) -> list[Record]:
-    """Return the records up to the first that is not wholly there."""
+def _about(path: Path) -> tuple[dict[str, str], dict[int, str], list[tuple[int, int]]]:
+    """Return the configuration, the names of the classes, and the image and class of each mask."""
+    about = json.loads(path.read_text(encoding="utf-8"))
+    return (
+        {str(name): str(value) for name, value in about["configuration"].items()},
+        {int(index): str(name) for index, name in about["class_names"].items()},
+        [(int(image), int(target)) for image, target in about["masks"]],
+    )
+
+
+@dataclass(frozen=True)
+class Readable:
+    """The records of a folder that are whole, and what is not.
+
+    Attributes:
+        records: in their order, each with its place in `maps`.
+        maps: those that are there.
+        lost: what can't be read, in words.
+        unknown: the names of fields of a later version, which are passed over.
+    """
+
+    records: list[Record]
+    maps: UInt8[np.ndarray, "m h w"]
+    lost: list[str] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)
+
+
+def readable(folder: Path, images: int, count: int | None = None) -> Readable:
+    """Return the records that can be read; no damage is an error.
+
+    Args:
+        folder: where they are.
+        images: how many images they may be of.
+        count: how many there must be at least, of which no more are read; all by default.
+    """
+    nothing = np.zeros((0, 1, 1), dtype=np.uint8)
+    try:
+        # Before the maps: what is added in between has its maps, then.
+        lines = (folder / "history.jsonl").read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        lines = []
+    except Exception as error:
+        return Readable([], nothing, [f"history.jsonl can't be read: {_reason(error)}"])
+    # A process that was killed leaves a last line without its end.
+    lines = [line for line in lines if line.endswith(b"\n")][:count]
+    lost = []
+    if count is not None and len(lines) < count:
+        lost.append(f"history.jsonl has {len(lines)} records, not {count}")
+    if not lines:
+        return Readable([], nothing, lost)
+    try:
+        maps = _maps(folder / "maps.npy")
+    except Exception as error:
+        return Readable([], nothing, [*lost, f"maps.npy can't be read: {_reason(error)}"])
     records: list[Record] = []
-    if not path.exists():
-        return records
-    for line in path.read_bytes().splitlines(keepends=True):
-        # A process that was killed leaves a last line without its end.
-        if not line.endswith(b"\n"):
-            break
-        record = Record(**json.loads(line))
-        record.values.update({n: math.nan for n, v in record.values.items() if v is None})
-        if record.end > maps:
-            break
-        records.append(record)
-    return records
+    unknown: set[str] = set()
+    damaged: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record, others = _record(line, images)
+            if record.end > len(maps):
+                raise InvalidValueError(f"its maps end at {record.end}, the file at {len(maps)}")
+        except Exception as error:
+            damaged.append(f"line {number}: {_reason(error)}")
+        else:
+            records.append(record)
+            unknown |= others
+    if damaged:
+        lost.append(f"{len(damaged)} of {len(lines)} records can't be read, such as {damaged[0]}")
+    return Readable(records, maps, lost, unknown)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InvalidValueError) else f"{type(error).__name__} {text}"
+
+
+def _maps(path: Path) -> UInt8[np.ndarray, "m h w"]:
+    """Return the maps of a file without reading them; if it was cut, those that are whole."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        (many, *size), fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+    if len(size) != 2 or 0 in size or fortran or dtype != np.uint8:
+        raise InvalidValueError(f"has {dtype} of shape {(many, *size)}, no maps")
+    whole = (path.stat().st_size - start) // math.prod(size)
+    return np.memmap(path, np.uint8, "r", start, (min(many, whole), *size))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_count(value)
+
+
+def _is_number_or_none(value: object) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text_or_none(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _are_values(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number_or_none, value.values()))
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "epoch": _is_count,
+    "title": lambda value: isinstance(value, str),
+    "values": _are_values,
+    "controls": lambda value: isinstance(value, dict) and all(map(_are_values, value.values())),
+    "first": _is_count,
+}
+"""What the fields of a record must be."""
+
+_OF_EACH: dict[str, Callable[[object], bool]] = {
+    "images": _is_count,
+    "targets": _is_count,
+    "scores": _is_number,
+    "blank": _is_bool,
+    "drift": _is_number_or_none,
+    "deletion_auc": _is_number_or_none,
+    "insertion_auc": _is_number_or_none,
+    "predicted": _is_count,
+    "verdicts": _is_text_or_none,
+}
+"""What the entries of its lists must be, of which there is one for each explanation."""
+
+
+def _record(line: bytes, images: int) -> tuple[Record, set[str]]:
+    """Return the record of a line, and the names of the fields that are not known."""
+    found = json.loads(line)
+    if not isinstance(found, dict):
+        raise InvalidValueError(f"is a {type(found).__name__}, no record")
+    known = {each.name: each.default_factory is not MISSING for each in fields(Record)}
+    own = {name: value for name, value in found.items() if name in known}
+    if missing := [name for name, optional in known.items() if not optional and name not in own]:
+        raise InvalidValueError(f"has no {missing[0]}")
+    for name, value in own.items():
+        if name in _CHECKS:
+            fits = _CHECKS[name](value)
+        else:
+            # Earlier versions did not know what the model predicted.
+            fits = isinstance(value, list) and all(map(_OF_EACH[name], value))
+            fits = fits and (len(value) == len(own["images"]) or (known[name] and not value))
+        if not fits:
+            raise InvalidValueError(f"{name} can't be {str(value)[:80]}")
+    record = Record(**own)
+    if max(record.images, default=0) >= images:
+        raise InvalidValueError(f"is of image {max(record.images)}, there are {images}")
+    record.values.update({n: math.nan for n, v in record.values.items() if v is None})
+    return record, found.keys() - known.keys()
 
 
 class HistoryWriter:
@@ -179,29 +341,44 @@ class HistoryWriter:
             "configuration": dict(configuration),
             "class_names": dict(class_names),
             "masks": list(masks),
+            "writer": uuid.uuid4().hex,  # tells who has written here last
         }
+        self._about = json.dumps(about, indent=1).encode()
         folder.mkdir(parents=True, exist_ok=True)
         _save(folder / "images.npy", images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
         shape = (0, *images.shape[2:])
         found = torch.stack(list(masks.values())).cpu() if masks else torch.zeros(shape).bool()
         _save(folder / "masks.npy", found.numpy())
-        write_whole(folder / "run.json", json.dumps(about, indent=1).encode())
+        write_whole(folder / "run.json", self._about)
+        self._sizes = {name: self._size(name) for name in ("images.npy", "masks.npy")}
 
-    def keep(self, source: Path, count: int) -> None:
-        """Begin with the first records of another folder, or of this one, and forget the rest.
-
-        Raises:
-            FileNotFoundError, ValueError: there are not as many.
-        """
-        earlier = History.load(source)
-        if len(earlier.records) < count:
-            raise InvalidValueError(f"{source} has {len(earlier.records)} records, not {count}")
-        records = earlier.records[:count]
+    def keep(self, earlier: Readable) -> None:
+        """Begin with these records, which may be of another folder, or of this one."""
+        records: list[Record] = []
+        for record in earlier.records:
+            records.append(replace(record, first=records[-1].end if records else 0))
         self._first, self._last = (records[0], records[-1]) if records else (None, None)
-        _save(self.folder / "maps.npy", np.array(earlier.maps[: self._next]))
+        parts = [earlier.maps[record.first : record.end] for record in earlier.records]
+        _save(self.folder / "maps.npy", np.concatenate([earlier.maps[:0], *parts]))
         lines = "".join(map(_line, records)).encode()
         write_whole(self.folder / "history.jsonl", lines)
-        self.records, self._bytes = count, len(lines)
+        self.records, self._bytes = len(records), len(lines)
+        self._note_sizes()
+
+    def is_whole(self) -> bool:
+        """Tell whether all files are there as they were left, and nobody else has written them."""
+        try:
+            return (self.folder / "run.json").read_bytes() == self._about and all(
+                self._size(name) >= size for name, size in self._sizes.items()
+            )
+        except OSError:
+            return False
+
+    def _size(self, name: str) -> int:
+        return (self.folder / name).stat().st_size
+
+    def _note_sizes(self) -> None:
+        self._sizes |= {name: self._size(name) for name in ("maps.npy", "history.jsonl")}
 
     def add(self, record: Record, maps: UInt8[Tensor, "p h w"]) -> None:
         """Add a record and its maps, as `stored` gives them; `record.first` is set here."""
@@ -218,6 +395,7 @@ class HistoryWriter:
         self.records += 1
         self._first = self._first or record
         self._last, self._bytes = record, self._bytes + len(line)
+        self._note_sizes()
 
     @property
     def _next(self) -> int:

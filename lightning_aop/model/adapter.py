@@ -287,11 +287,12 @@ def _logits(
 def _idle_heads(module: nn.Module) -> Iterator[dict[str, int]]:
     """Yield the linear layers that don't run in the block, with the number of their inputs."""
     idle = {name: m.in_features for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+    def runs(name: str, layer: nn.Module, inputs: object) -> None:
+        idle.pop(name, None)
+
     handles = [
-        module.get_submodule(name).register_forward_pre_hook(
-            lambda m, args, name=name: idle.pop(name, None) and None
-        )
-        for name in idle
+        module.get_submodule(name).register_forward_pre_hook(partial(runs, name)) for name in idle
     ]
     try:
         yield idle

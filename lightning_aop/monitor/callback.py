@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric, MetricCollection
 
 from lightning_aop._version import __version__
@@ -309,11 +310,13 @@ class ExplanationMonitor(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Explain the untrained model; a resumed run has done so."""
+        """Explain the untrained model, if it has its weights already; a resumed run has done so."""
         run = self._state
         run.budget.started = time.perf_counter()
         run.last_step, run.last_epoch = trainer.global_step, trainer.current_epoch
-        if trainer.global_step == 0 and self._enabled:
+        # A lazy layer draws its weights at the first batch: now there is nothing to explain.
+        lazy = any(map(is_lazy, (*pl_module.parameters(), *pl_module.buffers())))
+        if trainer.global_step == 0 and self._enabled and not lazy:
             self._fire(trainer, pl_module, "start")
 
     def on_train_batch_end(
@@ -467,16 +470,25 @@ class ExplanationMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the probe and the history of the run that is resumed."""
         run = self._state
-        run.folder.take_up(state_dict)
-        run.judge.explained = state_dict.get("explained", 0)
-        run.judge.lines = state_dict.get("controls", {})
-        run.held |= {
-            name: value
-            for name, value in state_dict.get("held", {}).items()
-            if self.controls or not name.startswith("overall_auc_")
-        }
-        if "images" in state_dict:
-            run.probe, run.resumed = Probe.from_state(state_dict), True
+        try:
+            probe = Probe.from_state(state_dict) if "images" in state_dict else None
+            explained, lines = state_dict.get("explained", 0), state_dict.get("controls", {})
+            held = {
+                name: value
+                for name, value in state_dict.get("held", {}).items()
+                if self.controls or not name.startswith("overall_auc_")
+            }
+            run.folder.take_up(state_dict)
+        except Exception as error:
+            run.warn(
+                "what the checkpoint says of the monitor can't be read, it begins anew. "
+                f"{type(error).__name__}: {error}"
+            )
+            return
+        run.judge.explained, run.judge.lines = explained, lines
+        run.held |= held
+        if probe is not None:
+            run.probe, run.resumed = probe, True
 
     @property
     def _state(self) -> _Run:
@@ -716,7 +728,8 @@ class ExplanationMonitor(Callback):
         try:
             if self.store and trainer.state.fn == "fit" and wants_files(trainer):
                 name = "explanations" if self._label is None else f"explanations-{self._label}"
-                folder.open(logs_folder(trainer) / name, lambda path: self._begun(trainer, path))
+                wanted, images = logs_folder(trainer) / name, len(explanation.probe.images)
+                folder.open(wanted, images, lambda path: self._begun(trainer, path))
             return folder.compare(explanation)
         except Exception as error:
             self._state.warn(

@@ -2,11 +2,12 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -16,6 +17,8 @@ from lightning_aop.view.heat import Picture
 
 # A picture of more is slow to open and no longer to be taken in; what is over goes into further ones.
 _EXPLANATIONS = 32
+# Drawing takes longer than explaining: these take seconds, thousands would take minutes.
+_DRAWN = 320
 _CHANGES = 16
 
 
@@ -26,9 +29,15 @@ def draw_probe(explanation: Explanation, *, title: str) -> Iterator[Picture]:
     explanations of one multilabel picture stand together: found classes, missed ones (a score of at
     most 0.5) and false positives are told apart, and the classes that are not drawn are listed.
 
+    Of more than 320 explanations as many are drawn, from all pictures alike, as the title says.
+
     Yields:
         As many pictures as are needed: one shows at most 32 explanations, but all of one probe picture.
     """
+    count = len(explanation.rows)
+    if count > _DRAWN:
+        explanation = explanation.only(_first_of_each(explanation.rows))
+        title = f"{title} · {_DRAWN} of {count} explanations"
     probe, rows, look = explanation.probe, explanation.rows, explanation.look
     names, panels = look.names, look.panels
     order = rows.argsort(stable=True) if probe.multilabel else torch.arange(len(rows))
@@ -47,6 +56,16 @@ def draw_probe(explanation: Explanation, *, title: str) -> Iterator[Picture]:
         captions = (_multilabel_captions if probe.multilabel else _captions)(part, names)
         images = probe.images[part.rows].to(part.maps.device)
         yield heatmap_grid(images, part.maps, captions, **layout)
+
+
+def _first_of_each(rows: Int[Tensor, " p"]) -> Int[Tensor, " d"]:
+    """Return the places of what is drawn: of each picture the first, then the second, and so on."""
+    before: Counter[int] = Counter()
+    ranks = []
+    for row in rows.tolist():
+        ranks.append(before[row])
+        before[row] += 1
+    return torch.tensor(ranks).argsort(stable=True)[:_DRAWN].sort().values
 
 
 def _pages(rows: list[int], together: bool) -> list[slice]:
@@ -77,18 +96,18 @@ def draw_change(
     Returns:
         The picture, or None where nothing was explained before.
     """
-    pairs = [
-        n for n, pair in enumerate(explanation.pairs) if any(pair in maps for _, maps in before)
+    known = [
+        (n, pair)
+        for n, pair in enumerate(explanation.pairs)
+        if any(pair in maps for _, maps in before)
     ]
-    pairs = pairs[:_CHANGES]
-    if not pairs:
+    if not known:
         return None
     height, width = explanation.maps.shape[1:]
     look, names = explanation.look, explanation.look.names
     rows, groups, maps, captions, headings = [], [], [], [], []
     names_of_times = ["first", "previous"] if len(before) == 2 else ["previous"]
-    for group, n in enumerate(pairs):
-        pair = explanation.pairs[n]
+    for group, (n, pair) in enumerate(known[:_CHANGES]):
         headings.append(f"{_name(names, pair[1])}\n{float(explanation.scores[n]):.2f}")
         times = [
             (f"{word}\n{when}", earlier[pair].to(explanation.maps) / 255)

@@ -1,6 +1,7 @@
 """The folder of a run: the maps and metrics of its explanations, the page and the animation."""
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lightning_aop.history.animation import write_animation
 from lightning_aop.history.report import add_to_report, write_report
-from lightning_aop.history.store import HistoryWriter, Record, stored
+from lightning_aop.history.store import HistoryWriter, Readable, Record, readable, stored
 from lightning_aop.metrics.similarity import rank_correlation
 from lightning_aop.monitor.explanation import Explanation, Moment, Pair
 
@@ -49,45 +50,61 @@ class RunFolder:
     def take_up(self, state: Mapping[str, Any]) -> None:
         """Go on with the history of the run that is resumed."""
         if "folder" in state:
-            self._earlier = Path(state["folder"]), state["records"]
+            self._earlier = Path(state["folder"]), int(state["records"])
 
-    def open(self, wanted: Path, begun: Callable[[Path], HistoryWriter]) -> None:
-        """Make the folder, unless it is there.
+    def open(self, wanted: Path, images: int, begun: Callable[[Path], HistoryWriter]) -> None:
+        """Make the folder, unless it is there; beside one that is damaged, go on with what is whole.
 
         Args:
             wanted: where; another with a number if a run has it already.
+            images: how many images there are to explain.
             begun: begins a history in a folder.
 
         Raises:
             OSError: the folder can't be made.
         """
+        problems: list[str] = []
         if self._writer is not None:
+            if self._writer.is_whole():
+                return
+            problems.append("someone else has changed it")
+            self._earlier = self._writer.folder, self._writer.records
+            self._writer, self._paged = None, False
+        if self._earlier is None:
+            self._writer = self._beside(wanted, begun, None)
             return
-        writer = begun(self._own(wanted))
-        if self._earlier is not None:
+        source, count = self._earlier
+        earlier = readable(source, images, count)
+        problems += earlier.lost
+        if earlier.unknown:
+            problems.append(f"a later version has written {', '.join(sorted(earlier.unknown))}")
+        if source.parent == wanted.parent and not problems:
             try:
-                writer.keep(*self._earlier)
-            except (OSError, ValueError) as error:
-                self._warn(
-                    "the history of the run that is resumed could not be found, a new one begins. "
-                    f"{type(error).__name__}: {error}"
-                )
-        self._writer = writer
+                self._writer = begun(source)
+                self._writer.keep(earlier)
+                return
+            except OSError as error:
+                problems.append(f"{type(error).__name__}: {error}")
+        self._writer = self._beside(wanted, begun, earlier)
+        if problems:
+            self._warn(
+                f"the history in {source} can't be gone on with ({'; '.join(problems)}): "
+                f"{len(earlier.records)} of its {count} records go on in {self._writer.folder}"
+            )
 
-    def _own(self, wanted: Path) -> Path:
-        """Make a folder that no other run has, or return that of the run which is resumed."""
-        if self._earlier is not None and self._earlier[0].parent == wanted.parent:
-            return self._earlier[0]
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        folder, number = wanted, 1
-        while True:
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                number += 1
-                folder = wanted.with_name(f"{wanted.name}-{number}")
-            else:
-                return folder
+    def _beside(
+        self, wanted: Path, begun: Callable[[Path], HistoryWriter], earlier: Readable | None
+    ) -> HistoryWriter:
+        """Begin with earlier records in a folder that no other run has."""
+        folder = _made(wanted)
+        try:
+            writer = begun(folder)
+            if earlier is not None:
+                writer.keep(earlier)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # each attempt would leave another
+            raise
+        return writer
 
     def compare(self, explanation: Explanation) -> tuple[list[float | None], list[Earlier]]:
         """Compare maps with those of the explanation before.
@@ -104,15 +121,14 @@ class RunFolder:
             for title, found in self._writer.earlier_maps()
         ]
         last = before[-1][1] if before else {}
+        pairs = explanation.pairs
         now = [
             n
-            for n, (pair, blank) in enumerate(
-                zip(explanation.pairs, explanation.blank.tolist(), strict=True)
-            )
+            for n, (pair, blank) in enumerate(zip(pairs, explanation.blank.tolist(), strict=True))
             if not blank and pair in last and last[pair].amax() > last[pair].amin()
         ]
         if now:
-            earlier = torch.stack([last[explanation.pairs[n]] for n in now])
+            earlier = torch.stack([last[pairs[n]] for n in now])
             alike = rank_correlation(stored(explanation.maps[now]).double(), earlier.double())
             for n, value in zip(now, alike.tolist(), strict=True):
                 drift[n] = 1 - value
@@ -154,7 +170,7 @@ class RunFolder:
                 add_to_report(self._writer.folder, record, small.numpy())
             else:
                 write_report(self._writer.folder)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             self._warn(f"the page could not be written. {type(error).__name__}: {error}")
         else:
             self._paged = True
@@ -167,3 +183,17 @@ class RunFolder:
         """
         if self.folder is not None:
             write_animation(self.folder)
+
+
+def _made(wanted: Path) -> Path:
+    """Make a folder that no other run has, with a number where the name is taken."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    folder, number = wanted, 1
+    while True:
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        else:
+            return folder

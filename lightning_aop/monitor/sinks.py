@@ -121,7 +121,8 @@ class Warnings:
 
     def __call__(self, message: str, more: str = "") -> None:
         """Warn of `message`, unless it was said before with other numbers; `more` is not compared."""
-        key = re.sub(r"\d+", "", message)
+        # Also hexadecimal ones: addresses, and the names of temporary files.
+        key = re.sub(r"\b(0x)?[\da-f]*\d[\da-f]*", "", message)
         self._counts[key] = self._counts.get(key, 0) + 1
         if self._counts[key] == 1:
             self._words[key] = message

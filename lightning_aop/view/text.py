@@ -1,6 +1,7 @@
 """Text on pictures: fonts, colours, shortening and badges."""
 
 import re
+from bisect import bisect_right
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,9 @@ PAPER, INK, MUTED = (20, 22, 27), (238, 240, 244), (156, 163, 175)
 VERDICTS = {"missed": (245, 180, 80), "false positive": (248, 113, 113)}
 
 BEST = (134, 239, 172)
+
+# Characters of one line that are looked at: to measure text takes as long as to write it.
+_LONGEST = 2000
 
 
 def lines_of(text: str) -> list[str]:
@@ -31,14 +35,17 @@ def shortened(
     text: str, font: ImageFont.FreeTypeFont, width: float, keep_score: bool = True
 ) -> str:
     """Return the text, cut so that it is no wider than `width` pixels."""
-    if font.getlength(text) <= width:
+    if len(text) <= _LONGEST and font.getlength(text) <= width:
         return text
-    score = re.search(r"\s[-+.\d]+%?$", text) if keep_score else None
+    score = re.search(r"\s[-+.\d]{1,20}%?$", text) if keep_score else None
     tail = score.group() if score and font.getlength(score.group()) < width / 2 else ""
-    kept = text.removesuffix(tail)
-    while kept and font.getlength(f"{kept}…{tail}") > width:
-        kept = kept[:-1].rstrip()
-    return f"{kept}…{tail}"
+    kept = text.removesuffix(tail)[:_LONGEST]
+
+    def cut(length: int) -> str:
+        return f"{kept[:length].rstrip()}…{tail}"
+
+    # A longer text is a wider one: by bisection a dozen are measured, whatever the length.
+    return cut(bisect_right(range(1, len(kept) + 1), width, key=lambda n: font.getlength(cut(n))))
 
 
 def badge(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_aop import ExplanationMonitor
 from lightning_aop.history.rows import COLUMNS, evolution_rows
-from lightning_aop.history.store import History, HistoryWriter, Record, stored
+from lightning_aop.history.store import History, HistoryWriter, Record, readable, stored
 from lightning_aop.methods.cam import GradCAM
 
 IMAGES = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
@@ -119,7 +119,7 @@ def test_a_half_written_record_does_not_count(tmp_path: Path, lost: int) -> None
     check(tmp_path, 2)
     # The resumed run writes the third again.
     writer = begin(tmp_path)
-    writer.keep(tmp_path, 2)
+    writer.keep(readable(tmp_path, 2, 2))
     check(tmp_path, 2)
     writer.add(record(2, PAIRS[2]), maps(2, 2))
     check(tmp_path, 3)
@@ -138,14 +138,14 @@ def test_maps_without_their_record_do_not_count(tmp_path: Path) -> None:
 def test_a_run_goes_on_in_another_folder(tmp_path: Path, count: int) -> None:
     written(tmp_path / "old")
     writer = begin(tmp_path / "new")
-    writer.keep(tmp_path / "old", count)
+    writer.keep(readable(tmp_path / "old", 2, count))
     check(tmp_path / "new", count)
     check(tmp_path / "old", 3)
     for step in range(count, 3):
         writer.add(record(step, PAIRS[step]), maps(step, len(PAIRS[step])))
     check(tmp_path / "new", 3)
-    with pytest.raises(ValueError, match="3 records, not 4"):
-        begin(tmp_path / "more").keep(tmp_path / "old", 4)
+    assert readable(tmp_path / "old", 2, 3).lost == []
+    assert readable(tmp_path / "old", 2, 4).lost == ["history.jsonl has 3 records, not 4"]
 
 
 def test_the_first_and_the_last_maps_by_picture_and_class(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_the_first_and_the_last_maps_by_picture_and_class(tmp_path: Path) -> Non
         assert np.array_equal(found[0][1][0, 3], maps(0, 2)[0].numpy())
         assert np.array_equal(found[-1][1][0, 3], maps(step, 2)[0].numpy())
     writer = begin(tmp_path)
-    writer.keep(tmp_path, 2)
+    writer.keep(readable(tmp_path, 2, 2))
     assert [title for title, _ in writer.earlier_maps()] == ["epoch 0", "epoch 1"]
 
 
@@ -179,7 +179,7 @@ def test_errors_name_the_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="explanations"):
         History.load(tmp_path)
     written(tmp_path)
-    (tmp_path / "maps.npy").write_bytes(b"broken")
+    (tmp_path / "images.npy").write_bytes(b"broken")
     with pytest.raises(ValueError, match=str(tmp_path)):
         History.load(tmp_path)
 
@@ -222,11 +222,12 @@ def fit(folder: Path, *, epochs: int = 3, ckpt_path: Path | None = None, **optio
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             logged.append({name: float(v) for name, v in trainer.callback_metrics.items()})
 
-    monitor = options.pop("monitor", {})
+    monitor, others = options.pop("monitor", {}), options.pop("others", [])
+    monitor = ExplanationMonitor(**({"method": GradCAM(), "probe": 3} | monitor))
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        callbacks=[ExplanationMonitor(**({"method": GradCAM(), "probe": 3} | monitor)), Log()],
+        callbacks=[*others, monitor, Log()],
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -316,7 +317,7 @@ def test_a_lost_history_ends_no_training(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path / "one", epochs=1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     shutil.rmtree(tmp_path / "one")
-    with pytest.warns(UserWarning, match="history of the run that is resumed could not be found"):
+    with pytest.warns(UserWarning, match="history.jsonl has 0 records, not 2"):
         trainer, logged = fit(tmp_path / "two", epochs=2, ckpt_path=tmp_path / "one.ckpt")
     assert len(logged) == 1
     assert len(History.load(tmp_path / "two" / "explanations").records) == 1

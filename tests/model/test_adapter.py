@@ -283,6 +283,18 @@ def test_images_get_in(module: nn.Module, batch: Any, words: str) -> None:
     assert same_as_plain(module, batch, plain).startswith(words)
 
 
+def test_a_layer_without_its_weights_yet_gives_logits_and_stays_so() -> None:
+    module = SmallNet()
+    module.head = nn.LazyLinear(5)
+    images = torch.rand(2, 3, 24, 24)
+    adapter = find_adapter(module, images)
+    assert adapter.classes == 5
+    assert type(module.head) is nn.LazyLinear
+    module(images)
+    module.eval()
+    assert torch.equal(adapter(module, images), module(images))
+
+
 def test_a_backbone_and_a_head() -> None:
     module = BodyAndHead().eval()
     adapter = find_adapter(module, (IMAGES, TARGETS))

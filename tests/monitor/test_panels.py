@@ -93,6 +93,21 @@ def test_hundreds_of_explanations_take_several_pictures(monkeypatch: pytest.Monk
     assert [c["title"] for c in grids.calls][:2] == ["epoch 3 · 1 of 10", "epoch 3 · 2 of 10"]
 
 
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_of_thousands_of_explanations_some_of_each_picture_are_drawn(
+    multilabel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 pictures with five classes each: the first four of every picture."""
+    grids = Grids(monkeypatch)
+    rows, targets = [n for n in range(80) for _ in range(5)], [*range(5)] * 80
+    labels = torch.ones(80, 5) if multilabel else torch.zeros(80).long()
+    what = explained(rows, targets, labels)
+    list(draw_probe(what, title="epoch 3"))
+    drawn = torch.cat([call["maps"] for call in grids.calls])
+    assert torch.equal(drawn, what.maps.view(80, 5, 32, 32)[:, :4].flatten(0, 1))
+    assert all(c["title"].startswith("epoch 3 · 320 of 400 explanations") for c in grids.calls)
+
+
 def test_the_classes_of_a_picture_stay_on_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirteen pictures of three classes, given class by class: ten pictures fit 32."""
     grids = Grids(monkeypatch)

@@ -1,17 +1,21 @@
 import itertools
 import os
+import re
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from conftest import assert_same
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +27,7 @@ from lightning_aop.view.grid import heatmap_grid
 from lightning_aop.view.heat import displayable, overlay
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
+from lightning_aop.view.text import font_of, shortened
 
 
 def pictures(count: int = 2, size: tuple[int, int] = (128, 160), channels: int = 3) -> Tensor:
@@ -360,6 +365,32 @@ def test_long_captions_are_shortened_and_keep_their_score() -> None:
         _, _, left, right = changed(drawn_text(caption), blank)
         pair = blank.shape[2] - 2 * left
         assert 0.8 * pair < right - left < pair + 2
+
+
+@hypothesis.given(
+    st.text(min_size=1, max_size=80), st.integers(20, 300), st.sampled_from(["", " 0.93", " 12%"])
+)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_text_is_shortened_as_letter_by_letter(text: str, width: int, score: str) -> None:
+    font = font_of("DejaVuSans.ttf", 12)
+    whole = " ".join(text.split()) + score  # as captions are
+    found = shortened(whole, font, width)
+    if font.getlength(whole) <= width:
+        assert found == whole
+        return
+    tail = re.search(r"\s[-+.\d]+%?$", whole)
+    end = tail.group() if tail and font.getlength(tail.group()) < width / 2 else ""
+    kept = whole.removesuffix(end)
+    while kept and font.getlength(f"{kept}…{end}") > width:
+        kept = kept[:-1].rstrip()
+    assert found == f"{kept}…{end}"
+
+
+@pytest.mark.parametrize("text", ["n" * 5_000_000, "one, " * 100_000, "\u0301" * 100_000])
+def test_the_longest_text_is_shortened_at_once(text: str) -> None:
+    font, start = font_of("DejaVuSans.ttf", 12), time.process_time()
+    assert font.getlength(shortened(f"{text} 0.93", font, 200)) <= 200
+    assert time.process_time() - start < 0.5
 
 
 def test_a_caption_has_up_to_two_lines() -> None:
