@@ -296,10 +296,8 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
     asked, quarters = asked.to(images.device).requires_grad_(), quarters.to(images.device)
     for parameter in model.parameters():  # so that the graph shows where weights come in
         parameter.requires_grad_(parameter.ndim >= 2 and parameter.is_floating_point())
-    for module in model.modules():  # or signals fade away before the running statistics are learnt
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.training = True
-    outputs, sources = _record(model, asked)
+    with _statistics_of_batch(model):
+        outputs, sources = _record(model, asked)
     logits = sources[0]
     weights = len(_leaves(logits)) - 1  # without the image
     small: FeatureMap | None = None
@@ -332,6 +330,23 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
         "LIME, XRAI), or name one as target_layer, and give reshape, a function that turns its "
         "output into [B, C, h, w]"
     )
+
+
+@contextmanager
+def _statistics_of_batch(model: nn.Module) -> Iterator[None]:
+    """Normalise by the batch in the block, without writing what the model has learnt of batches.
+
+    Before the running statistics are learnt, signals may fade away by them to nothing.
+    """
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    own = [(norm, norm.training, norm.track_running_stats) for norm in norms]
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        yield
+    finally:
+        for norm, training, tracking in own:
+            norm.training, norm.track_running_stats = training, tracking
 
 
 def _record(model: nn.Module, images: Images) -> tuple[list[_Output], list[Tensor]]:

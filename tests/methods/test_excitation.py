@@ -1,5 +1,6 @@
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -389,10 +390,10 @@ def test_no_map_depends_on_its_batch(net: nn.Module) -> None:
     torch.testing.assert_close(torch.cat(one), maps, atol=1e-5, rtol=0)
     for size in (3, 7, 32):
         same = ExcitationBackprop("features.2", eval_batch_size=size)
-        passes: list[int] = []
-        handle = net.register_forward_hook(lambda m, a, o, sizes=passes: sizes.append(len(o)))
-        found = same.activation_map(net, images, targets)
-        handle.remove()
+        counts: list[int] = [0]
+        with count_evaluations(net, lambda count, seen=counts: seen.append(count.forward)):
+            found = same.activation_map(net, images, targets)
+        passes = [after - before for before, after in itertools.pairwise(counts)]
         assert passes == [*[size] * (8 // size), *[8 % size] * (8 % size > 0)]
         torch.testing.assert_close(found, maps, atol=1e-5, rtol=0)
 

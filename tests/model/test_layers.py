@@ -8,10 +8,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import assert_same, snapshot
+from conftest import SmallNet, assert_same, snapshot
 from torch import Tensor, nn
 
 from lightning_aop import GradCAM, HiResCAM
+from lightning_aop.model.isolation import undisturbed
 from lightning_aop.model.layers import TargetLayerError, find_feature_map
 from lightning_aop.model.passes import count_evaluations
 
@@ -304,3 +305,18 @@ def test_the_layer_found_is_laid_out_as_it_was_found() -> None:
     maps = HiResCAM().activation_map(model, torch.rand(2, 3, 32, 32), torch.tensor([1, 2]))
     assert maps.shape == (2, 8, 8)
     assert maps.flatten(1).any(dim=1).all()
+
+
+def test_the_search_leaves_the_statistics_of_batches_alone() -> None:
+    torch.manual_seed(0)
+    net = SmallNet().eval()
+    net(torch.rand(4, 3, 32, 32))
+    images, targets = torch.rand(2, 3, 32, 32), torch.tensor([1, 2])
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    # Both in one block, at whose end alone buffers would be put back.
+    with undisturbed(net):
+        find_feature_map(net, images)
+        assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+        assert not any(module.training for module in net.modules())
+        found = GradCAM().explain(net, images, targets)
+    torch.testing.assert_close(found, GradCAM("features.4").explain(net, images, targets))
