@@ -497,7 +497,7 @@ class ExplanationMonitor(Callback):
 
         def drawn() -> Drawn | None:
             try:
-                return draw(self.probe, self.read_batch, trainer, pl_module)
+                return draw(self.probe, self.read_batch, trainer, pl_module, self.class_names)
             except Exception:
                 if run.probe is None:
                     raise
@@ -564,7 +564,8 @@ class ExplanationMonitor(Callback):
     def _look(self, trainer: Trainer) -> Look:
         sources, run = fact_sources(self.probe, trainer), self._state
         count = None if run.adapter is None else run.adapter.classes
-        names = self.class_names or class_names(sources, count).value
+        own = None if run.adapter is None else run.adapter.names
+        names = self.class_names or own or class_names(sources, count).value
         mean, std = self.mean, self.std
         if mean is None and std is None and run.probe is not None and not run.integers:
             mean, std = normalisation(sources, run.probe.images.shape[1]).value or (None, None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_aop.history.store import stored
 from lightning_aop.metrics.functional import auc
 from lightning_aop.monitor.probe import Probe
-from lightning_aop.scores import Score, logit, of_all_classes
+from lightning_aop.scores import Score, logit, of_all_classes, shown, value
 
 Pair: TypeAlias = tuple[int, int]
 """The image and the class that one map is of."""
@@ -135,9 +135,9 @@ class Explanation:
             probe.masks_of(rows, targets)[0],
             curves,
             auc(curves.flatten(0, 1)).view(-1, 2),
-            plan.score(logits, targets).float(),
+            shown(plan.score, logits, targets).float(),
             predicted,
-            plan.score(logits, predicted).float(),
+            shown(plan.score, logits, predicted).float(),
             _verdicts(probe, plan, predicted),
             [None] * len(rows),
             of_all_classes(plan.score, plan.logits).float(),
@@ -165,7 +165,7 @@ class Explanation:
 
 def _verdicts(probe: Probe, plan: Plan, predicted: Int[Tensor, " p"]) -> list[Verdict | None]:
     rows, targets = plan.rows, plan.targets
-    if probe.labels is None or plan.score is logit:
+    if probe.labels is None or plan.score in (logit, value):
         return [None] * len(rows)
     if not probe.multilabel:
         right = predicted == probe.labels[rows].long()

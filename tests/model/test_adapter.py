@@ -18,7 +18,7 @@ from lightning_aop.model import count_evaluations, predict
 from lightning_aop.model.adapter import Adapted, AdapterError, find_adapter
 from lightning_aop.model.layers import find_target_layer, named_layer
 from lightning_aop.model.outputs import Expected
-from lightning_aop.scores import logit, sigmoid, softmax
+from lightning_aop.scores import sigmoid, softmax, value
 
 IMAGES = torch.rand(4, 3, 40, 32, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.tensor([0, 3, 1, 4])
@@ -141,14 +141,17 @@ def test_the_labels_say_what_an_output_is() -> None:
     one = SmallNet(1)
     for expected in (Expected("value"), Expected("class", highest=7)):
         adapter = find_adapter(one, IMAGES, expected)
-        assert (adapter.score, adapter.classes) == (logit, 1)
-        assert torch.equal(predict(adapter.model(one), IMAGES), predict(one, IMAGES))
+        assert (adapter.score, adapter.classes, adapter.names) == (value, 2, ["more", "less"])
+        predicted = predict(one, IMAGES)
+        assert torch.equal(
+            predict(adapter.model(one), IMAGES), torch.cat([predicted, -predicted], dim=1)
+        )
     many = SmallNet()
     for expected, score in (
         (Expected("multi-hot", 4), sigmoid),
         (Expected("one-hot", 4), softmax),
         (Expected("one-hot", 4, separately=True), sigmoid),
-        (Expected("value"), logit),
+        (Expected("value"), value),
         (Expected(separately=True), sigmoid),
     ):
         assert find_adapter(many, IMAGES, expected).score is score
