@@ -10,7 +10,7 @@ has two steps, and between them the model is asked (see `model/adapter.py`):
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_aop.model.adapter import Adapter
 from lightning_aop.model.batches import BatchError, Inputs, find_inputs, members
 from lightning_aop.model.outputs import Expected, Kind
-from lightning_aop.scores import logit, sigmoid
+from lightning_aop.scores import sigmoid, value
 
 __all__ = ["Labels", "ReadBatch", "Reading", "read_batch"]
 
@@ -35,7 +35,8 @@ _NAMES = (
     *("label_idx", "fine_label", "labels_id", "ground_truth", "gt", "annotation", "score", "value"),
     *("coarse_label", "attributes", "attr", "age", "output", "outputs", "json"),
 )
-_MASKS = ("mask", "masks", "segmentation", "gt_mask", "gt_masks", "semantic_mask")
+_MASKS = ("mask", "masks", "segmentation", "gt_mask", "gt_masks", "semantic_mask", "seg")
+_OF_OBJECTS = ("labels", "class_labels", "category_id", "category_ids", "gt_classes", "label")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Labels:
         kind: "class" for one class an image; "one-hot", "soft" and "multi-hot" for [N, K] with one
             class, shares of classes that sum to 1, and any number of classes; "value" for numbers
             to predict; "mask" for a class for each pixel; "boxes" for the classes of objects.
-        values: [N], [N, K], [N, H, W], or for boxes a list of class indices for each image.
+        values: [N], [N, K], [N, H, W] or [N, K, H, W], or for boxes a list of class indices for each
+            image.
     """
 
     kind: Kind
@@ -61,6 +63,11 @@ class Labels:
             return int(self.values.shape[1]) - 1
         if self.kind == "boxes":
             return max((int(v.max()) for v in self.values if len(v)), default=-1)
+        if self.kind == "mask" and self.values.ndim == 4:
+            return int(self.values.shape[1]) - 1
+        if self.kind == "mask":
+            counted = self.values[self.values != 255]
+            return int(counted.max()) if counted.numel() else -1
         return int(self.values.max())
 
     def fitted(self, outputs: int | None, as_values: bool, separately: bool) -> "Fitted":
@@ -75,12 +82,16 @@ class Labels:
             BatchError: no label fits the outputs.
         """
         if as_values or self.kind == "value":
-            several = outputs is not None and outputs > 1
+            if not as_values or outputs is None:
+                return Fitted(torch.zeros(len(self.values), dtype=torch.long))
+            count = outputs // 2  # values, and their negatives
+            both = torch.full((len(self.values), outputs), -1)
+            both[:, [0, count]] = 1
             note = (
-                f"the model predicts {outputs} values: the first is explained; name others by "
-                "targets=[0, 1, …]"
+                f"the model predicts {count} values: the first is explained; name others by "
+                f"targets=[1, {count + 1}, …], what raises the second and what lowers it"
             )
-            return Fitted(torch.zeros(len(self.values), dtype=torch.long), note if several else "")
+            return Fitted(both, note if count > 1 else "")
         if self.kind == "class":
             return self._classes(self.values.long(), outputs)
         if self.kind == "soft" or (self.kind == "one-hot" and not separately):
@@ -90,6 +101,10 @@ class Labels:
                 raise BatchError(_misfit(f"have {self.values.shape[1]} columns", outputs))
             return Fitted(self.values)
         count = outputs if outputs is not None else self.highest + 1
+        if self.kind == "mask" and self.values.ndim == 4:  # one for each class
+            if outputs is not None and self.values.shape[1] != outputs:
+                raise BatchError(_misfit(f"are masks of {self.values.shape[1]} classes", outputs))
+            return Fitted((self.values == 1).flatten(2).any(dim=2).float())
         present = torch.zeros(len(self.values), count)
         for row, classes in enumerate(self.values):
             found = classes.unique().long()
@@ -138,12 +153,14 @@ class Reading:
         labels: None where there are none.
         masks: bool [B, H, W], where the labelled class is, or [B, K, H, W], where each class is.
         masks_named: whether the batch calls them masks.
+        note: why there are no labels, where that is known.
     """
 
     inputs: Inputs
     labels: Labels | None = None
     masks: Tensor | None = field(default=None, repr=False)
     masks_named: bool = False
+    note: str = ""
 
     def expected(self, module: nn.Module, classes: int | None = None) -> Expected:
         """Return what the labels, and the names of the classes, say of the module's outputs."""
@@ -158,13 +175,19 @@ class Reading:
         return Expected(kind, highest, classes, trained_separately(module))
 
 
-def read_batch(batch: Any, limit: int | None = None, read: ReadBatch | None = None) -> Reading:
+def read_batch(
+    batch: Any,
+    limit: int | None = None,
+    read: ReadBatch | None = None,
+    names: Sequence[str] | None = None,
+) -> Reading:
     """Find the images and labels of a batch's first samples.
 
     Args:
         batch: as a loader gives it.
         limit: how many samples, None for all.
         read: the user's own way to images and labels.
+        names: of the classes, where they are known, for labels that are text.
 
     Raises:
         BatchError: the batch has no images.
@@ -175,19 +198,39 @@ def read_batch(batch: Any, limit: int | None = None, read: ReadBatch | None = No
             inputs = find_inputs(batch, images)
         except BatchError:
             inputs = find_inputs((images, given))
-        labels = as_labels(given, inputs)
+        labels = as_labels(given, inputs, names)
         if given is not None and labels is None:
             raise BatchError(
                 f"the labels that read_batch returned, a {type(given).__name__}, are no labels of "
-                f"{len(inputs.images)} images: return class indices [B], or [B, K]"
+                f"{len(inputs.images)} images: return class indices [B], or [B, K]{_text_note(given)}"
             )
         return Reading(inputs.first(limit), _first(labels, limit))
     inputs = find_inputs(batch)
-    labels = _find(batch, inputs)
+    labels = _find(batch, inputs, names)
     masks, named = _find_masks(batch, inputs)
-    return Reading(
-        inputs.first(limit), _first(labels, limit), None if masks is None else masks[:limit], named
+    note = "" if labels is not None else _text_note(_named(batch))
+    masks = None if masks is None else masks[:limit]
+    return Reading(inputs.first(limit), _first(labels, limit), masks, named, note.lstrip("; "))
+
+
+def _named(batch: Any) -> Any:
+    """Return what a batch calls labels, whatever it is."""
+    parts = {str(key).lower(): part for key, part in members(batch)}
+    return next((parts[name] for name in _NAMES if name in parts), None)
+
+
+def _text_note(labels: Any) -> str:
+    if not _is_text(labels):
+        return ""
+    return (
+        f"; the labels are text, such as {labels[0]!r}, and no class names give their indices: set "
+        "class_names=[…], or let the dataset have them as classes"
     )
+
+
+def _is_text(value: Any) -> bool:
+    listed = isinstance(value, (list, tuple)) and len(value) > 0
+    return listed and all(isinstance(each, str) for each in value)
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
@@ -203,7 +246,7 @@ def _first(labels: Labels | None, limit: int | None) -> Labels | None:
     return None if labels is None else Labels(labels.kind, labels.values[:limit])
 
 
-def _find(batch: Any, inputs: Inputs) -> Labels | None:
+def _find(batch: Any, inputs: Inputs, names: Sequence[str] | None) -> Labels | None:
     """Return the labels of a batch: by their names, or in a tuple by their place."""
     if inputs.bare:
         return None
@@ -211,19 +254,21 @@ def _find(batch: Any, inputs: Inputs) -> Labels | None:
     for name in (*_NAMES, *_MASKS):
         for key, part in parts:
             if str(key).lower().removesuffix(".txt") == name and part is not batch:
-                found = as_labels(part, inputs)
+                found = as_labels(part, inputs, names)
                 if found is not None:
                     return found
     if isinstance(batch, (tuple, list)):
         here = [key for key, _ in parts].index(inputs.path[0])
         others = [part for _, part in (*parts[here + 1 :], *parts[:here])]
-        several = [f for f in (as_labels(part, inputs) for part in others) if f is not None]
+        read = (as_labels(part, inputs, names) for part in others)
+        several = [labels for labels in read if labels is not None]
         # Beside labels, the samples' own numbers.
         chosen = [f for f in several if not _counts_up(f)] or several
         if chosen:
             return chosen[0]
     if len(inputs.path) > 1:  # beside the images, in a part of the batch
-        return _find(dict(parts)[inputs.path[0]], Inputs((), inputs.path[1:], *_rest(inputs)))
+        inner = Inputs((), inputs.path[1:], *_rest(inputs))
+        return _find(dict(parts)[inputs.path[0]], inner, names)
     return None
 
 
@@ -238,24 +283,24 @@ def _counts_up(labels: Labels) -> bool:
     return bool((values.diff() == 1).all())
 
 
-def as_labels(raw: Any, inputs: Inputs) -> Labels | None:
+def as_labels(raw: Any, inputs: Inputs, names: Sequence[str] | None = None) -> Labels | None:
     """Return what may be the labels of the images, None if it can't be."""
     count, size = len(inputs.images), inputs.images.shape[2:]
     if isinstance(raw, Mapping) or hasattr(raw, "__dataclass_fields__"):
         parts = {str(key).lower(): part for key, part in members(raw)}
-        named = (as_labels(parts[name], inputs) for name in _NAMES if name in parts)
+        named = (as_labels(parts[name], inputs, names) for name in _NAMES if name in parts)
         return next((labels for labels in named if labels is not None), None)
     if isinstance(raw, np.ndarray) and raw.dtype.kind in "iufb":
         raw = torch.from_numpy(raw)
     if isinstance(raw, (list, tuple)):
-        return _of_list(raw, inputs)
+        return _of_list(raw, inputs, names)
     if not isinstance(raw, Tensor) or raw.ndim == 0 or len(raw) != count or raw.is_complex():
         return None
     values = raw.detach().cpu()
     if values.dtype == torch.bool:
         values = values.long()
-    if values.ndim == 4 and values.shape[1] == 1:
-        values = values[:, 0]
+    if values.ndim >= 3:
+        return _of_pixels(values, raw.dtype == torch.bool, size)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim == 1:
@@ -263,11 +308,23 @@ def as_labels(raw: Any, inputs: Inputs) -> Labels | None:
             (values.isfinite() & (values >= 0) & (values == values.round())).all()
         )
         return Labels("class", values.long()) if whole else Labels("value", values)
-    if values.ndim == 2:
-        return _of_rows(values)
-    if values.ndim == 3 and values.shape[1:] == size and raw.dtype != torch.bool:
-        return None if values.is_floating_point() else Labels("mask", values)
-    return None
+    return _of_rows(values)
+
+
+def _of_pixels(values: Tensor, flags: bool, size: torch.Size) -> Labels | None:
+    """Return masks: a class for each pixel, or a mask for each class."""
+    if values.shape[-2:] != size or values.ndim > 4:
+        return None
+    if values.ndim == 4 and values.shape[1] == 1:
+        values, flags = values[:, 0], False
+    if values.is_floating_point():
+        if not bool(((values == values.round()) & (values >= 0) & (values < 256)).all()):
+            return None
+        values = values.long()
+    if values.ndim == 4:
+        return Labels("mask", values) if bool((values <= 1).all()) else None
+    # Flags without a channel may be where the class of a label is.
+    return None if flags else Labels("mask", values)
 
 
 def _of_rows(values: Tensor) -> Labels | None:
@@ -283,12 +340,20 @@ def _of_rows(values: Tensor) -> Labels | None:
     return Labels("value", values)
 
 
-def _of_list(raw: list[Any] | tuple[Any, ...], inputs: Inputs) -> Labels | None:
+def _of_list(
+    raw: list[Any] | tuple[Any, ...], inputs: Inputs, names: Sequence[str] | None
+) -> Labels | None:
     count = len(inputs.images)
+    if len(raw) == count and _is_text(raw):
+        # Other text, such as the names of files, has none of the names.
+        numbers = {name: index for index, name in enumerate(names or ())}
+        classes = torch.tensor([numbers.get(name, -1) for name in raw])
+        return Labels("class", classes) if bool((classes >= 0).any()) else None
     if len(raw) == count and all(isinstance(v, (bool, int, float, np.number)) for v in raw):
         return as_labels(torch.tensor(raw), inputs)
-    if len(raw) == count and all(isinstance(v, Mapping) and "labels" in v for v in raw):
-        raw = [v["labels"] for v in raw]
+    if len(raw) == count:
+        objects = [_classes_of_objects(v) for v in raw]
+        raw = raw if any(v is None for v in objects) else objects
     if len(raw) == count and all(
         isinstance(v, Tensor) and v.ndim == 1 and not v.is_floating_point() for v in raw
     ):
@@ -299,6 +364,19 @@ def _of_list(raw: list[Any] | tuple[Any, ...], inputs: Inputs) -> Labels | None:
         return as_labels(torch.stack(list(raw)), inputs)
     found = (as_labels(part, inputs) for part in raw if isinstance(part, Tensor))
     return next((labels for labels in found if labels is not None), None)
+
+
+def _classes_of_objects(annotation: Any) -> Tensor | None:
+    """Return the classes of one image's objects from its annotation, None if it is none."""
+    if isinstance(annotation, Mapping):
+        found = next((annotation[name] for name in _OF_OBJECTS if name in annotation), None)
+        return found if isinstance(found, Tensor) and found.ndim == 1 else None
+    listed = isinstance(annotation, (list, tuple)) and all(
+        isinstance(each, Mapping) and "category_id" in each for each in annotation
+    )
+    if listed:  # as COCO's files have them
+        return torch.tensor([int(each["category_id"]) for each in annotation], dtype=torch.long)
+    return None
 
 
 def _find_masks(batch: Any, inputs: Inputs) -> tuple[Tensor | None, bool]:
@@ -337,4 +415,4 @@ def fit_labels(labels: Labels | None, adapter: Adapter | None) -> Fitted | None:
         return None
     if adapter is None:
         return labels.fitted(None, False, labels.kind == "one-hot")
-    return labels.fitted(adapter.classes, adapter.score is logit, adapter.score is sigmoid)
+    return labels.fitted(adapter.classes, adapter.score is value, adapter.score is sigmoid)

@@ -7,7 +7,7 @@ imported would take over the messages of both, also when `logging` was told to l
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +19,7 @@ import torch
 from lightning_aop.model.adapter import Adapter
 from lightning_aop.model.isolation import device_of, in_float32, undisturbed
 from lightning_aop.monitor.explanation import Moment
-from lightning_aop.monitor.facts import class_count
+from lightning_aop.monitor.facts import Fact, class_count, class_names
 from lightning_aop.monitor.labels import ReadBatch, Reading, read_batch
 from lightning_aop.monitor.probe import MaskReader, Probe, ProbeSource, collect, source_of
 
@@ -139,18 +139,22 @@ class Drawn:
         classes: the number of classes, None where the data doesn't say.
         limit: how many samples were asked for, None for all.
         read_masks: what gives the masks of a class, where the dataset has masks.
+        sources: what tells the names of the classes.
     """
 
     reading: Reading
     classes: int | None
     limit: int | None
     read_masks: MaskReader | None
+    sources: Sequence[Any] = ()
 
     def probe(self, adapter: Adapter, warn: Callable[[str], None]) -> Probe:
         """Return the probe, with labels that fit the model's outputs."""
         probe, count = Probe.of(self.reading, adapter), self.limit
-        if probe.note:
-            warn(probe.note)
+        names = Fact[list[str]]() if adapter.names else class_names(self.sources, adapter.classes)
+        for note in (probe.note, names.note):
+            if note:
+                warn(note)
         if self.read_masks is not None and probe.masks is None:
             try:
                 probe = probe.with_masks(self.read_masks)
@@ -168,9 +172,16 @@ class Drawn:
 
 
 def draw(
-    source: ProbeSource, read: ReadBatch | None, trainer: Trainer, module: LightningModule
+    source: ProbeSource,
+    read: ReadBatch | None,
+    trainer: Trainer,
+    module: LightningModule,
+    names: Sequence[str] | None = None,
 ) -> Drawn:
-    """Take the probe from its source, the way a validation batch would come to the model."""
+    """Take the probe from its source, the way a validation batch would come to the model.
+
+    `names` are those that the user gave the classes.
+    """
     stage = trainer.state.stage
     try:
         # Hooks such as on_after_batch_transfer must not augment it as if it were for training.
@@ -182,8 +193,10 @@ def draw(
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     finally:
         trainer.state.stage = stage
-    classes = class_count(fact_sources(source, trainer))
-    return Drawn(read_batch(batch, found.limit, read), classes, found.limit, found.read_masks)
+    given = [] if names is None else [{"class_names": list(names)}]
+    sources = [*given, *fact_sources(source, trainer)]
+    reading = read_batch(batch, found.limit, read, class_names(sources).value)
+    return Drawn(reading, class_count(sources), found.limit, found.read_masks, sources)
 
 
 def fact_sources(source: ProbeSource, trainer: Trainer) -> list[Any]:

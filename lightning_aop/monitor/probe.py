@@ -78,14 +78,19 @@ class Probe:
         probe = cls(
             images,
             None if labels is None else labels.clone(),
-            note="" if fitted is None else fitted.note,
+            note=reading.note if fitted is None else fitted.note,
         )
         if labels is None:
             return probe
         if reading.labels is not None and reading.labels.kind == "mask":
             pixels = reading.labels.values
             return probe.with_masks(
-                lambda row, classes: torch.stack([pixels[row] == index for index in classes])
+                lambda row, classes: torch.stack(
+                    [
+                        pixels[row] == index if pixels.ndim == 3 else pixels[row, index] == 1
+                        for index in classes
+                    ]
+                )
             )
         if reading.masks is None:
             return probe

@@ -14,7 +14,7 @@ from lightning_aop.model.adapter import Adapter, find_adapter
 from lightning_aop.model.batches import BatchError
 from lightning_aop.monitor.labels import Labels, Reading, read_batch
 from lightning_aop.monitor.probe import Probe
-from lightning_aop.scores import logit, sigmoid, softmax
+from lightning_aop.scores import sigmoid, softmax, value
 
 IMAGES = torch.rand(4, 3, 8, 6, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.tensor([2, 0, 1, 2])
@@ -174,12 +174,18 @@ def test_soft_labels_have_the_class_of_the_largest_share() -> None:
 def test_values_to_predict_are_the_outputs() -> None:
     for labels in (CLASSES + 0.5, CLASSES, CLASSES[:, None].float()):
         probe, adapter = probe_of(labels, SmallNet(1))
-        assert (adapter.score, adapter.classes) == (logit, 1)
+        assert (adapter.score, adapter.classes) == (value, 2)
         assert probe.labels is not None
-        assert probe.labels.tolist() == [0, 0, 0, 0]
+        assert probe.labels.tolist() == [[1, 1]] * 4  # what raises it, and what lowers it
         assert probe.note == ""
-    probe, _ = probe_of(HOT * 2.5, SmallNet(3))
-    assert "predicts 3 values: the first is explained; name others by targets=" in probe.note
+    probe, adapter = probe_of(HOT * 2.5, SmallNet(3))
+    assert "predicts 3 values: the first is explained; name others by targets=[1, 4," in probe.note
+    rows, targets = probe.pairs("label", torch.zeros(4, 6), 3)
+    assert rows.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert targets.tolist() == [0, 3] * 4
+    assert adapter.names is not None
+    assert adapter.names[4] == "less of value 1"
+    assert probe.false_positives(torch.full((4, 6), 9.0))[0].tolist() == []
 
 
 def test_one_logit_has_two_classes() -> None:
