@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lightning_aop.methods.aop import fast_sigcam
+from lightning_aop.methods.aop import OrBlank, fast_sigcam
+from lightning_aop.methods.cam import WGradCAM
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.isolation import device_of
 from lightning_aop.model.passes import Passes
@@ -43,9 +44,14 @@ class Way:
         """Return the class score: by default sigmoid for multi-hot labels, softmax for others."""
         return self.score or (sigmoid if probe.multilabel else softmax)
 
-    def method_for(self, score: Score) -> SaliencyMethod:
-        """Return the method."""
-        return self.method or fast_sigcam(self.target_layer, score=score)
+    def method_for(self, score: Score, warn: Callable[[str], None] = print) -> SaliencyMethod:
+        """Return the method; the default one does without a layer where none is named or found."""
+        if self.method is not None:
+            return self.method
+        default = fast_sigcam(self.target_layer, score=score)
+        if self.target_layer is not None:
+            return default
+        return replace(default, activation=OrBlank(WGradCAM(), warn))
 
 
 @dataclass
@@ -93,7 +99,7 @@ def explain(
         return judge.metric(plan.score, together=workers.size > 1)
 
     def work() -> _Worked:
-        method = way.method_for(plan.score)
+        method = way.method_for(plan.score, warn)
         maps = passes.in_parts(partial(method.explain, model), pictures, targets)
         worked = _Worked(maps, maps.new_full((len(maps), 2, 2), torch.nan), None)
         judging = metric()
