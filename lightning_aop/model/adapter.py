@@ -8,7 +8,7 @@ finds is a model like any other: `adapter.model(module)` goes wherever a model g
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -198,7 +198,7 @@ def find_adapter(
     """
     module = unwrap(module)
     inputs = batch if isinstance(batch, Inputs) else find_inputs(batch)
-    expected = expected or Expected()
+    expected = replace(expected or Expected(), trusted=logits is not None)
     if len(inputs.images) == 1:
         # Of one image it can't be told which dimension is the batch's.
         inputs = Inputs(

@@ -23,6 +23,10 @@ _NAMES = (
     *("preds", "pred", "prediction", "predictions", "y_hat", "y_pred", "cls", "pred_score"),
     *("probs", "prob", "probabilities"),
 )
+_EMBEDDINGS = (
+    *("embedding", "embeddings", "embed", "emb", "image_embeds", "features", "feature", "feats"),
+    *("projection", "projections", "proj", "z", "pooler_output", "representation"),
+)
 _VALUES = ("pred_score", "anomaly_score", "anomaly_scores")
 _TINY = 1e-7
 
@@ -40,12 +44,18 @@ class Expected:
         highest: the highest class index among the labels.
         classes: how many classes there are, None where nobody says.
         separately: whether each class is trained on its own, by binary cross entropy.
+        values: whether it is trained by losses of values alone, such as the squared error.
+        embeddings: whether a loss compares outputs with each other.
+        trusted: whether the user has said that the outputs are what is to be explained.
     """
 
     kind: Kind | None = None
     highest: int = -1
     classes: int | None = None
     separately: bool = False
+    values: bool = False
+    embeddings: bool = False
+    trusted: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
     ]
     counted = [(p, t) for p, t in found if t.ndim > 1 and t.shape[1] == expected.classes]
     flat = [(path, tensor) for path, tensor in found if tensor.ndim <= 2]
-    path, tensor = (named or counted or flat or found)[0]
+    path, tensor = (named or counted or _last_layers(flat) or found)[0]
     meaning = _meaning_of(tensor, count, str(path[-1]) if path else "", expected)
     if not path:
         return meaning
@@ -105,6 +115,28 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
 
 
 _Path: TypeAlias = tuple[object, ...]
+
+
+def _last_layers(found: list[tuple[_Path, Tensor]]) -> list[tuple[_Path, Tensor]]:
+    """Leave out features from which another output, of another size, is computed."""
+    chosen = found[:1]
+    for path, tensor in found[1:]:
+        if tensor.shape != chosen[0][1].shape and _computed_from(tensor, chosen[0][1]):
+            chosen = [(path, tensor)]
+    return chosen
+
+
+def _computed_from(tensor: Tensor, other: Tensor) -> bool:
+    ahead, seen = [tensor.grad_fn], {None}
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        if node is other.grad_fn:
+            return True
+        seen.add(node)
+        ahead.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def _written(path: _Path) -> str:
@@ -144,8 +176,8 @@ def _meaning_of(tensor: Tensor, count: int, name: str, expected: Expected) -> Me
     shape = tuple(tensor.shape[1:])
     if math.prod(shape) == 1:
         return _one_output(tensor, name, expected)
-    if len(shape) == 1 or (len(shape) == 3 and shape[1:] == (1, 1)):
-        return _class_outputs(tensor.flatten(1), expected)
+    if math.prod(shape) == max(shape):  # [B, K], and with dimensions of one
+        return _class_outputs(tensor.flatten(1), name, expected)
     if len(shape) == 3:
         return _segmentation(tensor, expected)
     if len(shape) == 2 and (expected.kind == "mask" or min(shape) > 16):
@@ -155,7 +187,8 @@ def _meaning_of(tensor: Tensor, count: int, name: str, expected: Expected) -> Me
 
 def _one_output(tensor: Tensor, name: str, expected: Expected) -> Meaning:
     # How anomalous an image is has a scale of its own, also where the labels are normal or not.
-    if expected.kind == "value" or expected.highest > 1 or name in _VALUES:
+    of_value = (expected.kind == "value" and not expected.separately) or expected.values
+    if of_value or expected.embeddings or expected.highest > 1 or name in _VALUES:
         return _values(1)
     probability = _ends_in(tensor, "Sigmoid") or ("prob" in name and _in_unit(tensor))
 
@@ -190,15 +223,22 @@ def _values(count: int) -> Meaning:
     )
 
 
-def _class_outputs(logits: Tensor, expected: Expected) -> Meaning:
+def _class_outputs(logits: Tensor, name: str, expected: Expected) -> Meaning:
     classes = logits.shape[1]
     _check_range(classes, expected)
+    embedding = name in _EMBEDDINGS or expected.embeddings or _of_length_one(logits)
+    if embedding and not expected.trusted:
+        raise OutputError(
+            f"gives [B, {classes}], an embedding, which has no class: give it a score, such as how "
+            "like it is to a reference, logits=lambda module, images: "
+            "torch.cosine_similarity(module(images), reference)[:, None]"
+        )
     size = f"[B, {classes}]"
 
     def as_it_is(output: Tensor, count: int) -> Tensor:
         return output if output.shape == (count, classes) else output.reshape(count, classes)
 
-    if expected.kind == "value":
+    if expected.kind == "value" or (expected.kind == "multi-hot" and expected.values):
         return _values(classes)
     values = full_precision(logits.detach())
     if _in_unit(values) and bool(((values.sum(dim=1) - 1).abs() < 1e-3).all()):
@@ -221,6 +261,12 @@ def _class_outputs(logits: Tensor, expected: Expected) -> Meaning:
         expected.separately and expected.kind in ("one-hot", None)
     )
     return Meaning(as_it_is, f"logits {size}", sigmoid if separate else softmax, classes)
+
+
+def _of_length_one(outputs: Tensor) -> bool:
+    values = full_precision(outputs.detach())
+    lengths = bool(((values.norm(dim=1) - 1).abs() < 1e-3).all())
+    return lengths and outputs.shape[1] > 2 and bool((values < 0).any())
 
 
 def _check_range(classes: int, expected: Expected) -> None:

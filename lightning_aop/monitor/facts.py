@@ -5,15 +5,22 @@ the images is left out, with a note that says so; none is ever an error.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-_CLASSES = ("classes", "class_names", "label_names", "categories", "names", "id2label")
+_CLASSES = (
+    *("classes", "class_names", "label_names", "categories", "names", "id2label", "classes_"),
+    *("CLASSES", "label_encoder", "encoder", "features"),
+)
 _INDICES = ("class_to_idx", "label2id", "idx_to_class")
-_TRANSFORMS = ("transform", "transforms", "val_transform", "test_transform", "train_transform")
+_TRANSFORMS = (
+    *("transform", "transforms", "val_transform", "test_transform", "train_transform"),
+    *("image_processor", "processor", "feature_extractor", "preprocess"),
+)
 
 
 @dataclass(frozen=True)
@@ -109,15 +116,25 @@ def _attribute(source: Any, name: str) -> Any:
         value: Any = (
             source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
         )
-        return value() if name in (*_CLASSES, *_INDICES) and callable(value) else value
+        method = callable(value) and not isinstance(value, type)
+        return value() if name in (*_CLASSES, *_INDICES) and method else value
     except Exception:  # a property or method that can't be had now
         return None
 
 
 def _names(found: Any) -> list[str] | None:
     """Return names by class index from any form that has an order."""
+    if hasattr(found, "classes_"):  # a label encoder
+        found = found.classes_
     if hasattr(found, "tolist"):
         found = found.tolist()
+    if isinstance(found, Mapping):  # columns, one of which may know its classes
+        inside = [getattr(column, "names", None) for column in found.values()]
+        found = next((names for names in inside if isinstance(names, (list, tuple))), found)
+    if isinstance(found, type) and issubclass(found, Enum):
+        found = {member.name: member.value for member in found}
+    if isinstance(found, (KeysView, ValuesView)):
+        found = list(found)
     if isinstance(found, Mapping):
         if all(isinstance(v, int) for v in found.values()):
             found = {index: name for name, index in found.items()}

@@ -10,6 +10,7 @@ has two steps, and between them the model is asked (see `model/adapter.py`):
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -81,9 +82,10 @@ class Labels:
         Raises:
             BatchError: no label fits the outputs.
         """
-        if as_values or self.kind == "value":
-            if not as_values or outputs is None:
-                return Fitted(torch.zeros(len(self.values), dtype=torch.long))
+        if self.kind == "value" and not as_values:
+            of_class = self.values > 0.5 if outputs == 2 else torch.zeros(len(self.values))
+            return Fitted(of_class.long())
+        if as_values and outputs is not None:
             count = outputs // 2  # values, and their negatives
             both = torch.full((len(self.values), outputs), -1)
             both[:, [0, count]] = 1
@@ -112,6 +114,8 @@ class Labels:
         return Fitted(present)
 
     def _classes(self, classes: Tensor, outputs: int | None) -> "Fitted":
+        if outputs == 2 and set(classes.tolist()) == {-1, 1}:
+            classes = (classes + 1) // 2  # as for a hinge loss
         outside = classes < 0
         if outputs is not None:
             outside |= classes >= outputs
@@ -172,7 +176,7 @@ class Reading:
                 # A higher label is one to ignore.
                 below = self.labels.values[self.labels.values < classes]
                 highest = int(below.max()) if len(below) else highest
-        return Expected(kind, highest, classes, trained_separately(module))
+        return Expected(kind, highest, classes, *trained(module))
 
 
 def read_batch(
@@ -208,14 +212,18 @@ def read_batch(
     inputs = find_inputs(batch)
     labels = _find(batch, inputs, names)
     masks, named = _find_masks(batch, inputs)
+    if labels is None and masks is not None:  # which are the labels then
+        labels, masks = as_labels(masks.byte(), inputs), None
     note = "" if labels is not None else _text_note(_named(batch))
     masks = None if masks is None else masks[:limit]
     return Reading(inputs.first(limit), _first(labels, limit), masks, named, note.lstrip("; "))
 
 
 def _named(batch: Any) -> Any:
-    """Return what a batch calls labels, whatever it is."""
+    """Return what a batch calls labels, whatever it is; in a tuple its text."""
     parts = {str(key).lower(): part for key, part in members(batch)}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return next((p for p in batch if _is_text(p) and not re.search(r"/|\.\w+$", p[0])), None)
     return next((parts[name] for name in _NAMES if name in parts), None)
 
 
@@ -321,6 +329,8 @@ def _of_pixels(values: Tensor, flags: bool, size: torch.Size) -> Labels | None:
         if not bool(((values == values.round()) & (values >= 0) & (values < 256)).all()):
             return None
         values = values.long()
+    if set(values.unique().tolist()) == {0, 255}:
+        values = (values == 255).long()  # black and white
     if values.ndim == 4:
         return Labels("mask", values) if bool((values <= 1).all()) else None
     # Flags without a channel may be where the class of a label is.
@@ -382,31 +392,46 @@ def _classes_of_objects(annotation: Any) -> Tensor | None:
 def _find_masks(batch: Any, inputs: Inputs) -> tuple[Tensor | None, bool]:
     parts = members(batch)
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        third = batch[2] if len(batch) > 2 else None
-        return (
-            (third, False)
-            if isinstance(third, Tensor) and third.dtype == torch.bool
-            else (None, False)
-        )
+        flags = [
+            part for part in batch[1:3] if isinstance(part, Tensor) and part.dtype == torch.bool
+        ]
+        return next((part for part in reversed(flags) if part.ndim > 2), None), False
     named = (part for name in _MASKS for key, part in parts if str(key).lower() == name)
     masks = next((m for m in named if isinstance(m, Tensor) and m.dtype == torch.bool), None)
     return masks, True
 
 
-def trained_separately(module: nn.Module) -> bool:
-    """Tell whether the module's classes are trained each on its own, by binary cross entropy."""
-    losses = (nn.BCEWithLogitsLoss, nn.BCELoss, nn.MultiLabelSoftMarginLoss)
-    if any(isinstance(m, losses) for m in module.modules()):
-        return True
-    if any(isinstance(value, losses) for value in vars(module).values()):
-        return True
+_STEPS = ("training_step", "validation_step", "_shared_step", "shared_step", "step", "loss")
+_SEPARATE = ("BCEWithLogitsLoss", "BCELoss", "MultiLabelSoftMarginLoss")
+_SEPARATE_CALLS = ("binary_cross_entropy", "multilabel_soft_margin", *_SEPARATE)
+_OF_VALUES = ("MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "GaussianNLLLoss", "PoissonNLLLoss")
+_OF_VALUES_CALLS = ("mse_loss", "l1_loss", "huber_loss", "poisson_nll", "gaussian_nll", *_OF_VALUES)
+
+
+_OF_EMBEDDINGS = "ntxent|triplet|contrastive|infonce|cosineembedding|negativecosine|barlow|vicreg"
+
+
+def trained(module: nn.Module) -> tuple[bool, bool, bool]:
+    """Tell by its losses whether a module's classes are trained each on its own, or values are.
+
+    Returns:
+        Whether there is a binary cross entropy, whether there are none but losses of values, and
+        whether there is one that compares embeddings.
+    """
+    held = [*module.modules(), *vars(module).values()]
+    kinds = {cls.__name__ for each in held for cls in type(each).__mro__[:2]}
+    kinds |= {getattr(each, "__name__", "") for each in vars(module).values()}  # functions
     source = ""
-    for step in ("training_step", "validation_step", "_shared_step", "shared_step", "step", "loss"):
+    for step in _STEPS:
         try:
             source += inspect.getsource(getattr(type(module), step))
         except (AttributeError, OSError, TypeError):
             continue
-    return "binary_cross_entropy" in source or "multilabel_soft_margin" in source
+    separately = bool(kinds & {*_SEPARATE_CALLS}) or any(w in source for w in _SEPARATE_CALLS)
+    values = bool(kinds & {*_OF_VALUES_CALLS}) or any(word in source for word in _OF_VALUES_CALLS)
+    others = any("crossentropy" in kind.lower() for kind in kinds) or "cross_entropy" in source
+    embeddings = any(re.search(_OF_EMBEDDINGS, kind.lower()) for kind in kinds) and not others
+    return separately, values and not separately and not others, embeddings
 
 
 def fit_labels(labels: Labels | None, adapter: Adapter | None) -> Fitted | None:
