@@ -176,8 +176,8 @@ def find_inputs(batch: Any, images: object = None) -> Inputs:
     forms = [(path, raw, ImageForm.of(raw)) for path, raw in (*named, *candidates)]
     several = [each for each in forms if each[2] is not None and not each[2].grey]
     for path, raw, form in several or forms:
-        # Three numbers alone may be the size of one image.
-        if form is not None and not (form.grey and not path and len(raw) in (1, 3, 4)):
+        # Three numbers may be the size of one image.
+        if form is not None and not (form.grey and len(raw) in (1, 3, 4)):
             return Inputs(batch, path, form, form.inside(raw))
     raise BatchError(_refusal(batch, [raw for _, raw in (*named, *candidates)]))
 
