@@ -127,7 +127,8 @@ def _last_layers(found: list[tuple[_Path, Tensor]]) -> list[tuple[_Path, Tensor]
 
 
 def _computed_from(tensor: Tensor, other: Tensor) -> bool:
-    ahead, seen = [tensor.grad_fn], {None}
+    ahead: list[Any] = [tensor.grad_fn]
+    seen: set[Any] = {None}
     while ahead:
         node = ahead.pop()
         if node in seen:

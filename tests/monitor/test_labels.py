@@ -57,6 +57,11 @@ def probe_of(labels: Any, module: nn.Module) -> tuple[Probe, Adapter]:
         (HOT * 2.5, "value"),
         (torch.full((4, 8, 6), 255), "mask"),
         (torch.zeros(4, 1, 8, 6).long(), "mask"),
+        (torch.ones(4, 1, 8, 6), "mask"),
+        ((IMAGES > 0.5).float(), "mask"),
+        (IMAGES[:, 0] > 0.5, "mask"),
+        ([{"class_labels": torch.tensor([1]), "boxes": torch.rand(1, 4)}] * 4, "boxes"),
+        ([[{"category_id": 2, "bbox": [0, 0, 1, 1]}]] * 4, "boxes"),
         ([{"labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4)}] * 4, "boxes"),
         ((CLASSES, CLASSES.flip(0), 0.3), "class"),  # mixup
         ({"species": CLASSES, "label": CLASSES}, "class"),
@@ -233,6 +238,57 @@ def test_a_segmentation_has_the_classes_of_its_pixels_and_their_masks() -> None:
     assert probe.labels.tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 0], [1, 0, 0]]
     assert probe.masks is not None
     assert torch.equal(probe.masks[1], pixels[0] == 2)
+
+
+def test_masks_of_each_class_and_in_black_and_white() -> None:
+    module = nn.Conv2d(3, 3, 1)
+    masks = IMAGES > 0.5
+    masks[0, 2] = False
+    reading = read_batch({"image": IMAGES, "mask": masks.float()})
+    probe = Probe.of(reading, find_adapter(module, reading.inputs, reading.expected(module)))
+    assert probe.labels is not None
+    assert probe.labels.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]]
+    assert probe.masks is not None
+    assert torch.equal(probe.masks[:2], masks[0, :2])
+    white = read(masks[:, 0].byte() * 255)
+    assert white is not None
+    assert torch.equal(white.values, masks[:, 0].long())
+
+
+def test_text_is_a_class_by_the_names() -> None:
+    text = ["okapi", "zebra", "okapi", "lion"]
+    for batch in ((IMAGES, text), {"image": IMAGES, "label": text}):
+        labels = read_batch(batch, names=["zebra", "okapi"]).labels
+        assert labels is not None
+        assert labels.values.tolist() == [1, 0, 1, -1]
+        reading = read_batch(batch)
+        assert reading.labels is None
+        assert "the labels are text, such as 'okapi', and no class names" in reading.note
+        assert Probe.of(reading).note == reading.note
+    assert read_batch((IMAGES, ["a/1.jpg", "2.jpg", "3.jpg", "4.jpg"])).note == ""
+
+
+def test_labels_of_minus_one_and_one_are_two_classes() -> None:
+    probe, _ = probe_of(torch.tensor([-1, 1, 1, -1]), SmallNet(1))
+    assert probe.labels is not None
+    assert probe.labels.tolist() == [0, 1, 1, 0]
+
+
+def test_the_loss_says_whether_labels_are_values() -> None:
+    labels = (CLASSES > 0).float()
+    for loss, score in (
+        (nn.MSELoss(), value),
+        (nn.functional.l1_loss, value),
+        (nn.BCEWithLogitsLoss(), sigmoid),
+    ):
+        module = SmallNet(1)
+        module.loss = loss
+        _, adapter = probe_of(labels, module)
+        assert adapter.score is score
+    probe, adapter = probe_of(labels * 0.8 + 0.1, module)  # smoothed
+    assert adapter.score is sigmoid
+    assert probe.labels is not None
+    assert probe.labels.tolist() == labels.tolist()
 
 
 def test_the_users_own_reading() -> None:
