@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from lightning_aop.errors import InvalidValueError
-from lightning_aop.model.adapter import Classifier
+from lightning_aop.model.adapter import Classifier, name_of
 from lightning_aop.model.isolation import hooked, undisturbed, unwrap
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images
@@ -300,7 +300,7 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
     if last := small or scores:  # a network of one convolution has nothing but its scores
         return last
     raise TargetLayerError(
-        f"{type(model).__name__} has no layer that gives a feature map of images of {height} x {width} "
+        f"{name_of(model)} has no layer that gives a feature map of images of {height} x {width} "
         "(one that changes where the image changes, carries all that reaches the logits, and comes "
         "late enough to say something about the class): use a method that needs no layer (RISE, "
         "LIME, XRAI), or name one as target_layer, and give reshape, a function that turns its "
