@@ -139,19 +139,19 @@ class Drawn:
         classes: the number of classes, None where the data doesn't say.
         limit: how many samples were asked for, None for all.
         read_masks: what gives the masks of a class, where the dataset has masks.
-        sources: what tells the names of the classes.
+        named: the user's own names of the classes, which have to fit the model.
     """
 
     reading: Reading
     classes: int | None
     limit: int | None
     read_masks: MaskReader | None
-    sources: Sequence[Any] = ()
+    named: Sequence[Any] = ()
 
     def probe(self, adapter: Adapter, warn: Callable[[str], None]) -> Probe:
         """Return the probe, with labels that fit the model's outputs."""
         probe, count = Probe.of(self.reading, adapter), self.limit
-        names = Fact[list[str]]() if adapter.names else class_names(self.sources, adapter.classes)
+        names = Fact[list[str]]() if adapter.names else class_names(self.named, adapter.classes)
         for note in (probe.note, names.note):
             if note:
                 warn(note)
@@ -196,7 +196,7 @@ def draw(
     given = [] if names is None else [{"class_names": list(names)}]
     sources = [*given, *fact_sources(source, trainer)]
     reading = read_batch(batch, found.limit, read, class_names(sources).value)
-    return Drawn(reading, class_count(sources), found.limit, found.read_masks, sources)
+    return Drawn(reading, class_count(sources), found.limit, found.read_masks, given)
 
 
 def fact_sources(source: ProbeSource, trainer: Trainer) -> list[Any]:
