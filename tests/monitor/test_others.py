@@ -225,7 +225,8 @@ def anomalib_stfpm(folder: Path) -> Project:
         **{**settings, "pre_trained": False}
     )
     try:
-        module = Stfpm(visualizer=False, evaluator=False, post_processor=False)
+        small = Stfpm.configure_pre_processor((SIZE, SIZE))
+        module = Stfpm(pre_processor=small, visualizer=False, evaluator=False, post_processor=False)
     finally:
         torch_model.TimmFeatureExtractor = extractor
     x, y, masks = blobs(classes=2)
