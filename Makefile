@@ -8,7 +8,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow test-lowest coverage mutants release-check reliability docs \
+.PHONY: help demo test test-quick test-slow test-others test-lowest coverage mutants release-check reliability docs \
 	format lint types clean
 
 help:  ## list these targets
@@ -19,21 +19,26 @@ demo: $(VENV)/.demo  ## train a small network for a minute, and say where to loo
 	$(BIN)/lightning-aop demo
 
 test: $(VENV)/.dev  ## the tests, a few minutes; installs everything that any of them needs
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -m "not slow and not others" -n auto --maxprocesses 4
 
 test-quick: $(VENV)/.test  ## the tests that need only the extra `test`, which is faster to install
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -m "not slow and not others" -n auto --maxprocesses 4
 
 test-slow: $(VENV)/.dev  ## the slow tests; LIGHTNING_AOP_DATA names a folder of real photos
 	$(BIN)/python -m pytest -m slow -s
 
+test-others:  ## modules of torchgeo, anomalib, transformers and others, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-others
+	$(VENV)-others/bin/python -m pip install --quiet --disable-pip-version-check -e . -r tests/scripts/others-requirements.txt
+	$(VENV)-others/bin/python -m pytest -m others
+
 test-lowest:  ## the tests with the lowest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[all-tests]" -c tests/constraints-lowest.txt
-	$(VENV)-lowest/bin/python -m pytest -m "not slow" -W ignore::DeprecationWarning -n auto --maxprocesses 4
+	$(VENV)-lowest/bin/python -m pytest -m "not slow and not others" -W ignore::DeprecationWarning -n auto --maxprocesses 4
 
 coverage: $(VENV)/.dev  ## which lines the tests run, in the processes that they start too
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -m "not slow and not others" -n auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered
 
 mutants: $(VENV)/.dev  ## change the maths a little, hundreds of times, and see that a test fails
 	$(BIN)/python tests/mutants.py

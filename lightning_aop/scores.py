@@ -1,6 +1,7 @@
 """F_c, the score that an explanation explains: logits [B, K] and targets [B] give scores [B].
 
-`softmax` for single-label classifiers, `sigmoid` for multilabel ones, `logit` for neither. All are
+`softmax` for single-label classifiers, `sigmoid` for multilabel ones, `value` for numbers to predict,
+`logit` for none of these. All are
 computed in float32 or wider: exp(11.1) already overflows in half precision.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lightning_aop.types import Targets
 
-__all__ = ["Score", "logit", "sigmoid", "softmax"]
+__all__ = ["Score", "logit", "sigmoid", "softmax", "value"]
 
 if TYPE_CHECKING:
     _Scores: TypeAlias = Float[Tensor, " b"]
@@ -44,6 +45,21 @@ def softmax(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b
 def sigmoid(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
     """Return the probability in [0, 1] of the class on its own, as BCEWithLogitsLoss trains it."""
     return torch.sigmoid(logit(logits, targets))
+
+
+def value(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
+    """Return what a model predicts, or its negative: the columns are values, then their negatives.
+
+    What raises the negative lowers the value, so that both can be explained.
+    """
+    return logit(logits, targets)
+
+
+def shown(score: Score, logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
+    """Return the score as it is shown: of `value` the value, whichever direction is explained."""
+    if score is value:
+        targets = targets % (logits.shape[1] // 2)
+    return score(logits, targets)
 
 
 def of_all_classes(score: Score, logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:

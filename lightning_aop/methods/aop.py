@@ -4,6 +4,7 @@
 faithfulness with a twentieth of its model evaluations. `AOP(Blank(), IGOS())` is plain I-GOS.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.cam import WGradCAM
 from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.ranked_mask import RankedMask
-from lightning_aop.ops import min_max
+from lightning_aop.model.layers import TargetLayerError
+from lightning_aop.ops import min_max, resize
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import (
     ActivationMethod,
@@ -40,6 +42,44 @@ class Blank:
         """Return zeros [B, H, W]."""
         check_batch(images, targets)
         return torch.zeros_like(images[:, 0])
+
+
+@dataclass(frozen=True)
+class OrBlank:
+    """An activation map, or the neutral start for a model that has no feature map to take it from.
+
+    Attributes:
+        activation: the map.
+        say: is called with the reason where there is none.
+    """
+
+    activation: ActivationMethod
+    say: Callable[[str], None]
+
+    def __repr__(self) -> str:
+        return repr(self.activation)
+
+    @property
+    def evaluations(self) -> int | None:
+        """The model evaluations per image, None where the activation map doesn't say."""
+        return getattr(self.activation, "evaluations", None)
+
+    def activation_map(self, model: nn.Module, images: Images, targets: Targets) -> CoarseMaps:
+        """Return the activation map, or zeros [B, H, W]."""
+        try:
+            return self.activation.activation_map(model, images, targets)
+        except TargetLayerError as error:
+            reason = str(error).split(" (", maxsplit=1)[0].split(": ", maxsplit=1)[0]
+            self.say(
+                f"{reason}: the maps are found without one, by perturbation alone; name a layer as "
+                "target_layer for maps that start from it"
+            )
+            return Blank().explain(model, images, targets)
+
+    def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
+        """Return the map at the images' size."""
+        height, width = images.shape[-2:]
+        return resize(self.activation_map(model, images, targets), (height, width))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
 from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import Baseline, GaussianBlur, min_max
-from lightning_aop.scores import Score, softmax
+from lightning_aop.scores import Score, softmax, value
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
 __all__ = ["RankedMask"]
@@ -41,8 +41,8 @@ class RankedMask:
 
     The map is R min-max normalised to [0, 1], squared (which emphasises the top and keeps the order),
     times its strength: twice the mean of [F_c(Φ(m_b)) − F_c(Φ(1 − m_a))] / F_c(x) over the iterations,
-    at most 1. A ranking that the score doesn't follow, as of a class that the model all but excludes,
-    stays faint.
+    at most 1. Of a `value`, the difference that all of the image makes takes the place of F_c(x). A
+    ranking that the score doesn't follow, as of a class that the model all but excludes, stays faint.
 
     The orders are drawn from `seed`, the same for every image of a batch, so that no image depends
     on its batch. The two terms are those of iGOS++ (Khorram, Lawson and Li 2021).
@@ -136,7 +136,11 @@ class RankedMask:
                 velocity *= self.momentum
                 velocity += slope / largest.clamp_min(torch.finfo(slope.dtype).tiny)
                 ranking = ranking.detach() + self.lr * velocity
-            strength = 2 * gained / self.iterations / whole.abs().clamp_min(self.score_floor)
+            level = whole.abs().clamp_min(self.score_floor)
+            if self.score is value:  # has no zero to fall to, nor a scale
+                nothing = perturbed.values(torch.zeros_like(x[:, 0]), rows[: len(x)])
+                level = (whole - nothing).abs()
+            strength = 2 * gained / self.iterations / level
             maps = upsampled(min_max(ranking), x, self.align_corners).square()
             return maps * strength.clamp(0, 1)[:, None, None].to(maps)
 

@@ -6,9 +6,9 @@ finds is a model like any other: `adapter.model(module)` goes wherever a model g
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -112,9 +112,10 @@ class Adapter:
     Attributes:
         logits: the module and images [B, C, H, W] to logits [B, K], differentiable.
         description: how, in words.
-        score: the class score that fits: `scores.softmax`, `scores.sigmoid` or `scores.logit`.
+        score: the class score that fits: `scores.softmax`, `scores.sigmoid` or `scores.value`.
         classes: K.
         plain: whether the module itself maps images to logits.
+        names: what the K columns are, where they are no classes.
     """
 
     logits: LogitsFunction
@@ -122,6 +123,7 @@ class Adapter:
     score: Score
     classes: int
     plain: bool = False
+    names: Sequence[str] | None = None
 
     def __call__(self, module: nn.Module, images: Images) -> Float[Tensor, "b k"]:
         """Return the logits of the module."""
@@ -196,7 +198,7 @@ def find_adapter(
     """
     module = unwrap(module)
     inputs = batch if isinstance(batch, Inputs) else find_inputs(batch)
-    expected = expected or Expected()
+    expected = replace(expected or Expected(), trusted=logits is not None)
     if len(inputs.images) == 1:
         # Of one image it can't be told which dimension is the batch's.
         inputs = Inputs(
@@ -274,6 +276,7 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
         meaning.score,
         meaning.classes,
         plain=way is _DIRECT and not form and logits is output,
+        names=meaning.names,
     )
 
 

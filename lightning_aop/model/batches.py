@@ -42,16 +42,21 @@ class ImageForm:
         channels_last: [B, H, W, C].
         listed: a list of images [C, H, W] of one size.
         integers: the integer dtype of other integers (16 bits a channel), whose values stay.
+        grey: [B, H, W], without a channel.
     """
 
     bytes: bool = False
     channels_last: bool = False
     listed: bool = False
     integers: torch.dtype | None = None
+    grey: bool = False
 
     @classmethod
     def of(cls, raw: Any) -> "ImageForm | None":
         """Return the form of what may be images, None if it is none."""
+        grey = _is_grey(raw)
+        if grey:
+            raw = raw[:, None]
         if _is_list_of_images(raw):
             raw, listed = raw[0][None], True
         elif isinstance(raw, Tensor) and raw.ndim == 4:
@@ -60,11 +65,12 @@ class ImageForm:
             return None
         last = raw.shape[3] in (1, 3, 4) and raw.shape[1] not in (1, 3, 4)
         whole = not raw.is_floating_point() and raw.dtype not in (torch.uint8, torch.bool)
-        return cls(raw.dtype == torch.uint8, last, listed, raw.dtype if whole else None)
+        return cls(raw.dtype == torch.uint8, last, listed, raw.dtype if whole else None, grey)
 
     def inside(self, raw: Any) -> Images:
         """Return the images of a batch as [B, C, H, W] in floating point."""
         images: Tensor = torch.stack(list(raw)) if self.listed else raw
+        images = images[:, None] if self.grey else images
         if self.channels_last:
             images = images.permute(0, 3, 1, 2)
         if self.bytes:
@@ -80,6 +86,7 @@ class ImageForm:
             images = images if dtype is None else images.round().to(dtype)
         if self.channels_last:
             images = images.permute(0, 2, 3, 1)
+        images = images[:, 0] if self.grey else images
         return list(images) if self.listed else images
 
     @property
@@ -95,6 +102,7 @@ class ImageForm:
             "uint8" * self.bytes,
             str(self.integers).removeprefix("torch.") * (self.integers is not None),
             "channels-last" * self.channels_last,
+            "channelless" * self.grey,
         ]
         found = " ".join(word for word in words if word)
         return found and f"{found} images"
@@ -165,9 +173,11 @@ def find_inputs(batch: Any, images: object = None) -> Inputs:
     """
     candidates = [c for c in _walk(batch) if images is None or c[1] is images]
     named = [c for c in candidates if c[0] and str(c[0][-1]).lower() in IMAGE_NAMES]
-    for path, raw in (*named, *candidates):
-        form = ImageForm.of(raw)
-        if form is not None:
+    forms = [(path, raw, ImageForm.of(raw)) for path, raw in (*named, *candidates)]
+    several = [each for each in forms if each[2] is not None and not each[2].grey]
+    for path, raw, form in several or forms:
+        # Three numbers may be the size of one image.
+        if form is not None and not (form.grey and len(raw) in (1, 3, 4)):
             return Inputs(batch, path, form, form.inside(raw))
     raise BatchError(_refusal(batch, [raw for _, raw in (*named, *candidates)]))
 
@@ -186,7 +196,7 @@ def _refusal(batch: Any, values: Sequence[Any]) -> str:
                 f"batches of images [B, C, H, W] are explained; {remedy}"
             )
         images = isinstance(value, (list, tuple)) and all(
-            isinstance(v, Tensor) and v.ndim == 3 for v in value
+            isinstance(each, Tensor) and each.ndim == 3 for each in value
         )
         if images and len({tuple(v.shape) for v in value}) > 1:
             sizes = sorted({tuple(v.shape) for v in value})[:3]
@@ -254,6 +264,14 @@ def _walk(batch: Any, path: _Path = (), depth: int = 4) -> Iterator[tuple[_Path,
     if depth and not _is_list_of_images(batch):
         for key, part in members(batch):
             yield from _walk(part, (*path, key), depth - 1)
+
+
+def _is_grey(value: Any) -> bool:
+    """Tell images without a channel from signals [B, C, L] and from one image [C, H, W]."""
+    if not isinstance(value, Tensor) or value.ndim != 3 or value.dtype == torch.bool:
+        return False
+    height, width = value.shape[1:]
+    return min(height, width) >= 8 and max(height, width) <= 2 * min(height, width)
 
 
 def _is_list_of_images(value: Any) -> bool:

@@ -3,13 +3,15 @@
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 
 from lightning_aop.model.collectives import reshard
 from lightning_aop.model.state import Saved
@@ -189,6 +191,18 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for table, own in buffers:
             table.update(own)
+
+
+def hooked(module: nn.Module, hook: Callable[[Any, Any, Any], Any]) -> RemovableHandle:
+    """Register a forward hook, also on a scripted module, which takes none of its own.
+
+    Modules inside of a scripted one call no hooks.
+    """
+    if not isinstance(module, torch.jit.ScriptModule):
+        return module.register_forward_hook(hook)
+    return register_module_forward_hook(
+        lambda each, args, output: hook(each, args, output) if each is module else None
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:

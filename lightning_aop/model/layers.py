@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import Classifier, name_of
-from lightning_aop.model.isolation import undisturbed, unwrap
+from lightning_aop.model.isolation import hooked, undisturbed, unwrap
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images
 
@@ -128,7 +128,7 @@ def capture(
     """
     name, layer = named_layer(model, target_layer)
     captured = Capture(name, reshape or partial(_as_maps, size=size))
-    handle = layer.register_forward_hook(captured._hook)
+    handle = hooked(layer, captured._hook)
     try:
         yield captured
     finally:
@@ -383,9 +383,9 @@ def _record(model: nn.Module, images: Images) -> tuple[list[_Output], list[Tenso
     handles = []
     try:
         for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+            handles.append(hooked(module, ended(name)))
+            if isinstance(module, torch.jit.ScriptModule):
                 continue
-            handles.append(module.register_forward_hook(ended(name)))
             if any(p.ndim >= 2 for p in module.parameters(recurse=False)):
                 handles.append(module.register_forward_pre_hook(started))
         logits = Classifier(model, -1).logits(images)
@@ -524,7 +524,7 @@ def _cloned(module: nn.Module, args: object, output: object) -> object:
 def not_overwritten(model: nn.Module, name: str) -> Iterator[None]:
     """Hand on a copy of a layer's output, which what comes after may write into."""
     layer = model.get_submodule(name)
-    with layer.register_forward_hook(_cloned):
+    with hooked(layer, lambda module, args, output: output.clone()):
         yield
 
 

@@ -1,8 +1,8 @@
 """What a model's output means: from tensors, dictionaries, tuples and objects to logits [B, K]."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.batches import members
-from lightning_aop.scores import Score, full_precision, logit, sigmoid, softmax
+from lightning_aop.scores import Score, full_precision, sigmoid, softmax, value
 
 __all__ = ["Expected", "Kind", "Meaning", "OutputError", "find_meaning"]
 
@@ -23,6 +23,11 @@ _NAMES = (
     *("preds", "pred", "prediction", "predictions", "y_hat", "y_pred", "cls", "pred_score"),
     *("probs", "prob", "probabilities"),
 )
+_EMBEDDINGS = (
+    *("embedding", "embeddings", "embed", "emb", "image_embeds", "features", "feature", "feats"),
+    *("projection", "projections", "proj", "z", "pooler_output", "representation"),
+)
+_VALUES = ("pred_score", "anomaly_score", "anomaly_scores")
 _TINY = 1e-7
 
 
@@ -39,12 +44,18 @@ class Expected:
         highest: the highest class index among the labels.
         classes: how many classes there are, None where nobody says.
         separately: whether each class is trained on its own, by binary cross entropy.
+        values: whether it is trained by losses of values alone, such as the squared error.
+        embeddings: whether a loss compares outputs with each other.
+        trusted: whether the user has said that the outputs are what is to be explained.
     """
 
     kind: Kind | None = None
     highest: int = -1
     classes: int | None = None
     separately: bool = False
+    values: bool = False
+    embeddings: bool = False
+    trusted: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +67,14 @@ class Meaning:
         description: what the output is.
         score: the class score that fits.
         classes: K.
+        names: what the K columns are, where they are no classes.
     """
 
     read: Callable[[Any, int], Float[Tensor, "b k"]]
     description: str
     score: Score
     classes: int
+    names: Sequence[str] | None = None
 
 
 def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
@@ -74,6 +87,8 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
     """
     if _is_detection(output, count):
         return _detection(output, expected)
+    if (queries := _queries(output, count)) is not None:
+        return _query_detection(*queries, expected)
     found: list[tuple[_Path, Tensor]] = [
         (path, tensor) for path, tensor in _tensors(output) if _fits(tensor, count)
     ]
@@ -87,19 +102,46 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
     ]
     counted = [(p, t) for p, t in found if t.ndim > 1 and t.shape[1] == expected.classes]
     flat = [(path, tensor) for path, tensor in found if tensor.ndim <= 2]
-    path, tensor = (named or counted or flat or found)[0]
+    path, tensor = (named or counted or _last_layers(flat) or found)[0]
     meaning = _meaning_of(tensor, count, str(path[-1]) if path else "", expected)
     if not path:
         return meaning
-    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    where = _written(path)
 
     def read(output: Any, count: int) -> Tensor:
         return meaning.read(_at(output, path), count)
 
-    return Meaning(read, f"{where} {meaning.description}", meaning.score, meaning.classes)
+    return replace(meaning, read=read, description=f"{where} {meaning.description}")
 
 
 _Path: TypeAlias = tuple[object, ...]
+
+
+def _last_layers(found: list[tuple[_Path, Tensor]]) -> list[tuple[_Path, Tensor]]:
+    """Leave out features from which another output, of another size, is computed."""
+    chosen = found[:1]
+    for path, tensor in found[1:]:
+        if tensor.shape != chosen[0][1].shape and _computed_from(tensor, chosen[0][1]):
+            chosen = [(path, tensor)]
+    return chosen
+
+
+def _computed_from(tensor: Tensor, other: Tensor) -> bool:
+    ahead: list[Any] = [tensor.grad_fn]
+    seen: set[Any] = {None}
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        if node is other.grad_fn:
+            return True
+        seen.add(node)
+        ahead.extend(before for before, _ in node.next_functions)
+    return False
+
+
+def _written(path: _Path) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
 
 
 def _fits(tensor: Tensor, count: int) -> bool:
@@ -135,8 +177,8 @@ def _meaning_of(tensor: Tensor, count: int, name: str, expected: Expected) -> Me
     shape = tuple(tensor.shape[1:])
     if math.prod(shape) == 1:
         return _one_output(tensor, name, expected)
-    if len(shape) == 1 or (len(shape) == 3 and shape[1:] == (1, 1)):
-        return _class_outputs(tensor.flatten(1), expected)
+    if math.prod(shape) == max(shape):  # [B, K], and with dimensions of one
+        return _class_outputs(tensor.flatten(1), name, expected)
     if len(shape) == 3:
         return _segmentation(tensor, expected)
     if len(shape) == 2 and (expected.kind == "mask" or min(shape) > 16):
@@ -145,10 +187,11 @@ def _meaning_of(tensor: Tensor, count: int, name: str, expected: Expected) -> Me
 
 
 def _one_output(tensor: Tensor, name: str, expected: Expected) -> Meaning:
-    if expected.kind == "value" or expected.highest > 1:
-        return Meaning(lambda t, n: t.reshape(n, 1), "[B, 1], a value to predict", logit, 1)
+    # How anomalous an image is has a scale of its own, also where the labels are normal or not.
+    of_value = (expected.kind == "value" and not expected.separately) or expected.values
+    if of_value or expected.embeddings or expected.highest > 1 or name in _VALUES:
+        return _values(1)
     probability = _ends_in(tensor, "Sigmoid") or ("prob" in name and _in_unit(tensor))
-    probability = probability or (name == "pred_score" and _in_unit(tensor))
 
     def read(output: Tensor, count: int) -> Tensor:
         z = output.reshape(count, 1)
@@ -159,16 +202,45 @@ def _one_output(tensor: Tensor, name: str, expected: Expected) -> Meaning:
     return Meaning(read, f"[B, 1], {what} of class 1 of two", sigmoid, 2)
 
 
-def _class_outputs(logits: Tensor, expected: Expected) -> Meaning:
+def _values(count: int) -> Meaning:
+    """Return each value and its negative: what raises it, and what lowers it."""
+
+    def read(output: Tensor, images: int) -> Tensor:
+        values = full_precision(output).reshape(images, count)
+        return torch.cat([values, -values], dim=1)
+
+    what = "a value" if count == 1 else "values"
+    names = [
+        word if count == 1 else f"{word} of value {index}"
+        for word in ("more", "less")
+        for index in range(count)
+    ]
+    return Meaning(
+        read,
+        f"[B, {count}], {what} to predict, of which is explained what raises and what lowers it",
+        value,
+        2 * count,
+        names,
+    )
+
+
+def _class_outputs(logits: Tensor, name: str, expected: Expected) -> Meaning:
     classes = logits.shape[1]
     _check_range(classes, expected)
+    embedding = name in _EMBEDDINGS or expected.embeddings or _of_length_one(logits)
+    if embedding and not expected.trusted:
+        raise OutputError(
+            f"gives [B, {classes}], an embedding, which has no class: give it a score, such as how "
+            "like it is to a reference, logits=lambda module, images: "
+            "torch.cosine_similarity(module(images), reference)[:, None]"
+        )
     size = f"[B, {classes}]"
 
     def as_it_is(output: Tensor, count: int) -> Tensor:
         return output if output.shape == (count, classes) else output.reshape(count, classes)
 
-    if expected.kind == "value" and expected.highest < 0:
-        return Meaning(as_it_is, f"{size}, values to predict", logit, classes)
+    if expected.kind == "value" or (expected.kind == "multi-hot" and expected.values):
+        return _values(classes)
     values = full_precision(logits.detach())
     if _in_unit(values) and bool(((values.sum(dim=1) - 1).abs() < 1e-3).all()):
         return Meaning(
@@ -190,6 +262,12 @@ def _class_outputs(logits: Tensor, expected: Expected) -> Meaning:
         expected.separately and expected.kind in ("one-hot", None)
     )
     return Meaning(as_it_is, f"logits {size}", sigmoid if separate else softmax, classes)
+
+
+def _of_length_one(outputs: Tensor) -> bool:
+    values = full_precision(outputs.detach())
+    lengths = bool(((values.norm(dim=1) - 1).abs() < 1e-3).all())
+    return lengths and outputs.shape[1] > 2 and bool((values < 0).any())
 
 
 def _check_range(classes: int, expected: Expected) -> None:
@@ -234,14 +312,16 @@ def _is_detection(output: Any, count: int) -> bool:
 def _detection(output: Any, expected: Expected) -> Meaning:
     """Return the best score of each class over the boxes of an image."""
     seen = [int(found["labels"].max()) for found in output if len(found["labels"])]
-    classes = expected.classes or max([expected.highest, 0, *seen]) + 1
+    # Names of classes may leave out the background, which counts here.
+    classes = max([(expected.classes or 1) - 1, expected.highest, *seen]) + 1
 
     def read(output: Any, count: int) -> Tensor:
         rows = []
         for found in output:
             scores, labels = full_precision(found["scores"]), found["labels"].long()
             known = labels < classes
-            best = scores.new_zeros(classes)
+            # Without a box the score is 0, with a gradient that is 0 too.
+            best = scores.new_zeros(classes) + 0 * scores.sum()
             best = best.scatter_reduce(0, labels[known], scores[known], "amax")
             rows.append(_logit(best))
         return torch.stack(rows)
@@ -249,6 +329,43 @@ def _detection(output: Any, expected: Expected) -> Meaning:
     return Meaning(
         read,
         f"detections, scored by the best box of each of {classes} classes",
+        sigmoid,
+        classes,
+    )
+
+
+def _queries(output: Any, count: int) -> tuple[_Path, Tensor] | None:
+    """Return the class logits [B, Q, K] that stand beside boxes or masks of as many queries."""
+    tensors = {p: t for p, t in _tensors(output, depth=1) if p and t.ndim >= 3 and len(t) == count}
+    for path, logits in tensors.items():
+        if "logits" not in str(path[-1]) or logits.ndim != 3:
+            continue
+        for other, tensor in tensors.items():
+            place = any(word in str(other[-1]) for word in ("box", "mask"))
+            if place and tensor.shape[1] == logits.shape[1]:
+                return path, logits
+    return None
+
+
+def _query_detection(path: _Path, logits: Tensor, expected: Expected) -> Meaning:
+    """Return the best probability of each class over the queries of an image."""
+    last = logits.shape[2]
+    # As a rule the last output is for no object; without one, each class has a sigmoid of its own.
+    known = expected.classes if expected.classes is not None else expected.highest + 1
+    separate = known == last
+    classes = last if separate else last - 1
+    _check_range(classes, replace(expected, kind="class"))
+
+    def read(output: Any, count: int) -> Tensor:
+        found = full_precision(_at(output, path))
+        scores = found.sigmoid() if separate else found.softmax(dim=2)[..., :classes]
+        return _logit(scores.amax(dim=1))
+
+    how = "a sigmoid each" if separate else "a softmax with one output for no object"
+    return Meaning(
+        read,
+        f"{_written(path)} [B, {logits.shape[1]}, {last}], detections, scored by the best of the "
+        f"queries for each of {classes} classes, {how}",
         sigmoid,
         classes,
     )

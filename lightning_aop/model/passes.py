@@ -1,16 +1,18 @@
 """How many images go through a model at once, and how many have gone through it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_aop.checks import require_positive
-from lightning_aop.model.isolation import unwrap
+from lightning_aop.model.batches import members
+from lightning_aop.model.isolation import hooked, unwrap
 
 __all__ = ["Evaluations", "Passes", "count_evaluations", "pass_size"]
 
@@ -149,23 +151,43 @@ class Evaluations:
 def count_evaluations(
     model: nn.Module, on_change: Callable[[Evaluations], None] | None = None
 ) -> Iterator[Evaluations]:
-    """Count the images that pass through `model` inside the block."""
+    """Count the images that pass through `model` inside the block, whatever it gives for them."""
     count = Evaluations()
 
-    def backward(gradient: Tensor) -> None:
-        count.backward += len(gradient)
-
     def forward(module: nn.Module, args: object, output: object) -> None:
-        logits = getattr(output, "logits", output)
-        if isinstance(logits, Tensor):
-            count.forward += len(logits)
-            if logits.requires_grad:
-                logits.register_hook(backward)
-            if on_change is not None:
-                on_change(count)
+        images, tensors = _images_of(output)
+        count.forward += images
+        counted: list[int] = []  # the output whose gradients are counted, of several
 
-    handle = unwrap(model).register_forward_hook(forward)
+        def backward(index: int, gradient: Tensor) -> None:
+            counted[:] = counted or [index]
+            count.backward += images * (index == counted[0])
+
+        for index, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(backward, index))
+        if images and on_change is not None:
+            on_change(count)
+
+    handle = hooked(unwrap(model), forward)
     try:
         yield count
     finally:
         handle.remove()
+
+
+def _images_of(output: object) -> tuple[int, list[Tensor]]:
+    """Return for how many images an output is, and its tensors."""
+    tensors = list(_tensors(output))
+    if isinstance(output, (list, tuple)) and output and isinstance(output[0], Mapping):
+        return len(output), tensors  # detections, one dictionary for each image
+    first = next((tensor for tensor in tensors if tensor.ndim), None)
+    return (0 if first is None else len(first)), tensors
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    else:
+        for _, part in members(output):
+            yield from _tensors(part)

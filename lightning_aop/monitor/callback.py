@@ -23,8 +23,8 @@ from lightning_aop.model.layers import find_feature_map
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explain import Way, explain, explain_probe
-from lightning_aop.monitor.explanation import Explanation, Look, Moment, MomentKind, mean_drift
-from lightning_aop.monitor.facts import found_look
+from lightning_aop.monitor.explanation import Explanation, Moment, MomentKind, mean_drift
+from lightning_aop.monitor.facts import Look, found_look
 from lightning_aop.monitor.judge import Judge
 from lightning_aop.monitor.labels import ReadBatch
 from lightning_aop.monitor.lightning import (
@@ -603,13 +603,13 @@ class ExplanationMonitor(Callback):
             begin = processes.together(ready)
             stack.enter_context(processes.buffers_of_first(pl_module))
             if first:
-                tell(self._description())
+                tell(self._description(trainer))
             explanation = explain_probe(
                 run.model, run.probe, self._way, run.judge, processes, run.passes, run.warn, begin
             )
-        return replace(explanation, look=self._look(trainer))
+        return replace(explanation, look=self._look(trainer)[0])
 
-    def _description(self) -> str:
+    def _description(self, trainer: Trainer) -> str:
         """Return what is explained, and how, as far as it was found and not given."""
         run = self._state
         assert run.adapter is not None
@@ -620,7 +620,7 @@ class ExplanationMonitor(Callback):
             with suppress(Exception):  # the explanation itself will tell
                 found = find_feature_map(run.model, run.probe.images[:1])
                 parts.append(f"feature map '{found.layer}'")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self._look(trainer)[1]])
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, processes: Processes) -> None:
         """Choose the probe, and find how the module maps images to logits."""
@@ -628,7 +628,7 @@ class ExplanationMonitor(Callback):
 
         def drawn() -> Drawn | None:
             try:
-                return draw(self.probe, self.read_batch, trainer, pl_module)
+                return draw(self.probe, self.read_batch, trainer, pl_module, self.class_names)
             except Exception:
                 if run.probe is None:
                     raise
@@ -698,15 +698,14 @@ class ExplanationMonitor(Callback):
         root = trainer.default_root_dir
         return Pictures(trainer.loggers, root, before, self._prefix, run.warn)
 
-    def _look(self, trainer: Trainer) -> Look:
+    def _look(self, trainer: Trainer) -> tuple[Look, list[str]]:
+        """Return how images are shown, and what was found for it and does not fit."""
         run = self._state
         assert run.adapter is not None
         assert run.probe is not None
         look = Look(self.class_names, self.mean, self.std, self.panels)
         channels = None if run.integers else run.probe.images.shape[1]
-        return found_look(
-            look, fact_sources(self.probe, trainer), run.adapter.classes, channels, run.warn
-        )
+        return found_look(look, fact_sources(self.probe, trainer), run.adapter, channels)
 
     def _compare(self, found: Drawn | None, probe: Probe) -> None:
         """Tell whether the data still has the images of the run that is resumed."""
@@ -739,7 +738,7 @@ class ExplanationMonitor(Callback):
 
     def _begun(self, trainer: Trainer, folder: Path) -> HistoryWriter:
         """Begin the run's history in a folder."""
-        probe, look = self._state.probe, self._look(trainer)
+        probe, (look, _) = self._state.probe, self._look(trainer)
         assert probe is not None
         masks: dict[tuple[int, int], torch.Tensor] = {}
         if probe.masks is not None and probe.mask_pairs is not None:

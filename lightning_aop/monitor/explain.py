@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_aop.methods.aop import fast_sigcam
+from lightning_aop.methods.aop import OrBlank, fast_sigcam
+from lightning_aop.methods.cam import WGradCAM
 from lightning_aop.model.adapter import LogitsFunction, find_adapter, predict
 from lightning_aop.model.isolation import (
     device_of,
@@ -21,12 +22,13 @@ from lightning_aop.model.isolation import (
     unwrap,
 )
 from lightning_aop.model.passes import Passes
-from lightning_aop.monitor.explanation import Explanation, Look, Plan
-from lightning_aop.monitor.facts import class_count, found_look
+from lightning_aop.monitor.explanation import Explanation, Plan
+from lightning_aop.monitor.facts import Look, class_count, found_look
+from lightning_aop.monitor.facts import class_names as known_names
 from lightning_aop.monitor.judge import CONTROLS, Judge, Judging, computed, located, synced, updated
 from lightning_aop.monitor.labels import ReadBatch
 from lightning_aop.monitor.labels import read_batch as find_labels
-from lightning_aop.monitor.lightning import to_device, warn
+from lightning_aop.monitor.lightning import inform, to_device, warn
 from lightning_aop.monitor.probe import Drawn, Probe, TargetChoice, collect
 from lightning_aop.monitor.processes import Processes
 from lightning_aop.monitor.progress import progress_bar
@@ -57,9 +59,16 @@ class Way:
         """Return the class score: by default sigmoid for multi-hot labels, softmax for others."""
         return self.score or (sigmoid if probe.multilabel else softmax)
 
-    def method_for(self, score: Score) -> SaliencyMethod:
-        """Return the method."""
-        return self.method or fast_sigcam(self.target_layer, score=score)
+    def method_for(
+        self, score: Score, warn: Callable[[str], None] = lambda text: None
+    ) -> SaliencyMethod:
+        """Return the method; the default one does without a layer where none is named or found."""
+        if self.method is not None:
+            return self.method
+        default = fast_sigcam(self.target_layer, score=score)
+        if self.target_layer is not None:
+            return default
+        return replace(default, activation=OrBlank(WGradCAM(), warn))
 
 
 @dataclass
@@ -131,12 +140,16 @@ def explain(
         precision_of(model),
     ):
         found = collect(batch, None)
-        sources = [batch if isinstance(batch, Dataset) else None, unwrap(model)]
+        named = [] if class_names is None else [{"class_names": list(class_names)}]
+        sources = [*named, batch if isinstance(batch, Dataset) else None, unwrap(model)]
         drawn = Drawn(
-            find_labels(to_device(found.batch, device), None, read_batch),
+            find_labels(
+                to_device(found.batch, device), None, read_batch, known_names(sources).value
+            ),
             class_count(sources),
             None,
             found.read_masks,
+            named,
         )
         expected = drawn.reading.expected(unwrap(model), drawn.classes)
         adapter = find_adapter(model, drawn.reading.inputs, expected, logits)
@@ -158,7 +171,9 @@ def explain(
             )
         channels = None if drawn.reading.inputs.form.integer else probe.images.shape[1]
         look = Look(class_names, mean, std, panels)
-        look = found_look(look, sources, adapter.classes, channels, warn)
+        look, notes = found_look(look, sources, adapter, channels)
+        for note in notes:
+            inform(f"explain: {note}")
         return replace(explanation, look=look)
 
 
@@ -205,7 +220,7 @@ def explain_probe(
         return judge.metric(plan.score, together=workers.size > 1)
 
     def work() -> _Worked:
-        method = way.method_for(plan.score)
+        method = way.method_for(plan.score, warn)
         maps = passes.in_parts(partial(method.explain, model), pictures, targets)
         worked = _Worked(maps, maps.new_full((len(maps), 2, 2), torch.nan), None)
         judging = metric()

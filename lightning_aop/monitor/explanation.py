@@ -1,7 +1,7 @@
 """An explanation of the probe: each fact about it once, for all who draw, store and log it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_aop.history.store import stored
 from lightning_aop.metrics.functional import auc
+from lightning_aop.monitor.facts import Look
 from lightning_aop.monitor.probe import Probe
-from lightning_aop.scores import Score, logit, of_all_classes
-from lightning_aop.view.grid import Panel
+from lightning_aop.scores import Score, logit, of_all_classes, shown, value
 from lightning_aop.view.heat import Picture
 from lightning_aop.view.png import png, write_png
 
@@ -51,23 +51,6 @@ class Moment:
     epoch: int
     title: str
     fitting: bool
-
-
-@dataclass(frozen=True)
-class Look:
-    """How images are shown.
-
-    Attributes:
-        names: of the classes, by index.
-        mean: what the images were normalised with.
-        std: likewise.
-        panels: what stands beside each image.
-    """
-
-    names: Sequence[str] | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    panels: Sequence[Panel] = ("overlay",)
 
 
 @dataclass(frozen=True)
@@ -132,7 +115,7 @@ class Explanation:
     chances: Float[Tensor, "n k"]
     values: dict[str, float]
     controls: dict[str, dict[str, float]]
-    look: Look = Look()
+    look: Look = field(default_factory=Look)
 
     @classmethod
     def of(
@@ -161,9 +144,9 @@ class Explanation:
             probe.masks_of(rows, targets)[0],
             curves,
             auc(curves.flatten(0, 1)).view(-1, 2),
-            plan.score(logits, targets).float(),
+            shown(plan.score, logits, targets).float(),
             predicted,
-            plan.score(logits, predicted).float(),
+            shown(plan.score, logits, predicted).float(),
             _verdicts(probe, plan, predicted),
             [None] * len(rows),
             of_all_classes(plan.score, plan.logits).float(),
@@ -179,11 +162,11 @@ class Explanation:
     def only(self, chosen: Int[Tensor, " c"]) -> "Explanation":
         """Return some of the pairs; the metrics stay those of all."""
         changes: dict[str, object] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("probe", "chances", "values", "controls", "look"):
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in ("probe", "chances", "values", "controls", "look"):
                 continue
-            changes[field.name] = (
+            changes[each.name] = (
                 value[chosen] if isinstance(value, Tensor) else [value[i] for i in chosen.tolist()]
             )
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -204,7 +187,7 @@ class Explanation:
 
 def _verdicts(probe: Probe, plan: Plan, predicted: Int[Tensor, " p"]) -> list[Verdict | None]:
     rows, targets = plan.rows, plan.targets
-    if probe.labels is None or plan.score is logit:
+    if probe.labels is None or plan.score in (logit, value):
         return [None] * len(rows)
     if not probe.multilabel:
         right = predicted == probe.labels[rows].long()

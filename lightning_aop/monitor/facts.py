@@ -5,17 +5,25 @@ the images is left out, with a note that says so; none is ever an error.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
-from lightning_aop.monitor.explanation import Look
+from lightning_aop.model.adapter import Adapter
+from lightning_aop.view.grid import Panel
 
 T = TypeVar("T")
 
-_CLASSES = ("classes", "class_names", "label_names", "categories", "names", "id2label")
+_CLASSES = (
+    *("classes", "class_names", "label_names", "categories", "names", "id2label", "classes_"),
+    *("CLASSES", "label_encoder", "encoder", "features"),
+)
 _INDICES = ("class_to_idx", "label2id", "idx_to_class")
-_TRANSFORMS = ("transform", "transforms", "val_transform", "test_transform", "train_transform")
+_TRANSFORMS = (
+    *("transform", "transforms", "val_transform", "test_transform", "train_transform"),
+    *("image_processor", "processor", "feature_extractor", "preprocess"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,34 +55,50 @@ def class_names(sources: Sequence[Any], count: int | None = None) -> Fact[list[s
     return Fact(None, note)
 
 
+@dataclass(frozen=True)
+class Look:
+    """How images are shown.
+
+    Attributes:
+        names: of the classes, by index.
+        mean: what the images were normalised with.
+        std: likewise.
+        panels: what stands beside each image.
+    """
+
+    names: Sequence[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    panels: Sequence[Panel] = ("overlay",)
+
+
 def found_look(
-    look: Look,
-    sources: Sequence[Any],
-    classes: int,
-    channels: int | None,
-    warn: Callable[[str], None],
-) -> Look:
+    look: Look, sources: Sequence[Any], adapter: Adapter, channels: int | None
+) -> tuple[Look, list[str]]:
     """Return a look with what was not given filled in from what is found.
 
     Args:
         look: as the user wants it.
         sources: datasets, datamodules and modules, the likeliest first.
-        classes: how many the model has.
+        adapter: the way to the model's outputs.
         channels: how many the images have; None where they are as they were taken.
-        warn: is told of what was found and does not fit.
+
+    Returns:
+        The look, and what was found and does not fit.
     """
-    if look.names is None:
-        names = class_names(sources, classes)
+    notes = []
+    if look.names is None and adapter.names:
+        look = replace(look, names=adapter.names)
+    elif look.names is None:
+        names = class_names(sources, adapter.classes)
         look = replace(look, names=names.value)
-        if names.note:
-            warn(names.note)
+        notes.append(names.note)
     if look.mean is None and look.std is None and channels is not None:
         scale = normalisation(sources, channels)
         mean, std = scale.value or (None, None)
         look = replace(look, mean=mean, std=std)
-        if scale.note:
-            warn(scale.note)
-    return look
+        notes.append(scale.note)
+    return look, [note for note in notes if note]
 
 
 def class_count(sources: Sequence[Any]) -> int | None:
@@ -141,15 +165,25 @@ def _attribute(source: Any, name: str) -> Any:
         value: Any = (
             source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
         )
-        return value() if name in (*_CLASSES, *_INDICES) and callable(value) else value
+        method = callable(value) and not isinstance(value, type)
+        return value() if name in (*_CLASSES, *_INDICES) and method else value
     except Exception:  # a property or method that can't be had now
         return None
 
 
 def _names(found: Any) -> list[str] | None:
     """Return names by class index from any form that has an order."""
+    if hasattr(found, "classes_"):  # a label encoder
+        found = found.classes_
     if hasattr(found, "tolist"):
         found = found.tolist()
+    if isinstance(found, Mapping):  # columns, one of which may know its classes
+        inside = [getattr(column, "names", None) for column in found.values()]
+        found = next((names for names in inside if isinstance(names, (list, tuple))), found)
+    if isinstance(found, type) and issubclass(found, Enum):
+        found = {member.name: member.value for member in found}
+    if isinstance(found, (KeysView, ValuesView)):
+        found = list(found)
     if isinstance(found, Mapping):
         if all(isinstance(v, int) for v in found.values()):
             found = {index: name for name, index in found.items()}

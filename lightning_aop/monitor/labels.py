@@ -10,7 +10,8 @@ has two steps, and between them the model is asked (see `model/adapter.py`):
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from lightning_aop.model.adapter import Adapter
 from lightning_aop.model.batches import BatchError, Inputs, find_inputs, members
 from lightning_aop.model.outputs import Expected, Kind
-from lightning_aop.scores import logit, sigmoid
+from lightning_aop.scores import sigmoid, value
 
 __all__ = ["Labels", "ReadBatch", "Reading", "read_batch"]
 
@@ -35,7 +36,8 @@ _NAMES = (
     *("label_idx", "fine_label", "labels_id", "ground_truth", "gt", "annotation", "score", "value"),
     *("coarse_label", "attributes", "attr", "age", "output", "outputs", "json"),
 )
-_MASKS = ("mask", "masks", "segmentation", "gt_mask", "gt_masks", "semantic_mask")
+_MASKS = ("mask", "masks", "segmentation", "gt_mask", "gt_masks", "semantic_mask", "seg")
+_OF_OBJECTS = ("labels", "class_labels", "category_id", "category_ids", "gt_classes", "label")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Labels:
         kind: "class" for one class an image; "one-hot", "soft" and "multi-hot" for [N, K] with one
             class, shares of classes that sum to 1, and any number of classes; "value" for numbers
             to predict; "mask" for a class for each pixel; "boxes" for the classes of objects.
-        values: [N], [N, K], [N, H, W], or for boxes a list of class indices for each image.
+        values: [N], [N, K], [N, H, W] or [N, K, H, W], or for boxes a list of class indices for each
+            image.
     """
 
     kind: Kind
@@ -61,6 +64,11 @@ class Labels:
             return int(self.values.shape[1]) - 1
         if self.kind == "boxes":
             return max((int(v.max()) for v in self.values if len(v)), default=-1)
+        if self.kind == "mask" and self.values.ndim == 4:
+            return int(self.values.shape[1]) - 1
+        if self.kind == "mask":
+            counted = self.values[self.values != 255]
+            return int(counted.max()) if counted.numel() else -1
         return int(self.values.max())
 
     def fitted(self, outputs: int | None, as_values: bool, separately: bool) -> "Fitted":
@@ -74,13 +82,18 @@ class Labels:
         Raises:
             BatchError: no label fits the outputs.
         """
-        if as_values or self.kind == "value":
-            several = outputs is not None and outputs > 1
+        if self.kind == "value" and not as_values:
+            of_class = self.values > 0.5 if outputs == 2 else torch.zeros(len(self.values))
+            return Fitted(of_class.long())
+        if as_values and outputs is not None:
+            count = outputs // 2  # values, and their negatives
+            both = torch.full((len(self.values), outputs), -1)
+            both[:, [0, count]] = 1
             note = (
-                f"the model predicts {outputs} values: the first is explained; name others by "
-                "targets=[0, 1, …]"
+                f"the model predicts {count} values: the first is explained; name others by "
+                f"targets=[1, {count + 1}, …], what raises the second and what lowers it"
             )
-            return Fitted(torch.zeros(len(self.values), dtype=torch.long), note if several else "")
+            return Fitted(both, note if count > 1 else "")
         if self.kind == "class":
             return self._classes(self.values.long(), outputs)
         if self.kind == "soft" or (self.kind == "one-hot" and not separately):
@@ -90,6 +103,10 @@ class Labels:
                 raise BatchError(_misfit(f"have {self.values.shape[1]} columns", outputs))
             return Fitted(self.values)
         count = outputs if outputs is not None else self.highest + 1
+        if self.kind == "mask" and self.values.ndim == 4:  # one for each class
+            if outputs is not None and self.values.shape[1] != outputs:
+                raise BatchError(_misfit(f"are masks of {self.values.shape[1]} classes", outputs))
+            return Fitted((self.values == 1).flatten(2).any(dim=2).float())
         present = torch.zeros(len(self.values), count)
         for row, classes in enumerate(self.values):
             found = classes.unique().long()
@@ -97,6 +114,8 @@ class Labels:
         return Fitted(present)
 
     def _classes(self, classes: Tensor, outputs: int | None) -> "Fitted":
+        if outputs == 2 and set(classes.tolist()) == {-1, 1}:
+            classes = (classes + 1) // 2  # as for a hinge loss
         outside = classes < 0
         if outputs is not None:
             outside |= classes >= outputs
@@ -138,12 +157,14 @@ class Reading:
         labels: None where there are none.
         masks: bool [B, H, W], where the labelled class is, or [B, K, H, W], where each class is.
         masks_named: whether the batch calls them masks.
+        note: why there are no labels, where that is known.
     """
 
     inputs: Inputs
     labels: Labels | None = None
     masks: Tensor | None = field(default=None, repr=False)
     masks_named: bool = False
+    note: str = ""
 
     def expected(self, module: nn.Module, classes: int | None = None) -> Expected:
         """Return what the labels, and the names of the classes, say of the module's outputs."""
@@ -155,16 +176,22 @@ class Reading:
                 # A higher label is one to ignore.
                 below = self.labels.values[self.labels.values < classes]
                 highest = int(below.max()) if len(below) else highest
-        return Expected(kind, highest, classes, trained_separately(module))
+        return Expected(kind, highest, classes, *trained(module))
 
 
-def read_batch(batch: Any, limit: int | None = None, read: ReadBatch | None = None) -> Reading:
+def read_batch(
+    batch: Any,
+    limit: int | None = None,
+    read: ReadBatch | None = None,
+    names: Sequence[str] | None = None,
+) -> Reading:
     """Find the images and labels of a batch's first samples.
 
     Args:
         batch: as a loader gives it.
         limit: how many samples, None for all.
         read: the user's own way to images and labels.
+        names: of the classes, where they are known, for labels that are text.
 
     Raises:
         BatchError: the batch has no images.
@@ -175,19 +202,43 @@ def read_batch(batch: Any, limit: int | None = None, read: ReadBatch | None = No
             inputs = find_inputs(batch, images)
         except BatchError:
             inputs = find_inputs((images, given))
-        labels = as_labels(given, inputs)
+        labels = as_labels(given, inputs, names)
         if given is not None and labels is None:
             raise BatchError(
                 f"the labels that read_batch returned, a {type(given).__name__}, are no labels of "
-                f"{len(inputs.images)} images: return class indices [B], or [B, K]"
+                f"{len(inputs.images)} images: return class indices [B], or [B, K]{_text_note(given)}"
             )
         return Reading(inputs.first(limit), _first(labels, limit))
     inputs = find_inputs(batch)
-    labels = _find(batch, inputs)
+    labels = _find(batch, inputs, names)
     masks, named = _find_masks(batch, inputs)
-    return Reading(
-        inputs.first(limit), _first(labels, limit), None if masks is None else masks[:limit], named
+    if labels is None and masks is not None:  # which are the labels then
+        labels, masks = as_labels(masks.byte(), inputs), None
+    note = "" if labels is not None else _text_note(_named(batch))
+    masks = None if masks is None else masks[:limit]
+    return Reading(inputs.first(limit), _first(labels, limit), masks, named, note.lstrip("; "))
+
+
+def _named(batch: Any) -> Any:
+    """Return what a batch calls labels, whatever it is; in a tuple its text."""
+    parts = {str(key).lower(): part for key, part in members(batch)}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return next((p for p in batch if _is_text(p) and not re.search(r"/|\.\w+$", p[0])), None)
+    return next((parts[name] for name in _NAMES if name in parts), None)
+
+
+def _text_note(labels: Any) -> str:
+    if not _is_text(labels):
+        return ""
+    return (
+        f"; the labels are text, such as {labels[0]!r}, and no class names give their indices: set "
+        "class_names=[…], or let the dataset have them as classes"
     )
+
+
+def _is_text(value: Any) -> bool:
+    listed = isinstance(value, (list, tuple)) and len(value) > 0
+    return listed and all(isinstance(each, str) for each in value)
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
@@ -203,7 +254,7 @@ def _first(labels: Labels | None, limit: int | None) -> Labels | None:
     return None if labels is None else Labels(labels.kind, labels.values[:limit])
 
 
-def _find(batch: Any, inputs: Inputs) -> Labels | None:
+def _find(batch: Any, inputs: Inputs, names: Sequence[str] | None) -> Labels | None:
     """Return the labels of a batch: by their names, or in a tuple by their place."""
     if inputs.bare:
         return None
@@ -211,19 +262,21 @@ def _find(batch: Any, inputs: Inputs) -> Labels | None:
     for name in (*_NAMES, *_MASKS):
         for key, part in parts:
             if str(key).lower().removesuffix(".txt") == name and part is not batch:
-                found = as_labels(part, inputs)
+                found = as_labels(part, inputs, names)
                 if found is not None:
                     return found
     if isinstance(batch, (tuple, list)):
         here = [key for key, _ in parts].index(inputs.path[0])
         others = [part for _, part in (*parts[here + 1 :], *parts[:here])]
-        several = [f for f in (as_labels(part, inputs) for part in others) if f is not None]
+        read = (as_labels(part, inputs, names) for part in others)
+        several = [labels for labels in read if labels is not None]
         # Beside labels, the samples' own numbers.
         chosen = [f for f in several if not _counts_up(f)] or several
         if chosen:
             return chosen[0]
     if len(inputs.path) > 1:  # beside the images, in a part of the batch
-        return _find(dict(parts)[inputs.path[0]], Inputs((), inputs.path[1:], *_rest(inputs)))
+        inner = Inputs((), inputs.path[1:], *_rest(inputs))
+        return _find(dict(parts)[inputs.path[0]], inner, names)
     return None
 
 
@@ -238,24 +291,24 @@ def _counts_up(labels: Labels) -> bool:
     return bool((values.diff() == 1).all())
 
 
-def as_labels(raw: Any, inputs: Inputs) -> Labels | None:
+def as_labels(raw: Any, inputs: Inputs, names: Sequence[str] | None = None) -> Labels | None:
     """Return what may be the labels of the images, None if it can't be."""
     count, size = len(inputs.images), inputs.images.shape[2:]
     if isinstance(raw, Mapping) or hasattr(raw, "__dataclass_fields__"):
         parts = {str(key).lower(): part for key, part in members(raw)}
-        named = (as_labels(parts[name], inputs) for name in _NAMES if name in parts)
+        named = (as_labels(parts[name], inputs, names) for name in _NAMES if name in parts)
         return next((labels for labels in named if labels is not None), None)
     if isinstance(raw, np.ndarray) and raw.dtype.kind in "iufb":
         raw = torch.from_numpy(raw)
     if isinstance(raw, (list, tuple)):
-        return _of_list(raw, inputs)
+        return _of_list(raw, inputs, names)
     if not isinstance(raw, Tensor) or raw.ndim == 0 or len(raw) != count or raw.is_complex():
         return None
     values = raw.detach().cpu()
     if values.dtype == torch.bool:
         values = values.long()
-    if values.ndim == 4 and values.shape[1] == 1:
-        values = values[:, 0]
+    if values.ndim >= 3:
+        return _of_pixels(values, raw.dtype == torch.bool, size)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim == 1:
@@ -263,11 +316,25 @@ def as_labels(raw: Any, inputs: Inputs) -> Labels | None:
             (values.isfinite() & (values >= 0) & (values == values.round())).all()
         )
         return Labels("class", values.long()) if whole else Labels("value", values)
-    if values.ndim == 2:
-        return _of_rows(values)
-    if values.ndim == 3 and values.shape[1:] == size and raw.dtype != torch.bool:
-        return None if values.is_floating_point() else Labels("mask", values)
-    return None
+    return _of_rows(values)
+
+
+def _of_pixels(values: Tensor, flags: bool, size: torch.Size) -> Labels | None:
+    """Return masks: a class for each pixel, or a mask for each class."""
+    if values.shape[-2:] != size or values.ndim > 4:
+        return None
+    if values.ndim == 4 and values.shape[1] == 1:
+        values, flags = values[:, 0], False
+    if values.is_floating_point():
+        if not bool(((values == values.round()) & (values >= 0) & (values < 256)).all()):
+            return None
+        values = values.long()
+    if set(values.unique().tolist()) == {0, 255}:
+        values = (values == 255).long()  # black and white
+    if values.ndim == 4:
+        return Labels("mask", values) if bool((values <= 1).all()) else None
+    # Flags without a channel may be where the class of a label is.
+    return None if flags else Labels("mask", values)
 
 
 def _of_rows(values: Tensor) -> Labels | None:
@@ -283,12 +350,20 @@ def _of_rows(values: Tensor) -> Labels | None:
     return Labels("value", values)
 
 
-def _of_list(raw: list[Any] | tuple[Any, ...], inputs: Inputs) -> Labels | None:
+def _of_list(
+    raw: list[Any] | tuple[Any, ...], inputs: Inputs, names: Sequence[str] | None
+) -> Labels | None:
     count = len(inputs.images)
+    if len(raw) == count and _is_text(raw):
+        # Other text, such as the names of files, has none of the names.
+        numbers = {name: index for index, name in enumerate(names or ())}
+        classes = torch.tensor([numbers.get(name, -1) for name in raw])
+        return Labels("class", classes) if bool((classes >= 0).any()) else None
     if len(raw) == count and all(isinstance(v, (bool, int, float, np.number)) for v in raw):
         return as_labels(torch.tensor(raw), inputs)
-    if len(raw) == count and all(isinstance(v, Mapping) and "labels" in v for v in raw):
-        raw = [v["labels"] for v in raw]
+    if len(raw) == count:
+        objects = [_classes_of_objects(v) for v in raw]
+        raw = raw if any(v is None for v in objects) else objects
     if len(raw) == count and all(
         isinstance(v, Tensor) and v.ndim == 1 and not v.is_floating_point() for v in raw
     ):
@@ -301,34 +376,62 @@ def _of_list(raw: list[Any] | tuple[Any, ...], inputs: Inputs) -> Labels | None:
     return next((labels for labels in found if labels is not None), None)
 
 
+def _classes_of_objects(annotation: Any) -> Tensor | None:
+    """Return the classes of one image's objects from its annotation, None if it is none."""
+    if isinstance(annotation, Mapping):
+        found = next((annotation[name] for name in _OF_OBJECTS if name in annotation), None)
+        return found if isinstance(found, Tensor) and found.ndim == 1 else None
+    listed = isinstance(annotation, (list, tuple)) and all(
+        isinstance(each, Mapping) and "category_id" in each for each in annotation
+    )
+    if listed:  # as COCO's files have them
+        return torch.tensor([int(each["category_id"]) for each in annotation], dtype=torch.long)
+    return None
+
+
 def _find_masks(batch: Any, inputs: Inputs) -> tuple[Tensor | None, bool]:
     parts = members(batch)
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        third = batch[2] if len(batch) > 2 else None
-        return (
-            (third, False)
-            if isinstance(third, Tensor) and third.dtype == torch.bool
-            else (None, False)
-        )
+        flags = [
+            part for part in batch[1:3] if isinstance(part, Tensor) and part.dtype == torch.bool
+        ]
+        return next((part for part in reversed(flags) if part.ndim > 2), None), False
     named = (part for name in _MASKS for key, part in parts if str(key).lower() == name)
     masks = next((m for m in named if isinstance(m, Tensor) and m.dtype == torch.bool), None)
     return masks, True
 
 
-def trained_separately(module: nn.Module) -> bool:
-    """Tell whether the module's classes are trained each on its own, by binary cross entropy."""
-    losses = (nn.BCEWithLogitsLoss, nn.BCELoss, nn.MultiLabelSoftMarginLoss)
-    if any(isinstance(m, losses) for m in module.modules()):
-        return True
-    if any(isinstance(value, losses) for value in vars(module).values()):
-        return True
+_STEPS = ("training_step", "validation_step", "_shared_step", "shared_step", "step", "loss")
+_SEPARATE = ("BCEWithLogitsLoss", "BCELoss", "MultiLabelSoftMarginLoss")
+_SEPARATE_CALLS = ("binary_cross_entropy", "multilabel_soft_margin", *_SEPARATE)
+_OF_VALUES = ("MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "GaussianNLLLoss", "PoissonNLLLoss")
+_OF_VALUES_CALLS = ("mse_loss", "l1_loss", "huber_loss", "poisson_nll", "gaussian_nll", *_OF_VALUES)
+
+
+_OF_EMBEDDINGS = "ntxent|triplet|contrastive|infonce|cosineembedding|negativecosine|barlow|vicreg"
+
+
+def trained(module: nn.Module) -> tuple[bool, bool, bool]:
+    """Tell by its losses whether a module's classes are trained each on its own, or values are.
+
+    Returns:
+        Whether there is a binary cross entropy, whether there are none but losses of values, and
+        whether there is one that compares embeddings.
+    """
+    held = [*module.modules(), *vars(module).values()]
+    kinds = {cls.__name__ for each in held for cls in type(each).__mro__[:2]}
+    kinds |= {getattr(each, "__name__", "") for each in vars(module).values()}  # functions
     source = ""
-    for step in ("training_step", "validation_step", "_shared_step", "shared_step", "step", "loss"):
+    for step in _STEPS:
         try:
             source += inspect.getsource(getattr(type(module), step))
         except (AttributeError, OSError, TypeError):
             continue
-    return "binary_cross_entropy" in source or "multilabel_soft_margin" in source
+    separately = bool(kinds & {*_SEPARATE_CALLS}) or any(w in source for w in _SEPARATE_CALLS)
+    values = bool(kinds & {*_OF_VALUES_CALLS}) or any(word in source for word in _OF_VALUES_CALLS)
+    others = any("crossentropy" in kind.lower() for kind in kinds) or "cross_entropy" in source
+    embeddings = any(re.search(_OF_EMBEDDINGS, kind.lower()) for kind in kinds) and not others
+    return separately, values and not separately and not others, embeddings
 
 
 def fit_labels(labels: Labels | None, adapter: Adapter | None) -> Fitted | None:
@@ -337,4 +440,4 @@ def fit_labels(labels: Labels | None, adapter: Adapter | None) -> Fitted | None:
         return None
     if adapter is None:
         return labels.fitted(None, False, labels.kind == "one-hot")
-    return labels.fitted(adapter.classes, adapter.score is logit, adapter.score is sigmoid)
+    return labels.fitted(adapter.classes, adapter.score is value, adapter.score is sigmoid)

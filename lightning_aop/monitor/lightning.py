@@ -8,7 +8,7 @@ imported would take over the messages of both, also when `logging` was told to l
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lightning_aop.model.isolation import device_of, in_float32, undisturbed
 from lightning_aop.monitor.explanation import Moment, MomentKind
-from lightning_aop.monitor.facts import class_count
+from lightning_aop.monitor.facts import class_count, class_names
 from lightning_aop.monitor.labels import ReadBatch, read_batch
 from lightning_aop.monitor.probe import Drawn, ProbeSource, collect, source_of
 
@@ -153,9 +153,16 @@ def loaders_of(trainer: Trainer) -> Any:
 
 
 def draw(
-    source: ProbeSource, read: ReadBatch | None, trainer: Trainer, module: LightningModule
+    source: ProbeSource,
+    read: ReadBatch | None,
+    trainer: Trainer,
+    module: LightningModule,
+    names: Sequence[str] | None = None,
 ) -> Drawn:
-    """Take the probe from its source, the way a validation batch would come to the model."""
+    """Take the probe from its source, the way a validation batch would come to the model.
+
+    `names` are those that the user gave the classes.
+    """
     stage = trainer.state.stage
     try:
         # Hooks such as on_after_batch_transfer must not augment it as if it were for training.
@@ -167,8 +174,10 @@ def draw(
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     finally:
         trainer.state.stage = stage
-    classes = class_count(fact_sources(source, trainer))
-    return Drawn(read_batch(batch, found.limit, read), classes, found.limit, found.read_masks)
+    given = [] if names is None else [{"class_names": list(names)}]
+    sources = [*given, *fact_sources(source, trainer)]
+    reading = read_batch(batch, found.limit, read, class_names(sources).value)
+    return Drawn(reading, class_count(sources), found.limit, found.read_masks, given)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -175,6 +175,7 @@ def _multilabel_captions(explanation: Explanation, names: Sequence[str] | None) 
         "missed": ["missed"],
         "false positive": ["false positive"],
         "absent": ["not in the image"],
+        None: [],
     }
     return [
         f"{_name(names, target)} {value:.2f}\n{' · '.join(words[verdict] + area)}"
@@ -191,6 +192,8 @@ def _headings(explanation: Explanation, names: Sequence[str] | None) -> list[str
     drawn = torch.zeros_like(positive)
     drawn[explanation.rows, explanation.targets] = True
     headings = []
+    if explanation.verdicts[0] is None:  # numbers to predict
+        positive = over = drawn
     for row in explanation.rows.unique_consecutive().tolist():
         parts = []
         for word, kind in (

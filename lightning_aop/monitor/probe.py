@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.model.adapter import Adapter
+from lightning_aop.monitor.facts import Fact, class_names
 from lightning_aop.monitor.labels import Reading, fit_labels, read_batch
 from lightning_aop.monitor.reading import Collate, Stream, read_samples
 from lightning_aop.types import Images
@@ -78,14 +79,19 @@ class Probe:
         probe = cls(
             images,
             None if labels is None else labels.clone(),
-            note="" if fitted is None else fitted.note,
+            note=reading.note if fitted is None else fitted.note,
         )
         if labels is None:
             return probe
         if reading.labels is not None and reading.labels.kind == "mask":
             pixels = reading.labels.values
             return probe.with_masks(
-                lambda row, classes: torch.stack([pixels[row] == index for index in classes])
+                lambda row, classes: torch.stack(
+                    [
+                        pixels[row] == index if pixels.ndim == 3 else pixels[row, index] == 1
+                        for index in classes
+                    ]
+                )
             )
         if reading.masks is None:
             return probe
@@ -252,18 +258,22 @@ class Drawn:
         classes: the number of classes, None where the data doesn't say.
         limit: how many samples were asked for, None for all.
         read_masks: what gives the masks of a class, where the dataset has masks.
+        named: the user's own names of the classes, which have to fit the model.
     """
 
     reading: Reading
     classes: int | None
     limit: int | None
     read_masks: MaskReader | None
+    named: Sequence[Any] = ()
 
     def probe(self, adapter: Adapter, warn: Callable[[str], None]) -> Probe:
         """Return the probe, with labels that fit the model's outputs."""
         probe, count = Probe.of(self.reading, adapter), self.limit
-        if probe.note:
-            warn(probe.note)
+        names = Fact[list[str]]() if adapter.names else class_names(self.named, adapter.classes)
+        for note in (probe.note, names.note):
+            if note:
+                warn(note)
         if self.read_masks is not None and probe.masks is None:
             try:
                 probe = probe.with_masks(self.read_masks)

@@ -18,7 +18,7 @@ from lightning_aop.model import count_evaluations, predict
 from lightning_aop.model.adapter import Adapted, AdapterError, find_adapter
 from lightning_aop.model.layers import find_target_layer, named_layer
 from lightning_aop.model.outputs import Expected
-from lightning_aop.scores import logit, sigmoid, softmax
+from lightning_aop.scores import sigmoid, softmax, value
 
 IMAGES = torch.rand(4, 3, 40, 32, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.tensor([0, 3, 1, 4])
@@ -141,14 +141,17 @@ def test_the_labels_say_what_an_output_is() -> None:
     one = SmallNet(1)
     for expected in (Expected("value"), Expected("class", highest=7)):
         adapter = find_adapter(one, IMAGES, expected)
-        assert (adapter.score, adapter.classes) == (logit, 1)
-        assert torch.equal(predict(adapter.model(one), IMAGES), predict(one, IMAGES))
+        assert (adapter.score, adapter.classes, adapter.names) == (value, 2, ["more", "less"])
+        predicted = predict(one, IMAGES)
+        assert torch.equal(
+            predict(adapter.model(one), IMAGES), torch.cat([predicted, -predicted], dim=1)
+        )
     many = SmallNet()
     for expected, score in (
         (Expected("multi-hot", 4), sigmoid),
         (Expected("one-hot", 4), softmax),
         (Expected("one-hot", 4, separately=True), sigmoid),
-        (Expected("value"), logit),
+        (Expected("value"), value),
         (Expected(separately=True), sigmoid),
     ):
         assert find_adapter(many, IMAGES, expected).score is score
@@ -194,6 +197,90 @@ def test_a_detection_is_scored_by_the_best_box_of_a_class() -> None:
     ones = torch.ones(4, dtype=torch.long)
     maps = GradCAM("net.features.0").explain(adapter.model(module), IMAGES, ones)
     assert maps.isfinite().all()
+
+
+def test_images_without_a_box_have_a_score_of_0_and_a_gradient_of_0() -> None:
+    class Finds(Detector):
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            return [
+                {name: value[found["scores"] > 2] for name, value in found.items()}
+                for found in super().forward(images)
+            ]
+
+    module = Finds()
+    batch = (list(IMAGES), [{"labels": torch.tensor([1, 3])}] * 4)
+    model = find_adapter(module, batch, Expected(classes=5)).model(module)
+    assert predict(model, IMAGES).sigmoid().max() < 1e-6
+    ones = torch.ones(4, dtype=torch.long)
+    assert not GradCAM("net.features.0").explain(model, IMAGES, ones).any()
+
+
+class Queries(nn.Module):
+    """Gives class logits [B, Q, K] for queries, as transformers that detect do."""
+
+    def __init__(self, outputs: int, beside: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = SmallNet(6 * outputs)
+        self.beside = beside
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.net(x).unflatten(1, (6, -1))
+        return {"loss": logits.sum(), "pred_logits": logits, self.beside: torch.rand(len(x), 6, 4)}
+
+
+@pytest.mark.parametrize("beside", ["pred_boxes", "pred_masks"])
+def test_queries_are_scored_by_the_best_one(beside: str) -> None:
+    module = Queries(4, beside).eval()
+    logits = module(IMAGES)["pred_logits"]
+    adapter = find_adapter(module, IMAGES, Expected("boxes", highest=1, classes=3))
+    assert (adapter.classes, adapter.score) == (3, sigmoid)
+    wanted = logits.softmax(2)[..., :3].amax(dim=1)  # the last output is for no object
+    torch.testing.assert_close(predict(adapter.model(module), IMAGES).sigmoid(), wanted)
+    adapter = find_adapter(module, IMAGES, Expected("boxes", highest=1, classes=4))
+    wanted = logits.sigmoid().amax(dim=1)
+    torch.testing.assert_close(predict(adapter.model(module), IMAGES).sigmoid(), wanted)
+    with pytest.raises(AdapterError, match=r"gives 3 outputs .*labels go up to class 7"):
+        find_adapter(module, IMAGES, Expected("boxes", highest=7))
+
+
+class Features(nn.Module):
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.net = SmallNet()
+        self.first = first
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.net.features(x).mean(dim=(2, 3))
+        logits = self.net.head(features)
+        return (features, logits) if self.first else (logits, features)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_logits_are_what_is_computed_from_features(first: bool) -> None:
+    adapter = find_adapter(Features(first).eval(), IMAGES)
+    assert adapter.description == f"forward(images) gives [{int(first)}] logits [B, 5]"
+
+
+def test_embeddings_are_refused_with_the_score_to_give() -> None:
+    for module, expected in (
+        (Form(lambda z: nn.functional.normalize(z)), Expected("class", 3)),
+        (Form(lambda z: {"embedding": z}), Expected("class", 3)),
+        (SmallNet(), Expected("class", 3, embeddings=True)),
+    ):
+        with pytest.raises(AdapterError, match=r"an embedding, which has no class.*cosine_similar"):
+            find_adapter(module.eval(), IMAGES, expected)
+    net = SmallNet().eval()
+    reference = torch.rand(1, 5)
+    adapter = find_adapter(
+        net,
+        IMAGES,
+        Expected("class", 3, embeddings=True),
+        lambda m, x: torch.cosine_similarity(m(x), reference)[:, None],
+    )
+    assert adapter.score is value
+    like = torch.cosine_similarity(predict(net, IMAGES), reference)
+    torch.testing.assert_close(predict(adapter.model(net), IMAGES)[:, 0], like)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -328,6 +415,23 @@ def test_bytes_and_channels_last() -> None:
     assert torch.equal(predict(adapter.model(picky), images), predict(picky.net, images))
 
 
+def test_images_without_a_channel() -> None:
+    class Grey(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = SmallNet(channels=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.net(x[:, None])
+            return logits
+
+    module, images = Grey().eval(), torch.rand(6, 28, 28)
+    adapter = find_adapter(module, (images, torch.arange(6) % 5))
+    assert "channelless images" in adapter.description
+    found = predict(adapter.model(module), images[:, None])
+    assert torch.equal(found, predict(module.net, images[:, None]))
+
+
 class WithFacts(Takes):
     def forward(self, image: Tensor, age: Tensor) -> Tensor:
         logits: Tensor = self.net(image) + age[:, None]
@@ -390,6 +494,19 @@ def test_evaluations_are_counted(form: Callable[[Tensor], Any]) -> None:
     assert (count.forward, count.backward) == (4, 4)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_evaluations_are_counted_whatever_a_module_gives() -> None:
+    scripted = torch.jit.script(SmallNet().eval())
+    for module, images in (
+        (Detector().eval(), list(IMAGES)),
+        (Queries(4, "pred_boxes").eval(), IMAGES),
+        (scripted, IMAGES),
+    ):
+        with count_evaluations(module) as count:
+            module(images)
+        assert (count.forward, count.backward) == (4, 0)
+
+
 # --------------------------------------------------------------------------------------------------
 # what is refused
 
@@ -419,7 +536,9 @@ def test_what_leads_to_no_logits_is_refused_in_words() -> None:
     assert "Conv2d(" not in str(refused.value)
     for batch, words in (
         (torch.rand(4, 3, 8, 8, 8), "volumes or videos"),
+        ((torch.rand(4, 3, 8, 8, 8), TARGETS), "volumes or videos"),
         (torch.rand(4, 2, 100), "1-D signals"),
+        ((torch.rand(4, 2, 100), TARGETS), "1-D signals"),
         ([torch.rand(3, 8, 8), torch.rand(3, 9, 8)], "several sizes"),
         # With labels, as loaders give them.
         ([torch.rand(4, 3, 8, 8, 8), torch.zeros(4)], "volumes or videos"),

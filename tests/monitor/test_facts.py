@@ -1,5 +1,6 @@
 """Names of classes and normalisation, as datasets, datamodules and models say them, or seem to."""
 
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +49,10 @@ class Method(Has):
         Has(class_to_idx={name: i for i, name in enumerate(NAMES)}),
         Has(categories=[{"id": 7, "name": name} for name in NAMES]),
         Method(),
+        Has(classes=dict.fromkeys(NAMES).keys()),
+        Has(classes=Enum("Animal", NAMES, start=0)),
+        Has(label_encoder=SimpleNamespace(classes_=np.array(NAMES))),
+        Has(features={"image": None, "label": SimpleNamespace(names=NAMES)}),
         Subset(Has(classes=NAMES), [0]),
         ConcatDataset([Subset(Has(classes=NAMES), [0]), Has()]),
         SimpleNamespace(config=SimpleNamespace(id2label={str(i): n for i, n in enumerate(NAMES)})),

@@ -14,7 +14,7 @@ from lightning_aop.model.adapter import Adapter, find_adapter
 from lightning_aop.model.batches import BatchError
 from lightning_aop.monitor.labels import Labels, Reading, read_batch
 from lightning_aop.monitor.probe import Probe
-from lightning_aop.scores import logit, sigmoid, softmax
+from lightning_aop.scores import sigmoid, softmax, value
 
 IMAGES = torch.rand(4, 3, 8, 6, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.tensor([2, 0, 1, 2])
@@ -57,6 +57,11 @@ def probe_of(labels: Any, module: nn.Module) -> tuple[Probe, Adapter]:
         (HOT * 2.5, "value"),
         (torch.full((4, 8, 6), 255), "mask"),
         (torch.zeros(4, 1, 8, 6).long(), "mask"),
+        (torch.ones(4, 1, 8, 6), "mask"),
+        ((IMAGES > 0.5).float(), "mask"),
+        (IMAGES[:, 0] > 0.5, "mask"),
+        ([{"class_labels": torch.tensor([1]), "boxes": torch.rand(1, 4)}] * 4, "boxes"),
+        ([[{"category_id": 2, "bbox": [0, 0, 1, 1]}]] * 4, "boxes"),
         ([{"labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4)}] * 4, "boxes"),
         ((CLASSES, CLASSES.flip(0), 0.3), "class"),  # mixup
         ({"species": CLASSES, "label": CLASSES}, "class"),
@@ -174,12 +179,18 @@ def test_soft_labels_have_the_class_of_the_largest_share() -> None:
 def test_values_to_predict_are_the_outputs() -> None:
     for labels in (CLASSES + 0.5, CLASSES, CLASSES[:, None].float()):
         probe, adapter = probe_of(labels, SmallNet(1))
-        assert (adapter.score, adapter.classes) == (logit, 1)
+        assert (adapter.score, adapter.classes) == (value, 2)
         assert probe.labels is not None
-        assert probe.labels.tolist() == [0, 0, 0, 0]
+        assert probe.labels.tolist() == [[1, 1]] * 4  # what raises it, and what lowers it
         assert probe.note == ""
-    probe, _ = probe_of(HOT * 2.5, SmallNet(3))
-    assert "predicts 3 values: the first is explained; name others by targets=" in probe.note
+    probe, adapter = probe_of(HOT * 2.5, SmallNet(3))
+    assert "predicts 3 values: the first is explained; name others by targets=[1, 4," in probe.note
+    rows, targets = probe.pairs("label", torch.zeros(4, 6), 3)
+    assert rows.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert targets.tolist() == [0, 3] * 4
+    assert adapter.names is not None
+    assert adapter.names[4] == "less of value 1"
+    assert probe.false_positives(torch.full((4, 6), 9.0))[0].tolist() == []
 
 
 def test_one_logit_has_two_classes() -> None:
@@ -227,6 +238,57 @@ def test_a_segmentation_has_the_classes_of_its_pixels_and_their_masks() -> None:
     assert probe.labels.tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 0], [1, 0, 0]]
     assert probe.masks is not None
     assert torch.equal(probe.masks[1], pixels[0] == 2)
+
+
+def test_masks_of_each_class_and_in_black_and_white() -> None:
+    module = nn.Conv2d(3, 3, 1)
+    masks = IMAGES > 0.5
+    masks[0, 2] = False
+    reading = read_batch({"image": IMAGES, "mask": masks.float()})
+    probe = Probe.of(reading, find_adapter(module, reading.inputs, reading.expected(module)))
+    assert probe.labels is not None
+    assert probe.labels.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]]
+    assert probe.masks is not None
+    assert torch.equal(probe.masks[:2], masks[0, :2])
+    white = read(masks[:, 0].byte() * 255)
+    assert white is not None
+    assert torch.equal(white.values, masks[:, 0].long())
+
+
+def test_text_is_a_class_by_the_names() -> None:
+    text = ["okapi", "zebra", "okapi", "lion"]
+    for batch in ((IMAGES, text), {"image": IMAGES, "label": text}):
+        labels = read_batch(batch, names=["zebra", "okapi"]).labels
+        assert labels is not None
+        assert labels.values.tolist() == [1, 0, 1, -1]
+        reading = read_batch(batch)
+        assert reading.labels is None
+        assert "the labels are text, such as 'okapi', and no class names" in reading.note
+        assert Probe.of(reading).note == reading.note
+    assert read_batch((IMAGES, ["a/1.jpg", "2.jpg", "3.jpg", "4.jpg"])).note == ""
+
+
+def test_labels_of_minus_one_and_one_are_two_classes() -> None:
+    probe, _ = probe_of(torch.tensor([-1, 1, 1, -1]), SmallNet(1))
+    assert probe.labels is not None
+    assert probe.labels.tolist() == [0, 1, 1, 0]
+
+
+def test_the_loss_says_whether_labels_are_values() -> None:
+    labels = (CLASSES > 0).float()
+    for loss, score in (
+        (nn.MSELoss(), value),
+        (nn.functional.l1_loss, value),
+        (nn.BCEWithLogitsLoss(), sigmoid),
+    ):
+        module = SmallNet(1)
+        module.loss = loss
+        _, adapter = probe_of(labels, module)
+        assert adapter.score is score
+    probe, adapter = probe_of(labels * 0.8 + 0.1, module)  # smoothed
+    assert adapter.score is sigmoid
+    assert probe.labels is not None
+    assert probe.labels.tolist() == labels.tolist()
 
 
 def test_the_users_own_reading() -> None:

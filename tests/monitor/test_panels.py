@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_aop.monitor import panels
-from lightning_aop.monitor.explanation import Explanation, Look, Plan
+from lightning_aop.monitor.explanation import Explanation, Plan
+from lightning_aop.monitor.facts import Look
 from lightning_aop.monitor.panels import draw_change, draw_probe
 from lightning_aop.monitor.probe import Probe
 from lightning_aop.scores import sigmoid, softmax
