@@ -1,8 +1,8 @@
 """F_c, the score that an explanation explains: logits [B, K] and targets [B] give scores [B].
 
 `softmax` for single-label classifiers, `sigmoid` for multilabel ones, `value` for numbers to predict,
-`logit` for none of these. All are
-computed in float32 or wider: exp(11.1) already overflows in half precision.
+`logit` for none of these. All are computed in float32 or wider: exp(11.1) already overflows in half
+precision.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,12 @@ from lightning_aop.types import Images, Targets
 
 __all__ = ["Adapter", "AdapterError", "Classifier", "explaining", "find_adapter", "predict"]
 
-LogitsFunction: TypeAlias = Callable[[Any, Images], Float[Tensor, "b k"]]
+if TYPE_CHECKING:
+    _Logits: TypeAlias = Float[Tensor, "b k"]
+else:
+    _Logits = Any  # as for `scores.Score`: a configuration could name no function otherwise
+
+LogitsFunction: TypeAlias = Callable[[Any, Images], _Logits]
 """The user's own way from a module, of the user's own class, and images to logits."""
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SmallNet, assert_same, snapshot
+from jsonargparse import ArgumentParser
 from lightning.fabric import Fabric
 from PIL import Image
 from torch import Tensor, nn
@@ -171,3 +172,19 @@ def test_in_a_loop_of_fabric(precision: Any, model: SmallNet) -> None:
     torch.testing.assert_close(found.scores, scores)
     maps = GradCAM().explain(wrapped, IMAGES, LABELS)
     assert maps.shape == (4, 32, 32)
+
+
+def test_a_configuration_names_functions() -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(ExplanationMonitor, "monitor")
+    text = "monitor: {logits: test_explain.by_name, read_batch: test_explain.of_batch}"
+    monitor = parser.instantiate(parser.parse_string(text)).monitor
+    assert (monitor.logits, monitor.read_batch) == (by_name, of_batch)
+
+
+def by_name(module: nn.Module, images: Tensor) -> Tensor:
+    return module(images)  # type: ignore[no-any-return]
+
+
+def of_batch(batch: dict[str, Any]) -> tuple[Any, Any]:
+    return batch["images"], batch["labels"]
