@@ -4,6 +4,7 @@ Every process has to take part in every exchange, or the others wait for ever. S
 done inside `together`, which tells all of them of the failure of one.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -56,7 +57,8 @@ class Processes:
             except Exception as error:
                 failure = error
         content = [(result, None if failure is None else _words(failure))]
-        dist.broadcast_object_list(content, src=0)
+        with _answering():
+            dist.broadcast_object_list(content, src=0)
         if failure is not None:
             raise failure
         (result, words) = content[0]
@@ -80,7 +82,8 @@ class Processes:
         except Exception as error:
             failure = error
         words: list[Any] = [None] * self.size
-        dist.all_gather_object(words, None if failure is None else _words(failure))
+        with _answering():
+            dist.all_gather_object(words, None if failure is None else _words(failure))
         if failure is not None:
             raise failure
         for rank, theirs in enumerate(words):
@@ -140,6 +143,21 @@ class Processes:
             yield
         finally:
             _copy(own, buffers)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Say of a wait that was in vain what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("time ?out|timed out|closed by peer", str(error), re.IGNORECASE):
+            raise
+        raise ProcessError(
+            "another process did not answer in time: it has ended, or hangs in the model's forward, the "
+            "method, a metric or a sink, and training will wait for it in vain, too. The time is the "
+            "timeout of the strategy's process group"
+        ) from error
 
 
 def _copy(values: list[Tensor], buffers: list[Tensor]) -> None:

@@ -131,3 +131,11 @@ def test_processes_that_need_each_other_in_a_forward_explain_alike(
     expected = fast_sigcam(iterations=2).explain(SmallNet(), images, labels)
     shown = torch.where(expected.amax(dim=(1, 2), keepdim=True) * 255 < 0.5, 0.0, expected)
     assert torch.equal(first[0], shown)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_told_for_what_it_is(tmp_path: Path) -> None:
+    told = finish([sys.executable, SCRIPT.with_name("hanging.py"), tmp_path / "meeting"])
+    first, second = told.splitlines()  # the wait, and what comes after it
+    assert first == second
+    assert first.startswith("another process did not answer in time")
