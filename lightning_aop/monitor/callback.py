@@ -354,16 +354,16 @@ class ExplanationMonitor(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make an animation of the maps, and a table for loggers that have tables; say what was done."""
         run = self._state
-        if run.folder.folder is not None:
-            step = moment_of(trainer, "epoch").logged_step
-            try:
-                with isolated_rng():
+        with isolated_rng():
+            if run.folder.folder is not None:
+                step = moment_of(trainer, "epoch").logged_step
+                try:
                     run.folder.finish()
                     write_tables(run.folder.folder, trainer.loggers, self._prefix, step)
-            except Exception as error:
-                run.warn(f"no animation or table of the maps. {type(error).__name__}: {error}")
-        if run.last is not None or run.warn.told:
-            inform(f"{run.warn.name}: {self._summary()}")
+                except Exception as error:
+                    run.warn(f"no animation or table of the maps. {type(error).__name__}: {error}")
+            if run.last is not None or run.warn.told:
+                inform(f"{run.warn.name}: {self._summary()}")
 
     def _summary(self) -> str:
         """Return what was done in the run, in a line, and what went wrong, in a line each."""

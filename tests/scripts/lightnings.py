@@ -138,7 +138,7 @@ def fit(given: Any, module: Any = None, ckpt_path: Any = None, **settings: Any) 
 
 def figures(metrics: Any) -> dict[str, float]:
     # Drift is none of validate()'s, and the controls of a fit are older.
-    own = ("explain/seconds", "explain/drift", "explain/overall_auc_")
+    own = ("explain/seconds", "explain/overhead", "explain/drift", "explain/overall_auc_")
     return {k: float(v) for k, v in metrics.items() if not k.startswith(own)}
 
 
