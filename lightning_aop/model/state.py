@@ -61,6 +61,7 @@ _LIVE = (
     *(type(threading.Lock()), type(threading.RLock())),
 )
 _C_DATA = (ctypes.Array, ctypes.Structure, ctypes.Union, ctypes._SimpleCData)
+_METHOD = "method "
 _PIECE = 2**26  # bytes that are copied, and compared, at once
 _LARGE = 2**16  # bytes of a tensor from which on to lend is cheaper than to copy
 
@@ -209,7 +210,13 @@ class Saved:
                 kinds.add(type(thing))
                 for kind in filter(_is_users, type(thing).__mro__):
                     own = self._shared.setdefault(kind, _of_class(kind))
-                    ahead += [(f"{kind.__name__}.{name}", value) for name, value in own.items()]
+                    ahead += [
+                        (
+                            f"{_METHOD * (type(each) is types.FunctionType)}{kind.__name__}.{name}",
+                            each,
+                        )
+                        for name, each in own.items()
+                    ]
 
     def _save(self, place: str, thing: Any) -> Iterable[tuple[str, Any]]:
         """Save one object; return what it leads to."""
@@ -269,9 +276,14 @@ class Saved:
         if kind is types.FunctionType:
             return self._save_function(thing)
         if _is_foreign(thing) or (kind is torch.ScriptObject and "quantized" not in str(thing)):
-            self.foreign[place] = kind.__name__
+            self._name_foreign(place, kind)
             return ()
         return self._save_object(place, thing)
+
+    def _name_foreign(self, place: str, kind: type) -> None:
+        # What a decorator has of its own is nobody's state.
+        if not place.startswith(_METHOD):
+            self.foreign[place] = kind.__name__
 
     def _save_tensor(self, tensor: Tensor) -> Iterable[tuple[str, Any]]:
         leads = self._save_attributes(tensor)
@@ -326,10 +338,10 @@ class Saved:
         attributes = getattr(thing, "__dict__", {})
         slots = (getattr(thing, name, None) for name in _slotnames(kind))
         if any(issubclass(type(value), _LIVE) for value in (*attributes.values(), *slots)):
-            self.foreign[place] = kind.__name__
+            self._name_foreign(place, kind)
             return ()
         if _is_opaque(thing):
-            self.foreign[place] = kind.__name__
+            self._name_foreign(place, kind)
         return self._save_attributes(thing)
 
     def _save_attributes(self, thing: Any) -> list[tuple[str, Any]]:

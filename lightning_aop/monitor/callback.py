@@ -83,7 +83,8 @@ class _Run:
         last_epoch: the epochs that were over when one was explained last.
         validations: how many there were.
         held: the values last logged.
-        last: the last explanation.
+        last: the values of the last explanation; None before the first.
+        images: how many it was of.
         explained: how many there were.
         alike: all processes do all the work, since the model's forward exchanges something.
     """
@@ -103,7 +104,8 @@ class _Run:
     last_epoch: int = 0
     validations: int = 0
     held: dict[str, float] = field(default_factory=dict)
-    last: Explanation | None = None
+    last: dict[str, float] | None = None
+    images: int = 0
     explained: int = 0
     alike: bool = False
 
@@ -371,13 +373,13 @@ class ExplanationMonitor(Callback):
         if run.last is None:
             parts = ["nothing was explained"]
         else:
-            count, times = len(run.last.probe.images), run.explained
+            count, times = run.images, run.explained
             parts = [
                 f"explained {count} image{'s' * (count != 1)} {times} time{'s' * (times != 1)}"
             ]
         if run.budget.left_out:
             parts[0] += f", and left out {run.budget.left_out} for max_overhead={self.max_overhead}"
-        values = {} if run.last is None else run.last.values | run.judge.scalars()
+        values = {} if run.last is None else run.last | run.judge.scalars()
         if "overall_auc" in values:
             controls = " and ".join(
                 f"{values[name]:.2f} for a {control}"
@@ -547,7 +549,8 @@ class ExplanationMonitor(Callback):
 
                 drift = processes.from_first(drift_since)
                 explanation = self._timed(replace(explanation, drift=drift), started)
-                run.last, run.explained = explanation, run.explained + 1
+                run.last, run.explained = explanation.values, run.explained + 1
+                run.images = len(explanation.probe.images)
                 if explanation.controls:
                     run.judge.lines = explanation.controls
                 if moment.fitting:

@@ -644,7 +644,7 @@ def test_a_model_without_convolution_trains_on(tmp_path: Path) -> None:
     model = Classifier()
     model.net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 5))
     run = trainer(tmp_path, ExplanationMonitor(), max_epochs=1)
-    with pytest.warns(UserWarning, match=r"Classifier has no layer that gives a feature map.*RISE"):
+    with pytest.warns(UserWarning, match="no layer that gives a feature map.*perturbation alone"):
         run.fit(model, *loaders())
     assert run.global_step == 3
 

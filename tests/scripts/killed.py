@@ -80,7 +80,7 @@ class Record(pl.Callback):
         found = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
-            if name.startswith("explain/") and name != "explain/seconds"
+            if name.startswith("explain/") and name not in ("explain/seconds", "explain/overhead")
         }
         found["probe"] = self.monitor.state_dict()["fingerprint"]
         (self.out / f"epoch{trainer.current_epoch}.json").write_text(json.dumps(found))
@@ -136,7 +136,7 @@ def seen(out: Path) -> dict[str, Any]:
     )
     history = History.load(state["folder"])
     for record in history.records:
-        record.values.pop("seconds")
+        del record.values["seconds"], record.values["overhead"]
     found["records"] = [asdict(record) for record in history.records]
     found["maps"] = hashlib.sha256(history.maps.tobytes()).hexdigest()
     return found
