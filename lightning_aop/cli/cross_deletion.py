@@ -1,18 +1,16 @@
 """`lightning-aop cross-deletion`: blur one class away, and watch another (the paper's Figure 1)."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
-from lightning_aop.cli.configs import with_shipped_configs
 from lightning_aop.cli.output import FIGURE, check_output
-from lightning_aop.cli.photos import load, photo_options, photos_first, progress
+from lightning_aop.cli.photos import load, progress
 from lightning_aop.errors import UserError
-from lightning_aop.methods.names import make_method, method_list
+from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import deletion_curve
 from lightning_aop.types import Images, Maps
 from lightning_aop.view.heat import displayable, overlay
@@ -20,31 +18,7 @@ from lightning_aop.view.heat import displayable, overlay
 _COLOURS = ("#c44536", "#2a6f97")
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command on its words."""
-    return cross_deletion(
-        cross_deletion_parser().parse_args(photos_first(with_shipped_configs(words[1:])))
-    )
-
-
-def cross_deletion_parser() -> ArgumentParser:
-    """Return the options of `lightning-aop cross-deletion`."""
-    parser = ArgumentParser(
-        prog="lightning-aop cross-deletion",
-        description="Blur the pixels of a photo in the order of the map of one class, and draw what "
-        "becomes of that class's score and of another's. --target-class takes both: first the class "
-        "that is removed, then the one that is watched.",
-    )
-    parser.add_argument("--config", action="config", help="options in a file, or figure1")
-    photo_options(parser)
-    add = parser.add_argument
-    add("--method", default="sigcam", help=f"how to explain: {method_list()}")
-    add("--steps", type=int, default=112, help="of the deletion curves")
-    add("-o", "--output", type=Path, default=Path("cross_deletion.png"), help="PNG, PDF or SVG")
-    return parser
-
-
-def cross_deletion(options: Namespace) -> int:
+def main(options: Namespace) -> int:
     """Explain the first class of each photo, and judge its map by both classes' scores."""
     if options.target_class is None or len(options.target_class) != 2:
         raise UserError(

@@ -1,43 +1,22 @@
-"""`lightning-aop explain`: show where in a photo a torchvision classifier sees a class."""
+"""`lightning-aop explain`: show where in a photo a classifier sees a class."""
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
 from lightning_aop.cli.output import RASTER, check_output, write_picture
-from lightning_aop.cli.photos import load, photo_options, photos_first, progress
+from lightning_aop.cli.photos import load, progress
 from lightning_aop.errors import UserError
-from lightning_aop.methods.names import make_method, method_list
+from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.view.grid import heatmap_grid
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command on its words."""
-    return explain(explain_parser().parse_args(photos_first(words[1:])))
-
-
-def explain_parser() -> ArgumentParser:
-    """Return the options of `lightning-aop explain`."""
-    parser = ArgumentParser(
-        prog="lightning-aop explain",
-        description="Show where in a photo a torchvision classifier sees a class. Writes one picture "
-        "with every photo beside its heatmap, and prints how faithful each map is.",
-    )
-    photo_options(parser)
-    add = parser.add_argument
-    add("--method", default="sigcam", help=f"how to explain: {method_list()}")
-    add("-o", "--output", type=Path, default=Path("explanation.png"), help="PNG, JPEG, WebP or PDF")
-    add("--json", action="store_true", help="print a line of JSON for each map instead of text")
-    return parser
-
-
-def explain(options: Namespace) -> int:
+def main(options: Namespace) -> int:
     """Explain photos; one that can't be read is named and left out."""
     method = make_method(options.method, options.target_layer, option="--method")
     check_output(options.output, RASTER)

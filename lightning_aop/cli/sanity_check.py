@@ -1,53 +1,22 @@
 """`lightning-aop sanity-check`: do a method's maps change when the network forgets what it learnt?"""
 
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from lightning_aop.cli.photos import load, photo_options, photos_first, progress, read_pairs
+from lightning_aop.cli.photos import load, progress, read_pairs
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import UserError
-from lightning_aop.methods.names import make_method, method_list
+from lightning_aop.methods.names import make_method
 from lightning_aop.metrics.randomization import parameter_randomization, weighted_layers
 from lightning_aop.tables import formatted
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command on its words."""
-    return sanity_check(sanity_check_parser().parse_args(photos_first(words[1:])))
-
-
-def sanity_check_parser() -> ArgumentParser:
-    """Return the options of `lightning-aop sanity-check`."""
-    parser = ArgumentParser(
-        prog="lightning-aop sanity-check",
-        description="Give the layers of a network random weights, one after the other from the output "
-        "to the input, and compare the maps with those of the trained network: a map that stays "
-        "what it was does not show what the network has learnt (Adebayo et al. 2018). Writes a "
-        "picture and a CSV file; run it again after it was stopped, and it goes on.",
-    )
-    photo_options(parser)
-    add = parser.add_argument
-    add("--method", default="gradcam", help=f"what is put to the test: {method_list()}")
-    add(
-        "--mode",
-        default="cascading",
-        choices=["cascading", "independent"],
-        help="randomise each layer on top of those before it, or alone",
-    )
-    add("--layers", nargs="+", help="these layers, in this order; default: all with weights")
-    add("--seed", type=int, default=0, help="of the random weights")
-    add("--cell", type=int, default=112, help="pixels of a map's longer side in the picture")
-    add("-o", "--output", type=Path, default=Path("sanity_check"), help="the folder to write to")
-    return parser
-
-
-def sanity_check(options: Namespace) -> int:
+def main(options: Namespace) -> int:
     """Randomise, explain, compare and draw, layer by layer."""
     if options.cell < 32:
         raise UserError(f"--cell {options.cell}: must be 32 pixels or more")

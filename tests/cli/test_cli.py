@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 
 from lightning_aop.cli.main import main
-from lightning_aop.cli.photos import photos_first
+from lightning_aop.cli.options import photos_first
 
 
 @pytest.fixture(scope="module")

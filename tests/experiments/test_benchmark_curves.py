@@ -9,9 +9,10 @@ import yaml
 from PIL import Image
 
 from lightning_aop.cli.benchmark import _instantiated, benchmark_parser
-from lightning_aop.cli.compare import chosen_methods, compare_parser
+from lightning_aop.cli.compare import chosen_methods
 from lightning_aop.cli.configs import config_folder, resolved, shipped_configs
 from lightning_aop.cli.main import main
+from lightning_aop.cli.options import compare_parser
 from lightning_aop.experiments.curves import draw, mean_curves
 from lightning_aop.experiments.results import Manifest, write_part
 from lightning_aop.methods.names import FIGURE_5
