@@ -1,5 +1,6 @@
 """`lightning-aop compare`: many methods on the same photos, in one picture (the paper's Figure 5)."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def main(options: Namespace) -> int:
     def keep(i: int, name: str, entry: dict[str, Any]) -> None:
         maps[i, name] = entry["map"]
         judged = {k: v for k, v in entry.items() if k != "map"}
-        rows[i, name] = Row(photos[i].name, labels[i], name, **judged)
+        rows[i, name] = Row(photos[i].name, str(labels[i]), name, **judged)
 
     failed: list[str] = []
     with progress(recipe.model, len(names) * len(photos)) as bar:
@@ -97,8 +98,14 @@ def main(options: Namespace) -> int:
                 first = str(error).strip().splitlines()[0]
                 bar.write(f"lightning-aop: {name}: {first}", file=sys.stderr)
             _write(options, recipe, names, pairs, rows, maps)
-    print(_summary(names, list(rows.values())))
-    print(f"\nwrote {options.output / 'comparison.png'} and {options.output / 'results.csv'}")
+    wrote = f"wrote {options.output / 'comparison.png'} and {options.output / 'results.csv'}"
+    if options.json:
+        for (i, _), row in rows.items():
+            print(json.dumps({**asdict(row), "photo": str(photos[i]), **labels[i].values()}))
+        print(wrote, file=sys.stderr)
+    else:
+        print(_summary(names, list(rows.values())))
+        print(f"\n{wrote}")
     return 1 if failures or (failed and "all" not in options.methods) else 0
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from jsonargparse import Namespace
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_aop.cli.output import FIGURE, check_output
-from lightning_aop.cli.photos import load, progress
+from lightning_aop.cli.output import FIGURE, check_output, write_figure
+from lightning_aop.cli.photos import Label, load, progress
 from lightning_aop.errors import UserError
 from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import deletion_curve
@@ -55,27 +56,25 @@ def _draw(
     pictures: Images,
     maps: Maps,
     curves: list[Float[Tensor, "2 points"]],
-    labels: list[list[str]],
+    labels: list[list[Label]],
     path: Path,
 ) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 2.7 * len(pictures)), layout="constrained", dpi=150)
     axes = figure.subplots(len(pictures), 3, squeeze=False, width_ratios=(1, 1, 1.5))
     heated = overlay(pictures, maps)
     for row, picture, heat, pair, names in zip(axes, pictures, heated, curves, labels, strict=True):
         row[0].imshow(picture.permute(1, 2, 0).numpy())
         row[1].imshow(heat.permute(1, 2, 0).numpy())
-        row[1].set_title(f"map of {names[0].rsplit(' ', 1)[0]}", fontsize=9)
+        row[1].set_title(f"map of {names[0].name}", fontsize=9)
         for axis in row[:2]:
             axis.set_axis_off()
         moved = torch.linspace(0, 100, pair.shape[1]).numpy()
         for curve, name, colour in zip(pair, names, _COLOURS, strict=True):
-            row[2].plot(moved, curve.numpy(), color=colour, label=name, lw=1.8)
+            row[2].plot(moved, curve.numpy(), color=colour, label=str(name), lw=1.8)
         row[2].set(xlim=(0, 100), ylim=(0, None), ylabel="score")
         row[2].spines[["top", "right"]].set_visible(False)
         row[2].legend(frameon=False, fontsize=8)
     axes[-1, 2].set_xlabel(
         "pixels blurred, most salient of the first class first (%)", fontsize=8.5
     )
-    figure.savefig(path)
+    write_figure(figure, path)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
-from jsonargparse import ArgumentParser
+from jsonargparse import Namespace
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset

@@ -1,8 +1,9 @@
-"""The options of the commands on photos, by groups; without torch, so that --help does not wait for it."""
+"""The options of the commands on photos; without torch, so that --help does not wait for it."""
 
 import sys
 from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -32,8 +33,7 @@ def parsed(build: Callable[[bool], ArgumentParser], words: Sequence[str]) -> Nam
 
 def wants_all(words: Sequence[str]) -> bool:
     """Say whether the words ask for the help of all options."""
-    pairs = zip(words, words[1:], strict=False)
-    return any(option in ("-h", "--help") and what == "all" for option, what in pairs)
+    return any(o in ("-h", "--help") and what == "all" for o, what in pairwise(words))
 
 
 def photos_first(words: Sequence[str]) -> list[str]:

@@ -1,12 +1,15 @@
 """`lightning-aop sanity-check`: do a method's maps change when the network forgets what it learnt?"""
 
+import json
+import math
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_aop.cli.photos import load, progress, read_pairs
+from lightning_aop.cli.photos import Label, load, progress, read_pairs
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import UserError
 from lightning_aop.methods.names import make_method
@@ -92,15 +95,53 @@ def main(options: Namespace) -> int:
     )
     write_png(picture, options.output / "sanity_check.png")
     _write_rows(options.output, pairs.labels, pairs.photos, layers, entries)
-    lines = []
-    for layer in done:
-        own = entries[layer]
-        means = (fmean(entry[name] for entry in own) for name in ("rank_correlation", "ssim"))
-        lines.append([layer, *(f"{mean:.2f}" for mean in means)])
+    wrote = f"wrote {options.output / 'sanity_check.png'} and {options.output / 'results.csv'}"
+    means = {layer: _means(entries[layer]) for layer in done}
+    passed, verdict = _verdict(options.method, options.mode, means)
+    if options.json:
+        for layer, values in means.items():
+            print(json.dumps({"layer": layer, **values}))
+        made = {"method": options.method, "model": options.model, "mode": options.mode}
+        print(json.dumps({"passes": passed, "threshold": THRESHOLD, "verdict": verdict, **made}))
+        print(wrote, file=sys.stderr)
+        return 1 if failures else 0
+    lines = [[layer, *(f"{value:.2f}" for value in own.values())] for layer, own in means.items()]
     header = [f"randomised {options.mode}", "rank correlation", "SSIM"]
     print(formatted(header, lines, notes=["Each value is the mean over the photos."]))
-    print(f"\nwrote {options.output / 'sanity_check.png'} and {options.output / 'results.csv'}")
+    print(f"\n{verdict}\n\n{wrote}")
     return 1 if failures else 0
+
+
+THRESHOLD = 0.5
+"""The rank correlation, either way, below which a map counts as changed: its square says that a quarter
+of the variance of the ranks is shared. Adebayo et al. (2018) compare methods and set no threshold."""
+
+
+def _means(entries: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: fmean(entry[name] for entry in entries) for name in ("rank_correlation", "ssim")}
+
+
+def _verdict(method: str, mode: str, means: dict[str, dict[str, float]]) -> tuple[bool | None, str]:
+    """Return whether the maps depend on the weights, None where it can't be said, and in words."""
+    found = {layer: abs(values["rank_correlation"]) for layer, values in means.items()}
+    if mode == "cascading":
+        # All layers up to the last one are random by then.
+        layer = next(reversed(found))
+        value, when = found[layer], f"with random weights from the output to {layer}"
+    else:
+        layer = min(found, key=lambda name: found[name])
+        value, when = found[layer], f"with random weights in {layer}, which changes the maps most"
+    source = (
+        f"threshold {THRESHOLD}, ours: Adebayo et al. 2018 (arXiv:1810.03292) set none; see the whole "
+        "column, and compare with --method edges, which never changes"
+    )
+    if math.isnan(value):
+        return None, f"no verdict on {method}: the maps {when} are constant ({source})"
+    passed = value < THRESHOLD
+    word, change = ("passes", "change") if passed else ("fails", "hardly change")
+    return passed, (
+        f"{method} {word}: {when}, its maps {change}: rank correlation {value:.2f} ({source})"
+    )
 
 
 def _caption(entry: dict[str, Any]) -> str:
@@ -109,7 +150,7 @@ def _caption(entry: dict[str, Any]) -> str:
 
 def _write_rows(
     folder: Path,
-    labels: list[str],
+    labels: list[Label],
     photos: list[Path],
     layers: list[str],
     entries: dict[str, list[dict[str, Any]]],
@@ -119,7 +160,7 @@ def _write_rows(
         [
             {
                 "photo": photo.name,
-                "label": label,
+                "label": str(label),
                 "layer": layer,
                 "rank_correlation": entry["rank_correlation"],
                 "ssim": entry["ssim"],
