@@ -61,7 +61,7 @@ class Label(NamedTuple):
     """A class of a photo, and its score: the probability that the model gives it."""
 
     name: str
-    index: int
+    position: int
     score: float
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Label(NamedTuple):
 
     def values(self) -> dict[str, Any]:
         """Return what --json prints of it."""
-        return {"class": self.name, "class_index": self.index, "score": self.score}
+        return {"class": self.name, "class_index": self.position, "score": self.score}
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
     @property
     def format_dict(self) -> dict[str, Any]:
         """Return what the bar's format may name."""
-        values: dict[str, Any] = super().format_dict
+        values = dict(super().format_dict)
         left = values["total"] - values["n"]
         values["left"] = f"{left} map{'' if left == 1 else 's'} left"
         return values
