@@ -95,7 +95,7 @@ def _run(words: list[str], module: str) -> int:
     if name in brief.COMMANDS and {"-h", "--help"} & set(rest):
         if not options.wants_all(rest):
             print(brief.brief(name))
-            return 0
+            sys.exit(0)  # as argparse does
         words = [name, "--help"]
     parser = options.PARSERS.get(name)
     what = words if parser is None else options.parsed(parser, rest)

@@ -143,8 +143,8 @@ def _verdict(method: str, mode: str, found: dict[str, float]) -> tuple[bool | No
     passed = known[layer] < THRESHOLD
     word, change = ("passes", "change") if passed else ("fails", "hardly change")
     return passed, (
-        f"{method} {word}: {when}, its maps {change}: rank correlation {known[layer]:.2f} either way "
-        f"({source})"
+        f"{method} {word}: {when}, its maps {change}: absolute rank correlation "
+        f"{known[layer]:.2f} ({source})"
     )
 
 

@@ -77,7 +77,7 @@ def read_image(
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(_unknown(path)) from error
+        raise ImageError(f"it can't be read: {_unknown(path)}") from error
     except Exception as error:
         # Pillow raises whatever its decoders stumble over: OSError, SyntaxError, struct.error, …
         raise ImageError(f"it can't be read ({type(error).__name__}: {error})") from error
@@ -111,7 +111,7 @@ def _unknown(path: Path | BinaryIO) -> str:
         start = path.read(132)
     if start[128:] == b"DICM":
         return (
-            "it is DICOM, which is not read: save its pixels as TIFF, "
+            "it is DICOM, which is not supported: save its pixels as TIFF, "
             "Image.fromarray(pydicom.dcmread(FILE).pixel_array).save('image.tif'), and name the values "
             "that are black and white: --range LOW HIGH"
         )
