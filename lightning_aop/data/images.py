@@ -4,8 +4,9 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias, TypeVar, cast
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class ImageError(FileError):
 
 
 def read_image(
-    path: Path | BinaryIO,
+    path: Path | BytesIO | BufferedReader,
     size: tuple[int, int] | None = None,
     value_range: ValueRange | None = None,
     root: Path | None = None,
@@ -101,7 +102,7 @@ def _check_file(path: Path, root: Path | None) -> None:
         raise ImageError("the file is empty")
 
 
-def _unknown(path: Path | BinaryIO) -> str:
+def _unknown(path: Path | BytesIO | BufferedReader) -> str:
     """Return why Pillow does not know a file, and the way out."""
     if isinstance(path, Path):
         with path.open("rb") as opened:
