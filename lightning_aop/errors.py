@@ -1,11 +1,12 @@
 """What the user can fix, told from a bug: the command line shows a `UserError` in one line.
 
-A library's user catches these as the built-in errors that they also are. Nothing is imported here, so
-that every module may.
+A library's user catches these as the built-in errors that they also are. Nothing of ours is imported
+here, so that every module may import it.
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -45,3 +46,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_lower = {word.lower(): word for word in known}
     near = [by_lower[word] for word in get_close_matches(name.lower(), by_lower, 3)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def did_you_mean_file(path: Path) -> str:
+    """Return what `did_you_mean` says of a missing file's name, among what its folder holds."""
+    try:
+        return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()])
+    except OSError:
+        return ""

@@ -1,29 +1,26 @@
 """`lightning-aop compare`: many methods on the same photos, in one picture (the paper's Figure 5)."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
-from lightning_aop.cli.configs import with_shipped_configs
 from lightning_aop.cli.photos import (
     Pairs,
     Recipe,
     load,
-    photo_options,
-    photos_first,
     progress,
     read_pairs,
 )
 from lightning_aop.cli.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import UserError, did_you_mean
-from lightning_aop.methods.names import FIGURE_5, METHODS, make_method, method_list
+from lightning_aop.methods.names import FIGURE_5, METHODS, make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.model.passes import count_evaluations
 from lightning_aop.tables import formatted
@@ -32,35 +29,6 @@ from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
 
 _TOGETHER = 8  # pairs that a method explains at once; the results are written after each such group
-
-
-def main(words: Sequence[str]) -> int:
-    """Run the command on its words."""
-    return compare(compare_parser().parse_args(photos_first(with_shipped_configs(words[1:]))))
-
-
-def compare_parser() -> ArgumentParser:
-    """Return the options of `lightning-aop compare`."""
-    parser = ArgumentParser(
-        prog="lightning-aop compare",
-        description="Explain photos with many methods and draw the maps side by side: a row for each "
-        "photo and class, a column for each method, and under each map its deletion, insertion and "
-        "overall AUC. Writes the picture, a CSV file and the maps; run it again after it was "
-        "stopped, or with more photos or methods, and it goes on.",
-    )
-    parser.add_argument("--config", action="config", help="options in a file, or figure3, figure5")
-    photo_options(parser)
-    add = parser.add_argument
-    add(
-        "--methods",
-        nargs="+",
-        default=["figure5"],
-        help=f"names, 'figure5' for those of the paper's figure, or 'all': {method_list()}",
-    )
-    add("--steps", type=int, default=28, help="of the deletion and insertion curves")
-    add("--cell", type=int, default=160, help="pixels of a map's longer side in the picture")
-    add("-o", "--output", type=Path, default=Path("comparison"), help="the folder to write to")
-    return parser
 
 
 @dataclass(frozen=True)
@@ -80,7 +48,7 @@ class Row:
 _FIELDS = ("map", "deletion", "insertion", "overall", "evaluations", "seconds")
 
 
-def compare(options: Namespace) -> int:
+def main(options: Namespace) -> int:
     """Explain, judge and draw; what can't be read or explained is named and left out."""
     names = chosen_methods(options.methods)
     for name, value in (("steps", options.steps), ("cell", options.cell - 31)):
@@ -100,7 +68,7 @@ def compare(options: Namespace) -> int:
     def keep(i: int, name: str, entry: dict[str, Any]) -> None:
         maps[i, name] = entry["map"]
         judged = {k: v for k, v in entry.items() if k != "map"}
-        rows[i, name] = Row(photos[i].name, labels[i], name, **judged)
+        rows[i, name] = Row(photos[i].name, str(labels[i]), name, **judged)
 
     failed: list[str] = []
     with progress(recipe.model, len(names) * len(photos)) as bar:
@@ -130,8 +98,14 @@ def compare(options: Namespace) -> int:
                 first = str(error).strip().splitlines()[0]
                 bar.write(f"lightning-aop: {name}: {first}", file=sys.stderr)
             _write(options, recipe, names, pairs, rows, maps)
-    print(_summary(names, list(rows.values())))
-    print(f"\nwrote {options.output / 'comparison.png'} and {options.output / 'results.csv'}")
+    wrote = f"wrote {options.output / 'comparison.png'} and {options.output / 'results.csv'}"
+    if options.json:
+        for (i, _), row in rows.items():
+            print(json.dumps({**asdict(row), "photo": str(photos[i]), **labels[i].values()}))
+        print(wrote, file=sys.stderr)
+    else:
+        print(_summary(names, list(rows.values())))
+        print(f"\n{wrote}")
     return 1 if failures or (failed and "all" not in options.methods) else 0
 
 

@@ -4,6 +4,8 @@ import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_aop.errors import UserError, did_you_mean, did_you_mean_file
+
 
 def config_folder() -> Path:
     """Return the folder of the configurations, in a wheel or in a checkout."""
@@ -23,6 +25,9 @@ def resolved(value: str, below: str = "") -> str:
     """Return the file of a shipped configuration that is meant by name; a file of the user's goes first.
 
     `configs/coco_resnet50.yaml`, as in a checkout, works from anywhere too.
+
+    Raises:
+        UserError: there is no such file, and no configuration of this name.
     """
     if Path(value).is_file():
         return value
@@ -31,6 +36,12 @@ def resolved(value: str, below: str = "") -> str:
     for candidate in (name, f"{below}/{name}"):
         if candidate in known:
             return str(config_folder() / f"{candidate}.yaml")
+    if not Path(value).exists():
+        short = [own.removeprefix("benchmark/") for own in known]
+        raise UserError(
+            f"--config {value}: no such file, and none of {', '.join(short)}"
+            + (did_you_mean(name, short) or did_you_mean_file(Path(value)))
+        )
     return value
 
 

@@ -1,18 +1,17 @@
 """`lightning-aop cross-deletion`: blur one class away, and watch another (the paper's Figure 1)."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_aop.cli.configs import with_shipped_configs
-from lightning_aop.cli.output import FIGURE, check_output
-from lightning_aop.cli.photos import load, photo_options, photos_first, progress
+from lightning_aop.cli.output import FIGURE, check_output, write_figure
+from lightning_aop.cli.photos import Label, load, progress
 from lightning_aop.errors import UserError
-from lightning_aop.methods.names import make_method, method_list
+from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import deletion_curve
 from lightning_aop.types import Images, Maps
 from lightning_aop.view.heat import displayable, overlay
@@ -20,31 +19,7 @@ from lightning_aop.view.heat import displayable, overlay
 _COLOURS = ("#c44536", "#2a6f97")
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command on its words."""
-    return cross_deletion(
-        cross_deletion_parser().parse_args(photos_first(with_shipped_configs(words[1:])))
-    )
-
-
-def cross_deletion_parser() -> ArgumentParser:
-    """Return the options of `lightning-aop cross-deletion`."""
-    parser = ArgumentParser(
-        prog="lightning-aop cross-deletion",
-        description="Blur the pixels of a photo in the order of the map of one class, and draw what "
-        "becomes of that class's score and of another's. --target-class takes both: first the class "
-        "that is removed, then the one that is watched.",
-    )
-    parser.add_argument("--config", action="config", help="options in a file, or figure1")
-    photo_options(parser)
-    add = parser.add_argument
-    add("--method", default="sigcam", help=f"how to explain: {method_list()}")
-    add("--steps", type=int, default=112, help="of the deletion curves")
-    add("-o", "--output", type=Path, default=Path("cross_deletion.png"), help="PNG, PDF or SVG")
-    return parser
-
-
-def cross_deletion(options: Namespace) -> int:
+def main(options: Namespace) -> int:
     """Explain the first class of each photo, and judge its map by both classes' scores."""
     if options.target_class is None or len(options.target_class) != 2:
         raise UserError(
@@ -81,27 +56,25 @@ def _draw(
     pictures: Images,
     maps: Maps,
     curves: list[Float[Tensor, "2 points"]],
-    labels: list[list[str]],
+    labels: list[list[Label]],
     path: Path,
 ) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 2.7 * len(pictures)), layout="constrained", dpi=150)
     axes = figure.subplots(len(pictures), 3, squeeze=False, width_ratios=(1, 1, 1.5))
     heated = overlay(pictures, maps)
     for row, picture, heat, pair, names in zip(axes, pictures, heated, curves, labels, strict=True):
         row[0].imshow(picture.permute(1, 2, 0).numpy())
         row[1].imshow(heat.permute(1, 2, 0).numpy())
-        row[1].set_title(f"map of {names[0].rsplit(' ', 1)[0]}", fontsize=9)
+        row[1].set_title(f"map of {names[0].name}", fontsize=9)
         for axis in row[:2]:
             axis.set_axis_off()
         moved = torch.linspace(0, 100, pair.shape[1]).numpy()
         for curve, name, colour in zip(pair, names, _COLOURS, strict=True):
-            row[2].plot(moved, curve.numpy(), color=colour, label=name, lw=1.8)
+            row[2].plot(moved, curve.numpy(), color=colour, label=str(name), lw=1.8)
         row[2].set(xlim=(0, 100), ylim=(0, None), ylabel="score")
         row[2].spines[["top", "right"]].set_visible(False)
         row[2].legend(frameon=False, fontsize=8)
     axes[-1, 2].set_xlabel(
         "pixels blurred, most salient of the first class first (%)", fontsize=8.5
     )
-    figure.savefig(path)
+    write_figure(figure, path)

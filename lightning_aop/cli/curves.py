@@ -35,7 +35,7 @@ def curves_parser() -> ArgumentParser:
 def curves(options: Namespace) -> int:
     """Draw the curves."""
     # Imported here, so that --help does not wait for torch.
-    from lightning_aop.cli.output import FIGURE, check_output
+    from lightning_aop.cli.output import FIGURE, check_output, write_figure
     from lightning_aop.experiments.curves import draw, mean_curves
     from lightning_aop.experiments.results import Manifest
 
@@ -48,6 +48,6 @@ def curves(options: Namespace) -> int:
     assert manifest is not None
     methods = list(dict.fromkeys(name for own in manifest.methods.values() for name in own))
     path = options.output or options.run / "curves.png"
-    draw(found, list(manifest.folders), methods, manifest.reference()).savefig(path)
+    write_figure(draw(found, list(manifest.folders), methods, manifest.reference()), path)
     print(f"wrote {path}")
     return 0

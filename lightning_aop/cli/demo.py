@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
-from jsonargparse import ArgumentParser
+from jsonargparse import Namespace
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -32,21 +32,10 @@ PROBE = 8
 """How many validation images are explained."""
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command on its words."""
-    run(demo_parser().parse_args(words[1:]).root)
+def main(options: Namespace) -> int:
+    """Run the command."""
+    run(options.root)
     return 0
-
-
-def demo_parser() -> ArgumentParser:
-    """Return the options of `lightning-aop demo`."""
-    parser = ArgumentParser(
-        prog="lightning-aop demo",
-        description="Train a small multilabel network on generated images, with an "
-        "ExplanationMonitor attached, and say where to look. About a minute on two CPU cores.",
-    )
-    parser.add_argument("--root", type=Path, default=Path("demo_run"), help="where to write")
-    return parser
 
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:

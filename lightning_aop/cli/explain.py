@@ -1,46 +1,34 @@
-"""`lightning-aop explain`: show where in a photo a torchvision classifier sees a class."""
+"""`lightning-aop explain`: show where in a photo a classifier sees a class."""
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
-from lightning_aop.cli.output import RASTER, check_output, write_picture
-from lightning_aop.cli.photos import load, photo_options, photos_first, progress
+from lightning_aop.cli.output import (
+    RASTER,
+    VECTOR,
+    check_output,
+    figure_of,
+    write_figure,
+    write_picture,
+)
+from lightning_aop.cli.photos import Label, Recipe, load, progress
 from lightning_aop.errors import UserError
-from lightning_aop.methods.names import make_method, method_list
+from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves
+from lightning_aop.types import Images, Maps
 from lightning_aop.view.grid import heatmap_grid
+from lightning_aop.view.heat import displayable
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command on its words."""
-    return explain(explain_parser().parse_args(photos_first(words[1:])))
-
-
-def explain_parser() -> ArgumentParser:
-    """Return the options of `lightning-aop explain`."""
-    parser = ArgumentParser(
-        prog="lightning-aop explain",
-        description="Show where in a photo a torchvision classifier sees a class. Writes one picture "
-        "with every photo beside its heatmap, and prints how faithful each map is.",
-    )
-    photo_options(parser)
-    add = parser.add_argument
-    add("--method", default="sigcam", help=f"how to explain: {method_list()}")
-    add("-o", "--output", type=Path, default=Path("explanation.png"), help="PNG, JPEG, WebP or PDF")
-    add("--json", action="store_true", help="print a line of JSON for each map instead of text")
-    return parser
-
-
-def explain(options: Namespace) -> int:
+def main(options: Namespace) -> int:
     """Explain photos; one that can't be read is named and left out."""
     method = make_method(options.method, options.target_layer, option="--method")
-    check_output(options.output, RASTER)
+    check_output(options.output, RASTER + VECTOR)
     recipe = load(options)
     chosen = [recipe.class_index(name) for name in options.target_class or []]
     failures = 0
@@ -53,7 +41,6 @@ def explain(options: Namespace) -> int:
                 images, targets, labels = recipe.pairs(photo, options.fit, chosen)
             except UserError as error:
                 bar.write(f"lightning-aop: {error}", file=sys.stderr)
-                bar.update(max(len(chosen), 1))
                 failures += 1
                 continue
             found = method.explain(recipe.model, images, targets)
@@ -67,28 +54,32 @@ def explain(options: Namespace) -> int:
             maps.append(found.cpu())
             bar.update(len(targets))
             # After every photo, so that an interrupted run leaves what it has.
-            grid = heatmap_grid(
-                torch.cat(pictures),
-                torch.cat(maps),
-                captions,
-                title=f"{options.model} · {options.method}",
-                mean=recipe.mean,
-                std=recipe.std,
-            )
-            write_picture(grid, options.output)
+            _draw(options, recipe, torch.cat(pictures), torch.cat(maps), captions)
     if pictures:
         print(f"wrote {options.output}", file=sys.stderr if options.json else sys.stdout)
     return 1 if failures else 0
 
 
-def _line(options: Namespace, photo: Path, label: str, deletion: float, insertion: float) -> str:
+def _draw(
+    options: Namespace, recipe: Recipe, images: Images, maps: Maps, captions: list[str]
+) -> None:
+    title = f"{options.model} · {options.method}"
+    mean, std = recipe.mean, recipe.std
+    if options.output.suffix.lower() in VECTOR:
+        shown = displayable(images, mean, std)
+        write_figure(figure_of(shown, maps, captions, title), options.output)
+        return
+    grid = heatmap_grid(images, maps, captions, title=title, mean=mean, std=std)
+    write_picture(grid, options.output)
+
+
+def _line(options: Namespace, photo: Path, label: Label, deletion: float, insertion: float) -> str:
     overall = insertion - deletion
     if not options.json:
         return (
             f"{photo}: {label}, deletion {deletion:.3f}, insertion {insertion:.3f}, "
             f"overall {overall:.3f}"
         )
-    name, score = label.rsplit(" ", 1)
-    values = {"score": float(score), "deletion_auc": deletion, "insertion_auc": insertion}
-    found = {"photo": str(photo), "class": name, **values, "overall_auc": overall}
-    return json.dumps({**found, "method": options.method, "model": options.model})
+    metrics = {"deletion_auc": deletion, "insertion_auc": insertion, "overall_auc": overall}
+    made = {"method": options.method, "model": options.model, "picture": str(options.output)}
+    return json.dumps({"photo": str(photo), **label.values(), **metrics, **made})

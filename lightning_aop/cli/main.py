@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from lightning_aop._version import __version__
+from lightning_aop.cli import brief, options
 from lightning_aop.cli.configs import shipped_configs
 from lightning_aop.errors import UserError, did_you_mean
 
@@ -13,8 +14,9 @@ from lightning_aop.errors import UserError, did_you_mean
 class Command(NamedTuple):
     """A command, and the module of `lightning_aop.cli` whose `main` runs it.
 
-    `main` gets the words from the command's name on, and returns the exit status. The module is
-    imported when the command is run, not before: torch and Lightning take seconds.
+    `main` gets the words from the command's name on, or of a command in `options.PARSERS` its options,
+    and returns the exit status. The module is imported when the command is run, not before: torch and
+    Lightning take seconds.
     """
 
     name: str
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
-        status: int = import_module(f"lightning_aop.cli.{modules[words[0]]}").main(words)
+        return _run(words, modules[words[0]])
     except KeyboardInterrupt:
         print("lightning-aop: stopped", file=sys.stderr)
         return 130
@@ -85,6 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"lightning-aop: {_message(error)}", file=sys.stderr)
         return 1
+
+
+def _run(words: list[str], module: str) -> int:
+    """Run a command, whose module is imported once its words make sense."""
+    name, rest = words[0], words[1:]
+    if name in brief.COMMANDS and {"-h", "--help"} & set(rest):
+        if not options.wants_all(rest):
+            print(brief.brief(name))
+            sys.exit(0)  # as argparse does
+        words = [name, "--help"]
+    parser = options.PARSERS.get(name)
+    what = words if parser is None else options.parsed(parser, rest)
+    status: int = import_module(f"lightning_aop.cli.{module}").main(what)
     return status
 
 
@@ -98,7 +113,7 @@ See what a PyTorch Lightning model looks at while it trains.
 
 {lines}
 
-  -h, --help   Show this, or after a command its options.
+  -h, --help   Show this, or after a command its options; COMMAND --help all shows every one.
   --version    Print the version.
   --debug      Show the traceback of every error.
 

@@ -1,21 +1,30 @@
 """Where a command writes its picture: refused before the work begins, in the format of the suffix."""
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
+from jaxtyping import Float
+from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from lightning_aop.errors import UserError
 from lightning_aop.files import write_whole
-from lightning_aop.view.heat import Picture
+from lightning_aop.types import Maps
+from lightning_aop.view.heat import Picture, overlay
 
-RASTER = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
+RASTER = (".png", ".jpg", ".jpeg", ".webp")
 """The formats of `write_picture`."""
 
-FIGURE = (".png", ".pdf", ".svg")
-"""The formats of a matplotlib figure."""
+VECTOR = (".pdf", ".svg")
+"""The formats of `write_figure` whose text stays text."""
+
+FIGURE = (".png", *VECTOR)
+"""The formats of `write_figure`."""
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> None:
@@ -36,10 +45,8 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {path}: its folder can't be made ({error.strerror})") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(
-            f"--output {path}: nothing can be written to {path.parent}; name another folder"
-        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--output {path}: nothing can be written there; name another file")
 
 
 def write_picture(picture: Picture, path: Path) -> None:
@@ -48,3 +55,30 @@ def write_picture(picture: Picture, path: Path) -> None:
     image = Image.fromarray(picture.permute(1, 2, 0).cpu().contiguous().numpy())
     image.save(content, Image.registered_extensions()[path.suffix.lower()])
     write_whole(path, content.getvalue())
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the suffix names, with its text as text."""
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}):
+        figure.savefig(content, format=path.suffix.lower().removeprefix("."))
+    write_whole(path, content.getvalue())
+
+
+def figure_of(
+    pictures: Float[Tensor, "b 3 h w"], maps: Maps, captions: Sequence[str], title: str
+) -> Figure:
+    """Draw each picture, in [0, 1], beside its overlay, as a figure whose text can be searched."""
+    columns = max(1, min(3, math.isqrt(len(pictures))))
+    rows = math.ceil(len(pictures) / columns)
+    figure = Figure(figsize=(5 * columns, 2.9 * rows + 0.4), layout="constrained", dpi=200)
+    figure.suptitle(title)
+    axes = figure.subplots(rows, 2 * columns, squeeze=False).ravel()
+    heated = overlay(pictures, maps)
+    for axis in axes:
+        axis.set_axis_off()
+    for i, caption in enumerate(captions):
+        for axis, shown in zip(axes[2 * i : 2 * i + 2], (pictures[i], heated[i]), strict=True):
+            axis.imshow(shown.permute(1, 2, 0).numpy())
+        axes[2 * i].set_title(caption, fontsize=9, loc="left")
+    return figure

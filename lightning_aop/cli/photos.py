@@ -1,66 +1,75 @@
-"""What the commands on photos share: their options, reading a photo, building the model, the bar."""
+"""What the commands on photos share: finding and reading photos, building the model, the bar."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob
+from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse import Namespace
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from lightning_aop.cli.options import SUFFIXES
+from lightning_aop.data.classes import class_index, read_classes
+from lightning_aop.data.hub import is_hub, load_hub
 from lightning_aop.data.images import ImageError, ValueRange, read_image
 from lightning_aop.data.networks import load_classifier, published_input
-from lightning_aop.errors import UserError, did_you_mean
+from lightning_aop.errors import UserError, did_you_mean, did_you_mean_file
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import Evaluations, count_evaluations
 from lightning_aop.types import Images, Targets
 
 
-def photo_options(parser: ArgumentParser) -> None:
-    """Add the options that say which photos, which model, and how the one becomes input of the other."""
-    add = parser.add_argument
-    add("photos", nargs="+", type=Path, metavar="PHOTO", help="image files")
-    add("--model", default="resnet50", help="a torchvision classifier, or timm/NAME")
-    add("--weights", type=Path | None, help="a local file; default: the published weights")
-    add("--target-class", nargs="+", help="index or name; default: the likeliest class")
-    add("--target-layer", type=str | None, help="by name; default: the last feature map")
-    add("--fit", choices=["crop", "squash"], default="crop", help="how a photo becomes square")
-    add(
-        "--size", type=PositiveInt | None, help="pixels; default: what the model was published with"
-    )
-    add("--mean", nargs=3, type=float, help="normalisation; default: the published weights'")
-    add("--std", nargs=3, type=float, help="normalisation; default: the published weights'")
-    add(
-        "--range",
-        nargs=2,
-        type=float,
-        metavar=("LOW", "HIGH"),
-        help="values shown black and white, for greyscale photos of more than 8 bits; default: 0 65535",
-    )
-    add("--device", default="auto", help="cpu, cuda, cuda:1, …")
+def found_photos(options: Namespace) -> list[Path]:
+    """Return the photos that the words name: files, what folders and patterns hold, `-` for stdin.
 
-
-def photos_first(words: Sequence[str]) -> list[str]:
-    """Put photos first that follow an option with several values, which would take them for its own.
-
-    `--target-class 281 cat.jpg` means the photo cat.jpg.
+    Raises:
+        UserError: a folder or a pattern holds none, or no file is there at all.
     """
-    photos: list[str] = []
-    others: list[str] = []
-    several = False
-    for word in words:
-        if word.startswith("-"):
-            several = word in ("--target-class", "--methods", "--layers")
-        is_photo = several and word.lower().endswith(IMG_EXTENSIONS)
-        (photos if is_photo else others).append(word)
-    return photos + others
+    photos: list[Path] = []
+    for word in options.photos:
+        if word.is_dir():
+            entries = sorted(word.iterdir())
+            inside = [entry for entry in entries if entry.name.lower().endswith(SUFFIXES)]
+            if not inside:
+                raise UserError(f"{word}: the folder holds no images ({', '.join(SUFFIXES)})")
+            photos += inside
+        elif not word.exists() and any(letter in str(word) for letter in "*?["):
+            matching = [Path(name) for name in sorted(glob(str(word), recursive=True))]
+            if not matching:
+                raise UserError(f"{word}: no file has such a name")
+            photos += matching
+        else:
+            photos.append(word)
+    if not any(photo == _STDIN or photo.is_file() for photo in photos):
+        # Before the network is made, which may be downloaded.
+        missing = "it is not a file" if photos[0].exists() else "the file is missing"
+        raise UserError(f"{photos[0]}: {missing}{did_you_mean_file(photos[0])}")
+    return photos
+
+
+_STDIN = Path("-")
+
+
+class Label(NamedTuple):
+    """A class of a photo, and its score: the probability that the model gives it."""
+
+    name: str
+    position: int
+    score: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.score:.2f}"
+
+    def values(self) -> dict[str, Any]:
+        """Return what --json prints of it."""
+        return {"class": self.name, "class_index": self.position, "score": self.score}
 
 
 @dataclass(frozen=True)
@@ -78,9 +87,12 @@ class Recipe:
     def read(self, photo: Path, fit: str) -> Images:
         """Return the photo as a batch of one, upright and normalised."""
         try:
-            image = read_image(photo, value_range=self.value_range)
+            file = BytesIO(sys.stdin.buffer.read()) if photo == _STDIN else photo
+            image = read_image(file, value_range=self.value_range)
         except ImageError as error:
             raise UserError(f"{photo}: {error}") from error
+        if (frames := image.info["frames"]) > 1:
+            tqdm.write(f"{photo}: the first of its {frames} frames is shown", file=sys.stderr)
         shape = (
             [v2.Resize((self.size, self.size))]
             if fit == "squash"
@@ -98,7 +110,7 @@ class Recipe:
 
     def pairs(
         self, photo: Path, fit: str, classes: Sequence[int]
-    ) -> tuple[Images, Targets, list[str]]:
+    ) -> tuple[Images, Targets, list[Label]]:
         """Return the photo once for each class, or for its likeliest one, with names and scores."""
         image = self.read(photo, fit).to(next(self.model.parameters()).device)
         try:
@@ -111,7 +123,7 @@ class Recipe:
                 f"with larger images ({str(error).splitlines()[0]})"
             ) from error
         chosen = list(classes) or [int(probabilities.argmax())]
-        labels = [f"{self.classes[c]} {float(probabilities[c]):.2f}" for c in chosen]
+        labels = [Label(self.classes[c], c, float(probabilities[c])) for c in chosen]
         targets = torch.tensor(chosen, device=image.device)
         return image.repeat(len(chosen), 1, 1, 1), targets, labels
 
@@ -123,6 +135,8 @@ class Recipe:
             raise UserError(
                 f"--target-class {name}: the model has classes 0..{len(self.classes) - 1}"
             )
+        if (index := class_index(name, self.classes)) is not None:
+            return index
         wanted = name.lower().replace("_", " ")
         exact = [i for i, c in enumerate(self.classes) if c.lower() == wanted]
         partly = [i for i, c in enumerate(self.classes) if wanted in c.lower()]
@@ -146,7 +160,7 @@ class Pairs:
 
     images: Images
     targets: Targets
-    labels: list[str]
+    labels: list[Label]
     photos: list[Path]
 
 
@@ -170,10 +184,32 @@ def read_pairs(recipe: Recipe, options: Namespace) -> tuple[Pairs | None, int]:
     return Pairs(torch.cat(images), torch.cat(targets), labels, photos), failures
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar that says how many maps are left, and how long they take once there is a first."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """Return what the bar's format may name."""
+        values = dict(super().format_dict)
+        left = values["total"] - values["n"]
+        values["left"] = f"{left} map{'' if left == 1 else 's'} left"
+        return values
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count maps."""
+        if n:
+            self.bar_format = _BAR + ", about {remaining}" + _SPENT
+        return super().update(n)
+
+
+_BAR = "{desc}{bar:20} {left}"
+_SPENT = ", {elapsed} so far{postfix}"
+
+
 @contextmanager
 def progress(model: nn.Module, total: int) -> Iterator[Any]:
     """Show a bar of explanations, with the model evaluations that they have cost so far."""
-    with tqdm(total=total, unit="map", dynamic_ncols=True) as bar:
+    with _Bar(total=total, dynamic_ncols=True, bar_format="{desc}{left}" + _SPENT) as bar:
 
         def show(count: Evaluations) -> None:
             bar.set_postfix_str(f"{count.total} model evaluations", refresh=False)
@@ -184,20 +220,63 @@ def progress(model: nn.Module, total: int) -> Iterator[Any]:
 
 
 def load(options: Namespace) -> Recipe:
-    """Build the model, with published or local weights, and say what it wants of a photo."""
-    weights = "DEFAULT" if options.weights is None else str(options.weights)
-    model, classes = load_classifier(options.model, weights)
-    wants = published_input(options.model, model)
+    """Build the model, with published or local weights, and say what it wants of a photo.
+
+    Replaces the photos of the options by the files that they name: all that can be checked is, before
+    the network is loaded.
+    """
+    options.photos = found_photos(options)
+    names = None if options.classes is None else read_classes(options.classes)
+    mean, std = _normalisation(options)
+    if options.range and not options.range[0] < options.range[1]:
+        raise UserError(
+            f"--range {' '.join(f'{v:g}' for v in options.range)}: must be two numbers, the lower first"
+        )
+    if is_hub(options.model):
+        model, classes, wants = load_hub(options.model, options.weights)
+    else:
+        weights = "DEFAULT" if options.weights is None else str(options.weights)
+        model, classes = load_classifier(options.model, weights)
+        wants = published_input(options.model, model)
+    if names is not None and len(names) != len(classes):
+        raise UserError(
+            f"--classes {options.classes}: holds {len(names)} names, where {options.model} has "
+            f"{len(classes)} classes"
+        )
     size = options.size or wants.size
     return Recipe(
         model.eval().to(_device(options.device)),
         size,
         resize=round(size * wants.resize / wants.size),
-        mean=tuple(options.mean or wants.mean),
-        std=tuple(options.std or wants.std),
-        classes=classes,
+        mean=mean or wants.mean,
+        std=std or wants.std,
+        classes=names or classes,
         value_range=options.range and tuple(options.range),
     )
+
+
+def _normalisation(options: Namespace) -> list[tuple[float, ...] | None]:
+    """Return --mean and --std for values up to 1; numbers above 1 are for values up to 255."""
+    given: dict[str, list[float]] = {}
+    for name in ("mean", "std"):
+        values = options[name]
+        if values is None:
+            continue
+        if len(values) not in (1, 3) or (name == "std" and min(values) <= 0):
+            raise UserError(
+                f"--{name} {' '.join(map(str, values))}: must be one number or three, for red, green "
+                f"and blue{', above 0' if name == 'std' else ''}"
+            )
+        given[name] = values * 3 if len(values) == 1 else values
+    bytes_meant = any(abs(value) > 1 for values in given.values() for value in values)
+    if bytes_meant:
+        words = " ".join(f"--{k} {' '.join(f'{v:g}' for v in vs)}" for k, vs in given.items())
+        print(f"{words}: taken for values from 0 to 255", file=sys.stderr)
+    scale = 255 if bytes_meant else 1
+    return [
+        tuple(value / scale for value in given[name]) if name in given else None
+        for name in ("mean", "std")
+    ]
 
 
 def _device(name: str) -> torch.device:

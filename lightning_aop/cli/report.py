@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_aop.errors import UserError
+from lightning_aop.errors import UserError, did_you_mean_file
 
 
 def main(words: Sequence[str]) -> int:
@@ -39,7 +39,7 @@ def report(options: Namespace) -> int:
         if getattr(options, name) <= 0:
             raise UserError(f"--{name} {getattr(options, name)}: must be above 0")
     if not options.run.is_dir():
-        raise UserError(f"{options.run}: no such folder")
+        raise UserError(f"{options.run}: no such folder{did_you_mean_file(options.run)}")
     folders = sorted(path.parent for path in options.run.rglob("run.json") if _is_ours(path.parent))
     if not folders:
         raise UserError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_aop.cli.configs import shipped_configs, with_shipped_configs
@@ -13,7 +14,7 @@ from lightning_aop.cli.pointing_game import Trainer
 from lightning_aop.cli.trainer import tidy_run
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
 from lightning_aop.coco.predictions import PredictionWriter
-from lightning_aop.errors import UserError
+from lightning_aop.errors import UserError, did_you_mean_file
 
 
 def main(words: Sequence[str]) -> int:
@@ -63,6 +64,8 @@ class CommandLine(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # Not the names of all settings above the one line that says what is wrong.
+        parser.usage = f"lightning-aop {subcommand} [options]"
         if "weights_only" in self._subcommand_method_arguments[subcommand]:
             parser.set_defaults({"weights_only": True})
         return parser
@@ -77,6 +80,7 @@ class CommandLine(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make the network that the checkpoint holds, without looking for weights elsewhere."""
         command = str(self.subcommand)
+        self._check_root(self.config[command].data)
         path = self.config[command].get("ckpt_path")
         if path is None and command in ("predict", "pointing-game"):
             raise UserError(f"{command}: the head is untrained; name a checkpoint: --ckpt_path")
@@ -84,7 +88,7 @@ class CommandLine(LightningCLI):
             super().instantiate_classes()
             return
         if not Path(path).is_file():
-            raise UserError(f"--ckpt_path {path}: no such file")
+            raise UserError(f"--ckpt_path {path}: no such file{did_you_mean_file(Path(path))}")
         saved = self.config
         if hasattr(self, "_dump_config"):  # Lightning 2.5 has done it before
             self._dump_config()
@@ -101,6 +105,16 @@ class CommandLine(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfig):
                 callback.config = saved[command]
+
+    @staticmethod
+    def _check_root(data: Namespace) -> None:
+        """Look for the images before the network's weights are downloaded."""
+        root = Path(data.root).expanduser()
+        if data.shapes is None and not root.is_dir():
+            raise UserError(
+                f"--data.root {root}: no such folder; give one in COCO's layout, with train2017/, "
+                f"val2017/ and annotations/{did_you_mean_file(root)}"
+            )
 
     def after_fit(self) -> None:
         """Say where things are."""

@@ -4,17 +4,18 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lightning_aop.errors import FileError, InvalidValueError
+from lightning_aop.errors import FileError, InvalidValueError, did_you_mean_file
 from lightning_aop.ops import resize
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Maps
@@ -30,7 +31,7 @@ class ImageError(FileError):
 
 
 def read_image(
-    path: Path,
+    path: Path | BytesIO | BufferedReader,
     size: tuple[int, int] | None = None,
     value_range: ValueRange | None = None,
     root: Path | None = None,
@@ -38,10 +39,10 @@ def read_image(
     """Read an image file as a viewer shows it: upright, in RGB, transparent parts on white.
 
     Greyscale, palette, CMYK and 16-bit images are converted to 8-bit RGB; of an animation the first
-    frame is read.
+    frame is read, and the result's `info["frames"]` says of how many.
 
     Args:
-        path: the file.
+        path: the file, or one that is open for reading from its beginning.
         size: the width and height that it must have. One that has them only as stored, before it is
             turned upright as its EXIF data says, is left as stored, so that its masks fit.
         value_range: the values that are shown black and white, for greyscale images of more than 8
@@ -56,13 +57,8 @@ def read_image(
             f"the value range must be two finite numbers, the lower one first, got {value_range}"
         )
     try:
-        if root is not None and not path.resolve().is_relative_to(root.resolve()):
-            raise ImageError(f"it is a link out of {root}, and nothing outside is read")
-        # Opening a pipe would wait for ever.
-        if not path.is_file():
-            raise ImageError("it is not a file" if path.exists() else "the file is missing")
-        if path.stat().st_size == 0:
-            raise ImageError("the file is empty")
+        if isinstance(path, Path):
+            _check_file(path, root)
         with warnings.catch_warnings():
             # A bomb that Pillow only warns of has four times more pixels than any photo.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -76,8 +72,13 @@ def read_image(
                 upright = ImageOps.exif_transpose(opened)
                 fits = size in (None, upright.size) or opened.size != size
                 image = _rgb(upright if fits else opened, value_range, deep)
+                # A phone's JPEG may hold a second image (MPO), which no viewer shows.
+                moves = opened.format in ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
+                image.info["frames"] = getattr(opened, "n_frames", 1) if moves else 1
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"it can't be read: {_unknown(path)}") from error
     except Exception as error:
         # Pillow raises whatever its decoders stumble over: OSError, SyntaxError, struct.error, …
         raise ImageError(f"it can't be read ({type(error).__name__}: {error})") from error
@@ -87,6 +88,42 @@ def read_image(
             "annotated, so that the masks would not fit"
         )
     return image
+
+
+def _check_file(path: Path, root: Path | None) -> None:
+    if root is not None and not path.resolve().is_relative_to(root.resolve()):
+        raise ImageError(f"it is a link out of {root}, and nothing outside is read")
+    # Opening a pipe would wait for ever.
+    if not path.is_file():
+        raise ImageError(
+            "it is not a file" if path.exists() else f"the file is missing{did_you_mean_file(path)}"
+        )
+    if path.stat().st_size == 0:
+        raise ImageError("the file is empty")
+
+
+def _unknown(path: Path | BytesIO | BufferedReader) -> str:
+    """Return why Pillow does not know a file, and the way out."""
+    if isinstance(path, Path):
+        with path.open("rb") as opened:
+            start = opened.read(132)
+    else:
+        path.seek(0)
+        start = path.read(132)
+    if start[128:] == b"DICM":
+        return (
+            "it is DICOM, which is not supported: save its pixels as TIFF, "
+            "Image.fromarray(pydicom.dcmread(FILE).pixel_array).save('image.tif'), and name the values "
+            "that are black and white: --range LOW HIGH"
+        )
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return (
+            "it is a TIFF of a kind that Pillow does not read, such as colours of 16 bits or floats: "
+            "save it with 8 bits a channel, or as greyscale of 16 bits or 32-bit floats"
+        )
+    if start[:3] == b"\xff\xd8\xff" or start[:4] in (b"\x89PNG", b"GIF8", b"RIFF"):
+        return "it is damaged or cut short: copy or download it again"
+    return "it is no image that Pillow reads: save it as PNG, JPEG or TIFF"
 
 
 def _rgb(image: Image.Image, value_range: ValueRange | None, deep: bool) -> Image.Image:

@@ -1,6 +1,5 @@
 """Networks by name, with their weights: torchvision's, timm's, or what a configuration names."""
 
-import difflib
 import importlib
 import math
 import os
@@ -18,7 +17,14 @@ from torch import Tensor, nn
 
 from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from lightning_aop.data.weights import Weights, read_weights
-from lightning_aop.errors import FileError, InvalidValueError, MissingFileError, MissingPackageError
+from lightning_aop.errors import (
+    FileError,
+    InvalidValueError,
+    MissingFileError,
+    MissingPackageError,
+    did_you_mean,
+    did_you_mean_file,
+)
 
 
 def load_backbone(name: str, weights: str | None = "DEFAULT") -> tuple[nn.Module, int]:
@@ -96,7 +102,7 @@ def _load(
     name: str, weights: str | None, headless: bool = False
 ) -> tuple[nn.Module, list[str] | None]:
     """Return a network, and the names of its classes where a file of weights has them."""
-    source, _, timm_name = name.rpartition("/")
+    source, _, timm_name = name.partition("/")
     file = _file(weights)
     published = None if file else weights
 
@@ -107,12 +113,11 @@ def _load(
             else _torchvision(name, published, **options)
         )
 
-    if source != "timm" and name not in torchvision.models.list_models(module=torchvision.models):
-        close = difflib.get_close_matches(name, torchvision.models.list_models(), 3, 0.7)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if source != "timm" and name not in known:
         raise InvalidValueError(
             f"{name!r} is no classifier of torchvision (resnet50, mobilenet_v2, …: "
-            "torchvision.models.list_models()); timm's are named timm/NAME"
-            + (f"; did you mean {' or '.join(close)}?" if close else "")
+            f"torchvision.models.list_models()); timm's are named timm/NAME{did_you_mean(name, known)}"
         )
     network = build()
     if file is None:
@@ -139,6 +144,7 @@ def _file(weights: str | None) -> Path | None:
     if path.suffix or len(path.parts) > 1:
         raise MissingFileError(
             f"weights {weights}: no such file; name one, or published weights such as DEFAULT"
+            f"{did_you_mean_file(path)}"
         )
     return None
 
@@ -183,7 +189,8 @@ def _timm(name: str, weights: str | None, **options: Any) -> nn.Module:
     try:
         return cast("nn.Module", timm.create_model(name, pretrained=weights is not None, **options))
     except (RuntimeError, ValueError) as error:
-        raise InvalidValueError(f"timm/{name}: {error} (timm.list_models())") from error
+        hint = did_you_mean(name, timm.list_models())
+        raise InvalidValueError(f"timm/{name}: {error} (timm.list_models()){hint}") from error
     except Exception as error:
         raise FileError(
             f"the weights of timm/{name} could not be downloaded ({error}): give a local file"

@@ -1,5 +1,6 @@
 import json
 import re
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torchvision
 from PIL import Image
 
 from lightning_aop.cli.main import main
-from lightning_aop.cli.photos import photos_first
+from lightning_aop.cli.options import photos_first
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,11 @@ def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> No
             r"are no weights of alexnet.*they fit squeezenet1_1: name .* \(--model\)",
         ),
         (["--model=resnet999"], "is no classifier of torchvision"),
+        (["--model=squezenet1_1"], "torchvision.*did you mean squeezenet1_1 or"),
+        (["--classes=none.txt"], "classes none.txt: no such file"),
+        (["--range", "5", "4"], "--range 5 4: must be two numbers, the lower first"),
+        (["--mean", "1", "2"], r"--mean 1.0 2.0: must be one number or three"),
+        (["--target-class=n00000000"], "no class of the model has this name"),
         (
             ["--device=cuda:77"],
             r"--device cuda:77 is not available on this machine \(.*: use --device cpu",
@@ -126,7 +132,14 @@ def test_what_a_user_can_mend_is_said(
 
 
 @pytest.mark.parametrize(
-    ("suffix", "start"), [("pdf", b"%PDF"), ("jpg", b"\xff\xd8"), ("png", b"\x89PNG")]
+    ("suffix", "start"),
+    [
+        ("pdf", b"%PDF"),
+        ("jpg", b"\xff\xd8"),
+        ("png", b"\x89PNG"),
+        ("webp", b"RIFF"),
+        ("svg", b"<?xml"),
+    ],
 )
 def test_the_suffix_decides_the_format(
     suffix: str, start: bytes, weights: Path, photo: Path, tmp_path: Path
@@ -142,7 +155,7 @@ def test_where_nothing_can_be_written_is_refused_before_the_work(
     (tmp_path / "file").write_text("")
     for out, message in {
         tmp_path: "is a folder; name a file in it",
-        tmp_path / "out.tiff3": r"must end in .png, .jpg, .jpeg, .webp or .pdf",
+        tmp_path / "out.tiff3": r"must end in .png, .jpg, .jpeg, .webp, .pdf or .svg",
         tmp_path / "file" / "out.png": "its folder can't be made",
     }.items():
         assert explain(photo, "--weights=none.pth", "-o", out) == 1  # which is not looked for
@@ -175,3 +188,123 @@ def test_only_what_ends_like_an_image_comes_first() -> None:
     first = ["a.JPG", "b.png"]
     assert photos_first(words) == first + [word for word in words if word not in first]
     assert photos_first(["a.jpg", "--target-class=5"]) == ["a.jpg", "--target-class=5"]
+
+
+def values_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def common(weights: Path, tmp_path: Path) -> list[Any]:
+    return [f"--weights={weights}", "--method=gradcam", "--size=64", "-o", tmp_path / "out.png"]
+
+
+def test_the_text_of_an_svg_is_text(weights: Path, photo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.svg"
+    assert explain(photo, *common(weights, tmp_path), "--target-class=281", "-o", out) == 0
+    assert re.search(r"<text[^>]*>tabby 0\.\d\d", out.read_text())
+
+
+def test_folders_patterns_and_stdin_are_photos(
+    weights: Path,
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("b.JPG", "a.jpg"):
+        (folder / name).write_bytes(photo.read_bytes())
+    (folder / "notes.txt").write_text("no photo")
+    words = ["--json", *common(weights, tmp_path)]
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(photo.read_bytes())))
+    assert explain(folder, f"{tmp_path}/*/a.j*g", "-", *words) == 0
+    found = values_of(capsys)
+    names = [str(folder / "a.jpg"), str(folder / "b.JPG"), str(folder / "a.jpg"), "-"]
+    assert [value["photo"] for value in found] == names
+    assert len({value["score"] for value in found}) == 1
+    assert explain(tmp_path / "*.none", *words) == 1
+    assert "no file has such a name" in capsys.readouterr().err
+    (tmp_path / "bare").mkdir()
+    assert explain(tmp_path / "bare", *words) == 1
+    assert "the folder holds no images" in capsys.readouterr().err
+
+
+def test_missing_photos_are_said_before_the_network_is_made(
+    photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert explain(photo.with_name("cat foto.jpg"), "--weights=none.pth") == 1
+    assert "the file is missing; did you mean cat photo.jpg?" in capsys.readouterr().err
+
+
+def test_a_mean_in_bytes_is_recognised(
+    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [photo, "--json", *common(weights, tmp_path)]
+    assert explain(*words) == 0
+    in_bytes = ["--mean", 123.675, 116.28, 103.53, "--std", 58.395, 57.12, 57.375]
+    assert explain(*words, *in_bytes) == 0
+    assert explain(*words, "--mean", 0.5, "--std", 0.5) == 0
+    ours, same, other = (value["score"] for value in values_of(capsys))
+    assert same == pytest.approx(ours, rel=1e-4)
+    assert other != pytest.approx(ours, rel=1e-2)
+
+
+def test_classes_have_the_names_of_a_file_and_wnids(
+    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"thing {i}" for i in range(1000)))
+    words = [photo, "--json", *common(weights, tmp_path), "--classes", names]
+    assert explain(*words, "--target-class", "thing 7", "n02123045") == 0
+    found = [(value["class"], value["class_index"]) for value in values_of(capsys)]
+    assert found == [("thing 7", 7), ("thing 281", 281)]
+    names.write_text("cat\ndog")
+    assert explain(*words) == 1
+    assert "holds 2 names, where squeezenet1_1 has 1000 classes" in capsys.readouterr().err
+
+
+def test_the_bar_does_not_end_full_after_a_failure(
+    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert explain(tmp_path / "none.jpg", photo, *common(weights, tmp_path)) == 1
+    errors = capsys.readouterr().err
+    assert errors.rstrip().splitlines()[-1].count("1 map left")
+    assert "0 maps left" not in errors
+
+
+def test_classifiers_of_hugging_face_and_timm_come_from_folders(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
+    sizes = {"depths": [1, 1], "hidden_sizes": [16, 32], "embedding_size": 16}
+    config = transformers.ResNetConfig(**sizes, layer_type="basic", id2label={0: "cat", 1: "dog"})
+    ours = transformers.ResNetForImageClassification(config).eval()
+    ours.save_pretrained(tmp_path / "hf")
+    processor = transformers.ViTImageProcessor(
+        size={"height": 48, "width": 48}, image_mean=[0.5] * 3
+    )
+    processor.save_pretrained(tmp_path / "hf")
+    words = ["--method=gradcam", "--json", "--target-class", "dog", "-o", tmp_path / "x.png"]
+    squash = ["--fit", "squash"]
+    assert main(["explain", *map(str, [photo, "--model", tmp_path / "hf", *words, *squash])]) == 0
+    (value,) = values_of(capsys)
+    with Image.open(photo) as opened:
+        image = torchvision.transforms.v2.functional.resize(opened, [48, 48])
+        std = processor.image_std
+        pixels = (np.asarray(image) / 255 - 0.5) / std
+    batch = torch.tensor(pixels).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        expected = float(ours(batch).logits.softmax(1)[0, 1])
+    assert value["score"] == pytest.approx(expected, abs=1e-3)
+    assert (value["class"], value["class_index"]) == ("dog", 1)
+
+    network = timm.create_model("resnet10t", num_classes=2)
+    timm.models.save_for_hf(
+        network, tmp_path / "timm", model_config={"label_names": ["cat", "dog"]}
+    )
+    words = ["--model", tmp_path / "timm", "--size=64", *words]
+    assert main(["explain", *map(str, [photo, *words])]) == 0
+    assert values_of(capsys)[0]["class"] == "dog"
+    assert main(["explain", str(photo), "--model", str(photo.parent)]) == 1
+    assert "has no config.json" in capsys.readouterr().err

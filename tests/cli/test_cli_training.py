@@ -133,7 +133,16 @@ def test_methods_nest_in_the_monitor(root: Path, weights: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.root=nowhere"], "root nowhere is no folder"),
+        (["--data.root=nowhere"], "--data.root nowhere: no such folder"),
+        # Before the network's weights are read, or downloaded.
+        (
+            ["--data.root=nowhere", "--model.weights=gone.pth"],
+            "--data.root nowhere: no such folder",
+        ),
+        (
+            ["--config=coco_resnet5"],
+            "did you mean coco_resnet50 or",
+        ),
         (["--model.backbone=resnet19"], "'resnet19' is no classifier of torchvision"),
         (["--model.backbone=resnet18"], "are no weights of resnet18"),
         (["--model.weights=gone.pth"], "gone.pth: no such file"),

@@ -8,8 +8,10 @@ import pytest
 from conftest import finish
 
 from lightning_aop import __version__
+from lightning_aop.cli.brief import COMMANDS as BRIEF
 from lightning_aop.cli.configs import shipped_configs
 from lightning_aop.cli.main import COMMANDS, main
+from lightning_aop.cli.options import PARSERS
 from lightning_aop.errors import InvalidValueError, UserError
 
 NAMES = [command.name for command in COMMANDS]
@@ -54,7 +56,7 @@ def test_the_module_is_the_command() -> None:
     assert finish([sys.executable, "-m", "lightning_aop", "--version"]).split()[-1] == __version__
 
 
-@pytest.mark.parametrize("words", ["--help", "report --help", "table --help", "curves --help"])
+@pytest.mark.parametrize("words", ["--help", *(f"{name} --help" for name in NAMES)])
 def test_help_that_needs_no_torch_does_not_wait_for_it(words: str) -> None:
     script = (
         "import sys\n"
@@ -64,6 +66,25 @@ def test_help_that_needs_no_torch_does_not_wait_for_it(words: str) -> None:
     )
     text = finish([sys.executable, "-c", script, *words.split()])
     assert text.split()[-1] == "False"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_fits_a_screen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert len(capsys.readouterr().out.splitlines()) <= 45
+
+
+@pytest.mark.parametrize("name", [*PARSERS, *BRIEF])
+def test_help_all_has_what_help_has_and_more(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in (["--help"], ["--help", "all"]):
+        with pytest.raises(SystemExit):
+            main([name, *words])
+        texts.append(set(re.findall(r"(?<![-\w])--[a-z][-\w.]*", capsys.readouterr().out)))
+    usual, every = texts
+    assert usual <= every
+    assert usual < every or name == "demo"
 
 
 def run_demo_that_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:

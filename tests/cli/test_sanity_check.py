@@ -1,4 +1,5 @@
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,19 @@ def test_what_a_user_can_fix_is_said(
     assert "--cell 3: must be 32 pixels or more" in capsys.readouterr().err
     assert check(tmp_path / "none.jpg", weights, tmp_path) == 1
     assert "none.jpg: the file is missing" in capsys.readouterr().err
+
+
+def test_it_ends_in_a_verdict(
+    photo: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method, word in (("edges", "fails"), ("random", "fails")):
+        assert check(photo, weights, tmp_path / method, *LAYERS, f"--method={method}") == 0
+        printed = capsys.readouterr().out
+        assert f"\n{method} {word}: " in printed
+        assert "threshold 0.5, ours: Adebayo" in printed
+    words = [*LAYERS[:2], "--method=gradcam", "--mode=independent", "--json"]
+    assert check(photo, weights, tmp_path / "json", *words) == 0
+    layer, verdict = map(json.loads, capsys.readouterr().out.splitlines())
+    assert layer["layer"] == "classifier.1"
+    assert verdict["threshold"] == 0.5
+    assert verdict["passes"] == (abs(layer["rank_correlation"]) < 0.5)

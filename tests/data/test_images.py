@@ -5,6 +5,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "cut jpeg": ("x.jpg", cut, "can't be read .*truncated"),
     "cut png": ("x.png", cut, "can't be read .*truncated"),
     "empty": ("x.jpg", lambda p: p.write_bytes(b""), "the file is empty"),
-    "text": ("x.jpg", lambda p: p.write_text("no picture"), "can't be read .*cannot identify"),
+    "text": ("x.jpg", lambda p: p.write_text("no picture"), "can't be read.*no image that Pillow reads"),
     "program": ("x.jpg", lambda p: p.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 16\n"
                 "%%EndComments\n"), "PostScript"),
     "folder": ("x.png", folder_instead, "it is not a file"),
@@ -487,3 +488,35 @@ def test_no_masks_stay_none() -> None:
 def test_wrong_options_are_named(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preprocess(**options)
+
+
+def test_dicom_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "scan.dcm"
+    path.write_bytes(bytes(128) + b"DICM" + bytes(200))
+    with pytest.raises(ImageError, match=r"DICOM, which is not supported: .*pydicom.*--range LOW"):
+        read_image(path)
+    with pytest.raises(ImageError, match="DICOM"):
+        read_image(BytesIO(path.read_bytes()))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_the_first_frame_is_read_and_the_number_said(suffix: str, tmp_path: Path) -> None:
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    frames = [Image.new("RGB", (20, 10), colour) for colour in colours]
+    path = tmp_path / f"moving.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    image = read_image(path)
+    assert image.info["frames"] == 3
+    assert np.abs(np.asarray(image).astype(int) - colours[0]).max() < 12
+    frames[0].save(path)
+    assert read_image(path).info["frames"] == 1
+
+
+def test_an_open_file_is_read_as_its_path_is(tmp_path: Path) -> None:
+    path = tmp_path / "noise.png"
+    noise = np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    with path.open("rb") as opened:
+        assert np.array_equal(np.asarray(read_image(opened)), noise)
+    with pytest.raises(ImageError, match=r"missing; did you mean noise\.png"):
+        read_image(tmp_path / "nois.png")

@@ -9,9 +9,11 @@ import yaml
 from PIL import Image
 
 from lightning_aop.cli.benchmark import _instantiated, benchmark_parser
-from lightning_aop.cli.compare import chosen_methods, compare_parser
+from lightning_aop.cli.compare import chosen_methods
 from lightning_aop.cli.configs import config_folder, resolved, shipped_configs
 from lightning_aop.cli.main import main
+from lightning_aop.cli.options import compare_parser
+from lightning_aop.errors import UserError
 from lightning_aop.experiments.curves import draw, mean_curves
 from lightning_aop.experiments.results import Manifest, write_part
 from lightning_aop.methods.names import FIGURE_5
@@ -143,4 +145,5 @@ def test_all_configurations_are_known_by_name() -> None:
         assert resolved(path.stem, "benchmark") == str(path)
     assert len(shipped_configs("benchmark")) >= 8
     assert "coco_resnet50" in shipped_configs()
-    assert resolved("nothing", "benchmark") == "nothing"
+    with pytest.raises(UserError, match=r"--config tabel1: no such file.*did you mean .*table1"):
+        resolved("tabel1", "benchmark")

@@ -11,7 +11,7 @@ import torchvision
 from conftest import SmallNet
 from PIL import Image
 
-from lightning_aop.cli.compare import compare_parser
+from lightning_aop.cli.options import compare_parser
 from lightning_aop.cli.photos import load
 from lightning_aop.experiments import Network, Picture, Pictures
 from lightning_aop.experiments.pictures import OFFICIAL, fingerprint
