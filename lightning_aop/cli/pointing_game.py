@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
+from lightning_aop.data.networks import fill
+from lightning_aop.data.weights import read_content, read_weights
 from lightning_aop.errors import UserError
 from lightning_aop.experiments.pointing_game import Rules, details, name_of, play, table
 from lightning_aop.methods.names import MethodName, coco_method
@@ -21,7 +22,6 @@ class Trainer(pl.Trainer):
         model: MultilabelClassifier,
         datamodule: CocoClassification,
         ckpt_path: str | None = None,
-        weights_only: bool | None = True,
         method: MethodName | SaliencyMethod | list[MethodName | SaliencyMethod] = "fast_sigcam",
         rules: Rules = Rules(),  # noqa: B008
         output: Path = Path("pointing_game"),
@@ -35,7 +35,6 @@ class Trainer(pl.Trainer):
             model: what is explained.
             datamodule: its validation split is explained.
             ckpt_path: the checkpoint of the trained model.
-            weights_only: load nothing but tensors and plain values from it.
             method: how to explain: a name, a class with its arguments, or a list of these. By name,
                 the methods have the paper's settings for COCO.
             rules: what is counted.
@@ -46,9 +45,11 @@ class Trainer(pl.Trainer):
         assert ckpt_path is not None, "seen to by the command line"
         if method == []:
             raise UserError("pointing-game: no method is named; name one: --method sigcam")
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
+        checkpoint = read_content(Path(ckpt_path))
+        if not isinstance(checkpoint, dict):
+            raise UserError(f"--ckpt_path {ckpt_path}: it is no checkpoint of fit")
         model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
+        fill(model, "the network that fit trained", read_weights(Path(ckpt_path)))
         data = datamodule.dataset("val")
         model.check_classes(data.classes)
         results = []

@@ -1,11 +1,12 @@
 """`lightning-aop fit`, `validate`, `test`, `predict` and `pointing-game`, by LightningCLI."""
 
+import inspect
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_aop.cli.configs import shipped_configs, with_shipped_configs
@@ -13,6 +14,7 @@ from lightning_aop.cli.pointing_game import Trainer
 from lightning_aop.cli.trainer import tidy_run
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
 from lightning_aop.coco.predictions import PredictionWriter
+from lightning_aop.data.weights import read_content
 from lightning_aop.errors import UserError
 
 
@@ -57,15 +59,24 @@ class CommandLine(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Add the pointing game to what Lightning has."""
-        return LightningCLI.subcommands() | {"pointing-game": {"model", "datamodule"}}
+        known = LightningCLI.subcommands() | {"pointing-game": {"model", "datamodule"}}
+        return {command: left_out | {"weights_only"} for command, left_out in known.items()}
 
-    def _prepare_subcommand_parser(
-        self, klass: type, subcommand: str, **kwargs: Any
-    ) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if "weights_only" in self._subcommand_method_arguments[subcommand]:
-            parser.set_defaults({"weights_only": True})
-        return parser
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Let no option load the objects that a checkpoint holds, which could run any code."""
+        options: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        takes = inspect.signature(getattr(Trainer, subcommand)).parameters
+        return options | ({"weights_only": True} if "weights_only" in takes else {})
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except pickle.UnpicklingError as error:
+            path = self.config[subcommand].get("ckpt_path")
+            raise UserError(
+                f"--ckpt_path {path}: it holds objects of other classes, which are not loaded; begin "
+                f"anew from its tensors alone: --model.weights {path}"
+            ) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words given, not those of the process."""
@@ -90,9 +101,9 @@ class CommandLine(LightningCLI):
             self._dump_config()
         self.config = saved.clone()
         options = self.config[command].model
-        network = torch.load(path, map_location="cpu", weights_only=True).get(
-            "hyper_parameters", {}
-        )
+        content = read_content(Path(path))
+        network = content.get("hyper_parameters") if isinstance(content, dict) else None
+        network = network if isinstance(network, dict) else {}
         for key in {"backbone", "num_classes"} & set(network):
             options[key] = network[key]
         options.weights = None

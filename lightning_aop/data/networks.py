@@ -17,6 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from lightning_aop.data.names import named_alike
 from lightning_aop.data.weights import Weights, read_weights
 from lightning_aop.errors import FileError, InvalidValueError, MissingFileError, MissingPackageError
 
@@ -121,7 +122,13 @@ def _load(
     head, layer = _head(network)
     tensors = _with_own_head(found.tensors, head, layer)
     weight = _parts(network.state_dict(), tensors)[0].get(f"{head}.weight")
-    if weight is not None and len(weight) != len(layer.weight):
+    # Of the same kind of layer, and all there: a file of a few bytes may claim any number of classes.
+    if (
+        weight is not None
+        and weight.shape[1:] == layer.weight.shape[1:]
+        and 0 < len(weight) != len(layer.weight)
+        and weight.is_contiguous()
+    ):
         network = build(num_classes=len(weight))
     if tensors is not found.tensors:
         _uncut(network, head)
@@ -215,7 +222,13 @@ def fill(network: nn.Module, name: str, weights: Weights, optional: str | None =
     ]
     wrong = [key for key in found if found[key].shape != own[key].shape]
     if not missing and not unknown and not wrong:
-        network.load_state_dict(found, strict=False)
+        try:
+            network.load_state_dict(found, strict=False)
+        except RuntimeError as error:
+            raise InvalidValueError(
+                f"weights {weights.file} can't be copied into {name} ({error}): save them as plain "
+                "tensors, torch.save(model.state_dict(), FILE)"
+            ) from error
         return
     head, _ = _head(network)
     if not wrong and not unknown and all(key.startswith(f"{head}.") for key in missing):
@@ -247,7 +260,7 @@ def _parts(
     several the shortest, and an average only where there is nothing else. What is no part of the network
     (a loss, a second head) is no matter.
     """
-    tensors = {_DENSENET.sub(r"\1\2", name): tensor for name, tensor in tensors.items()}
+    tensors = named_alike(own, tensors)
     # Names end in each other, as layer1.0.conv1.weight does in conv1.weight: prefixes are counted.
     tails = {f".{name}" for name in own}
     counts: Counter[str] = Counter()
@@ -295,10 +308,6 @@ def _fitting(tensors: Mapping[str, Tensor]) -> list[str]:
         ):
             fitting.append(name)
     return fitting[:3]
-
-
-# DenseNet's published weights are older than the ban on dots in the names of parts.
-_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
 def _head(network: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
