@@ -1,7 +1,9 @@
 """`lightning-aop pointing-game`: does the heat of a class lie on its objects, over a whole data set?"""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytorch_lightning as pl
 
@@ -24,6 +26,7 @@ class Trainer(pl.Trainer):
         ckpt_path: str | None = None,
         method: MethodName | SaliencyMethod | list[MethodName | SaliencyMethod] = "fast_sigcam",
         rules: Rules = Rules(),  # noqa: B008
+        masks: Literal["segmentation", "box"] | None = None,
         output: Path = Path("pointing_game"),
     ) -> None:
         """Run the pointing game: does the heat of a class lie on its objects?
@@ -38,6 +41,7 @@ class Trainer(pl.Trainer):
             method: how to explain: a name, a class with its arguments, or a list of these. By name,
                 the methods have the paper's settings for COCO.
             rules: what is counted.
+            masks: what a hit lies on, as in `rules`: "box" is the rule of VOC.
             output: the folder of the results.
         """
         datamodule.prepare_data()
@@ -52,6 +56,7 @@ class Trainer(pl.Trainer):
         fill(model, "the network that fit trained", read_weights(Path(ckpt_path)))
         data = datamodule.dataset("val")
         model.check_classes(data.classes)
+        rules = replace(rules, masks=masks or rules.masks)
         results = []
         for chosen in method if isinstance(method, list) else [method]:
             name = chosen if isinstance(chosen, str) else name_of(chosen)
@@ -65,6 +70,9 @@ class Trainer(pl.Trainer):
                 (output / "results.json").write_text(json.dumps(every, indent=1))
         datamodule.teardown("validate")
         if self.is_global_zero:
+            if left := results[0].skipped:
+                text += f"\n\n{left} (image, class) pairs were left out: no mask tells where it is"
+                text += "" if rules.masks == "box" else "; --masks box takes the boxes"
             print(f"\n{text}\n\nwrote {output / 'table.md'} and {output / 'results.json'}")
 
 
