@@ -408,6 +408,7 @@ class _Files:
         for root in {str(self.folder), str(self.folder.resolve())}:
             if forward.startswith(f"{Path(root).as_posix()}/"):
                 spellings.append(forward[len(root) + 1 :])
+        elsewhere = not _inside(forward)
         spellings = [spelling for spelling in spellings if _inside(spelling)]
         if found := next((s for s in spellings if os.sep == "/" and s in self), None):
             return found
@@ -415,6 +416,11 @@ class _Files:
             self._spellings = self._all()
         for spelling in spellings:
             near = self._spellings.get(_folded(spelling), [])
+            if len(near) == 1:
+                return near[0]
+        if elsewhere and (last := _folded(urllib.parse.unquote(forward.rpartition("/")[2]))):
+            # The place on the tool's server, or on another machine.
+            near = self._spellings.get(f"*/{last}", [])
             if len(near) == 1:
                 return near[0]
         return name
@@ -425,7 +431,8 @@ class _Files:
             base = Path(top).relative_to(self.folder).as_posix()
             for name in names:
                 path = name if base == "." else f"{base}/{name}"
-                found.setdefault(_folded(path), []).append(path)
+                for key in (_folded(path), f"*/{_folded(name)}"):
+                    found.setdefault(key, []).append(path)
         return found
 
 
