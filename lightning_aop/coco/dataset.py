@@ -289,6 +289,8 @@ def _read(folder: Path, file: Path) -> Any:
     try:
         # COCO() would read in the encoding of the system; of bytes the encoding is detected.
         content = json.loads(_unzipped(file))
+    except InvalidValueError:
+        raise
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InvalidValueError(
             f"{file} is no valid JSON ({error}): it may be cut short, copy or export it again"
@@ -313,11 +315,13 @@ def _unzipped(file: Path) -> bytes:
         packed = opened.read(2) == b"\x1f\x8b"
     if not packed:
         return file.read_bytes()
+    text = bytearray()
     with gzip.open(file) as unpacked:
-        text = unpacked.read(_MOST + 1)
-    if len(text) > _MOST:
-        raise InvalidValueError(f"{file} has more than {_MOST >> 30} GiB: unpack it, or split it")
-    return text
+        while part := unpacked.read(1 << 20):
+            text += part
+            if len(text) > _MOST:
+                raise InvalidValueError(f"{file} has more than {_MOST >> 30} GiB: split it")
+    return bytes(text)
 
 
 def _check_lists(content: Any, file: Path) -> None:

@@ -1,6 +1,7 @@
 """Networks by name, with their weights: torchvision's, timm's, or what a configuration names."""
 
 import difflib
+import functools
 import importlib
 import math
 import os
@@ -292,14 +293,7 @@ def _with_own_head(
 def _fitting(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the classifiers of torchvision that weights fit, but for the size of their heads."""
     fitting = []
-    for name in torchvision.models.list_models(module=torchvision.models):
-        try:
-            # All of them in a few seconds: nothing is computed on this device.
-            with torch.device("meta"):
-                network = _torchvision(name, None)
-        except NotImplementedError:
-            continue
-        own, (head, _) = network.state_dict(), _head(network)
+    for name, own, head in _known():
         found, unknown = _parts(own, tensors)
         if not unknown and all(
             k in found and (found[k].shape == own[k].shape or k.startswith(f"{head}."))
@@ -308,6 +302,21 @@ def _fitting(tensors: Mapping[str, Tensor]) -> list[str]:
         ):
             fitting.append(name)
     return fitting[:3]
+
+
+@functools.cache
+def _known() -> list[tuple[str, dict[str, Tensor], str]]:
+    """Return torchvision's classifiers: their names, their tensors without values, and their heads."""
+    known = []
+    for name in torchvision.models.list_models(module=torchvision.models):
+        try:
+            # All of them in a few seconds: nothing is computed on this device.
+            with torch.device("meta"):
+                network = _torchvision(name, None)
+        except NotImplementedError:
+            continue
+        known.append((name, network.state_dict(), _head(network)[0]))
+    return known
 
 
 def _head(network: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:

@@ -150,7 +150,7 @@ def _unpickled(file: Path) -> Any:
     for kind in (_LeftOut, _LeftOutDict) if foreign else ():
         # Each foreign name becomes a class of its own, so that a pickled model can be named.
         stand_ins: list[Any] = [
-            (type(name.rpartition(".")[2], (kind,), {}), name) for name in foreign
+            (type(_shown(name.rpartition(".")[2]), (kind,), {}), name) for name in foreign
         ]
         try:
             with torch.serialization.safe_globals(stand_ins):
@@ -158,7 +158,9 @@ def _unpickled(file: Path) -> Any:
         except Exception:
             continue
     what = (
-        f"it holds {', '.join(foreign[:3])}" if foreign else "it is not a file that PyTorch wrote"
+        f"it holds {', '.join(map(_shown, foreign[:3]))}"
+        if foreign
+        else "it is not a file that PyTorch wrote"
     )
     raise InvalidValueError(f"weights {file}: {what}; {_REMEDY}") from refused
 
@@ -167,6 +169,11 @@ def _plain(file: Path) -> Any:
     # Of a name with the suffix of safetensors, torch would not look at the content.
     with file.open("rb") as opened:
         return torch.load(opened, map_location="cpu", weights_only=True)
+
+
+def _shown(name: str) -> str:
+    """Return a name that a damaged file may have filled with anything."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:80])
 
 
 def _first_line(error: Exception) -> str:
