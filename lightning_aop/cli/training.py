@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_aop.cli.configs import shipped_configs, with_shipped_configs
@@ -88,6 +89,7 @@ class CommandLine(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make the network that the checkpoint holds, without looking for weights elsewhere."""
         command = str(self.subcommand)
+        self._check_root(self.config[command].data)
         path = self.config[command].get("ckpt_path")
         if path is None and command in ("predict", "pointing-game"):
             raise UserError(f"{command}: the head is untrained; name a checkpoint: --ckpt_path")
@@ -112,6 +114,28 @@ class CommandLine(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfig):
                 callback.config = saved[command]
+
+    @staticmethod
+    def _check_root(data: Namespace) -> None:
+        """Look for the images before the network's weights are downloaded."""
+        if data.root is None and data.annotations is None:
+            raise UserError(
+                "no data are named: give a folder, --data.root DIR, or one file with its images, "
+                "--data.annotations FILE --data.images DIR"
+            )
+        if (
+            data.root is not None
+            and data.shapes is None
+            and not Path(data.root).expanduser().is_dir()
+        ):
+            raise UserError(
+                f"--data.root {data.root}: no such folder; give one in COCO's layout, with train2017/, "
+                "val2017/ and annotations/"
+            )
+        if data.annotations is not None and not Path(data.annotations).expanduser().is_file():
+            raise UserError(f"--data.annotations {data.annotations}: no such file")
+        if data.images is not None and not Path(data.images).expanduser().is_dir():
+            raise UserError(f"--data.images {data.images}: no such folder")
 
     def after_fit(self) -> None:
         """Say where things are."""

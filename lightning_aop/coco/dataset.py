@@ -339,7 +339,7 @@ def _normalise(content: dict[str, Any], folder: Path) -> None:
     for name in _LISTS:
         for entry in content[name]:
             entry.update({k: _whole(entry[k]) for k in _NUMBERS if k in entry})
-    drawn = {}
+    drawn: dict[str, tuple[int, int] | None] = {}
     for number, annotation in enumerate(content["annotations"]):
         # Nothing refers to it; pycocotools wants one.
         annotation.setdefault("id", number)
@@ -551,8 +551,8 @@ def _decoded(
     remedy = "correct it, or take the annotation out"
     try:
         if isinstance(segmentation, list) and any(isinstance(code, dict) for code in segmentation):
-            masks = [_unpacked(code, height, width) for code in segmentation]
-            return np.logical_or.reduce(masks)
+            masks = np.stack([_unpacked(code, height, width) for code in segmentation])
+            return np.asarray(masks.any(axis=0))
         decode = _filled if isinstance(segmentation, list) else _unpacked
         return decode(segmentation, height, width)
     except NoMaskError as error:
@@ -567,9 +567,12 @@ def _is_box(box: object) -> bool:
 
 def _reach(mask: Bool[np.ndarray, "h w"], axis: int) -> Bool[np.ndarray, " n"]:
     """Return which rows (axis 1) or columns (axis 0) lie between the first and the last of a mask."""
-    shown = mask.any(axis=axis)
-    reach: Bool[np.ndarray, " n"] = np.logical_or.accumulate(shown)
-    return reach & np.logical_or.accumulate(shown[::-1])[::-1]
+    shown = np.asarray(mask.any(axis=axis))
+    reach: Bool[np.ndarray, " n"] = np.zeros_like(shown)
+    if shown.any():
+        first, last = np.flatnonzero(shown)[[0, -1]]
+        reach[first : last + 1] = True
+    return reach
 
 
 def _coordinate(value: object) -> bool:

@@ -297,3 +297,26 @@ def test_a_single_category_is_trained(tmp_path: Path) -> None:
     trained(CocoClassification(annotations=file, images=folder, size=64, num_workers=0), tmp_path)
     saved = torch.load(tmp_path / "head.ckpt", weights_only=True)
     assert saved["classes"] == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no data are named: give a folder, --data.root DIR, or one file"),
+        (["--data.root=no"], "--data.root no: no such folder; give one in COCO's layout"),
+        (["--data.annotations=no.json"], "--data.annotations no.json: no such file"),
+    ],
+)
+def test_data_are_looked_for_before_weights(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # ResNet50's weights would be downloaded, and there is no network of the name.
+    assert main(["fit", "--model.backbone=no_such_network", *words]) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_no_option_loads_a_pickle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("fit", "validate", "test", "predict", "pointing-game"):
+        with pytest.raises(SystemExit):
+            main([command, f"--data.root={tmp_path}", "--weights_only=false"])
+        assert "--weights_only" in capsys.readouterr().err
