@@ -133,7 +133,7 @@ def test_methods_nest_in_the_monitor(root: Path, weights: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.root=nowhere"], "root nowhere is no folder"),
+        (["--data.root=nowhere"], "--data.root nowhere: no such folder"),
         (["--model.backbone=resnet19"], "'resnet19' is no classifier of torchvision"),
         (["--model.backbone=resnet18"], "are no weights of resnet18"),
         (["--model.weights=gone.pth"], "gone.pth: no such file"),
