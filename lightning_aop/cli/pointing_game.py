@@ -1,12 +1,15 @@
 """`lightning-aop pointing-game`: does the heat of a class lie on its objects, over a whole data set?"""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytorch_lightning as pl
-import torch
 
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
+from lightning_aop.data.networks import fill
+from lightning_aop.data.weights import read_content, read_weights
 from lightning_aop.errors import UserError
 from lightning_aop.experiments.pointing_game import Rules, details, name_of, play, table
 from lightning_aop.methods.names import MethodName, coco_method
@@ -21,9 +24,9 @@ class Trainer(pl.Trainer):
         model: MultilabelClassifier,
         datamodule: CocoClassification,
         ckpt_path: str | None = None,
-        weights_only: bool | None = True,
         method: MethodName | SaliencyMethod | list[MethodName | SaliencyMethod] = "fast_sigcam",
         rules: Rules = Rules(),  # noqa: B008
+        masks: Literal["segmentation", "box"] | None = None,
         output: Path = Path("pointing_game"),
     ) -> None:
         """Run the pointing game: does the heat of a class lie on its objects?
@@ -35,10 +38,10 @@ class Trainer(pl.Trainer):
             model: what is explained.
             datamodule: its validation split is explained.
             ckpt_path: the checkpoint of the trained model.
-            weights_only: load nothing but tensors and plain values from it.
             method: how to explain: a name, a class with its arguments, or a list of these. By name,
                 the methods have the paper's settings for COCO.
             rules: what is counted.
+            masks: what a hit lies on, as in `rules`: "box" is the rule of VOC.
             output: the folder of the results.
         """
         datamodule.prepare_data()
@@ -46,11 +49,14 @@ class Trainer(pl.Trainer):
         assert ckpt_path is not None, "seen to by the command line"
         if method == []:
             raise UserError("pointing-game: no method is named; name one: --method sigcam")
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
+        checkpoint = read_content(Path(ckpt_path))
+        if not isinstance(checkpoint, dict):
+            raise UserError(f"--ckpt_path {ckpt_path}: it is no checkpoint of fit")
         model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
+        fill(model, "the network that fit trained", read_weights(Path(ckpt_path)))
         data = datamodule.dataset("val")
         model.check_classes(data.classes)
+        rules = replace(rules, masks=masks or rules.masks)
         results = []
         for chosen in method if isinstance(method, list) else [method]:
             name = chosen if isinstance(chosen, str) else name_of(chosen)
@@ -64,6 +70,9 @@ class Trainer(pl.Trainer):
                 (output / "results.json").write_text(json.dumps(every, indent=1))
         datamodule.teardown("validate")
         if self.is_global_zero:
+            if left := results[0].skipped:
+                text += f"\n\n{left} (image, class) pairs were left out: no mask tells where it is"
+                text += "" if rules.masks == "box" else "; --masks box takes the boxes"
             print(f"\n{text}\n\nwrote {output / 'table.md'} and {output / 'results.json'}")
 
 

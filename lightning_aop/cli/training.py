@@ -1,11 +1,12 @@
 """`lightning-aop fit`, `validate`, `test`, `predict` and `pointing-game`, by LightningCLI."""
 
+import inspect
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -14,6 +15,7 @@ from lightning_aop.cli.pointing_game import Trainer
 from lightning_aop.cli.trainer import tidy_run
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
 from lightning_aop.coco.predictions import PredictionWriter
+from lightning_aop.data.weights import read_content
 from lightning_aop.errors import UserError, did_you_mean_file
 
 
@@ -58,7 +60,8 @@ class CommandLine(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Add the pointing game to what Lightning has."""
-        return LightningCLI.subcommands() | {"pointing-game": {"model", "datamodule"}}
+        known = LightningCLI.subcommands() | {"pointing-game": {"model", "datamodule"}}
+        return {command: left_out | {"weights_only"} for command, left_out in known.items()}
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -66,9 +69,23 @@ class CommandLine(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         # Not the names of all settings above the one line that says what is wrong.
         parser.usage = f"lightning-aop {subcommand} [options]"
-        if "weights_only" in self._subcommand_method_arguments[subcommand]:
-            parser.set_defaults({"weights_only": True})
         return parser
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Let no option load the objects that a checkpoint holds, which could run any code."""
+        options: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        takes = inspect.signature(getattr(Trainer, subcommand)).parameters
+        return options | ({"weights_only": True} if "weights_only" in takes else {})
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except pickle.UnpicklingError as error:
+            path = self.config[subcommand].get("ckpt_path")
+            raise UserError(
+                f"--ckpt_path {path}: it holds objects of other classes, which are not loaded; begin "
+                f"anew from its tensors alone: --model.weights {path}"
+            ) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words given, not those of the process."""
@@ -94,9 +111,9 @@ class CommandLine(LightningCLI):
             self._dump_config()
         self.config = saved.clone()
         options = self.config[command].model
-        network = torch.load(path, map_location="cpu", weights_only=True).get(
-            "hyper_parameters", {}
-        )
+        content = read_content(Path(path))
+        network = content.get("hyper_parameters") if isinstance(content, dict) else None
+        network = network if isinstance(network, dict) else {}
         for key in {"backbone", "num_classes"} & set(network):
             options[key] = network[key]
         options.weights = None
@@ -109,12 +126,22 @@ class CommandLine(LightningCLI):
     @staticmethod
     def _check_root(data: Namespace) -> None:
         """Look for the images before the network's weights are downloaded."""
-        root = Path(data.root).expanduser()
-        if data.shapes is None and not root.is_dir():
+        if data.root is None and data.annotations is None:
             raise UserError(
-                f"--data.root {root}: no such folder; give one in COCO's layout, with train2017/, "
-                f"val2017/ and annotations/{did_you_mean_file(root)}"
+                "no data are named: give a folder, --data.root DIR, or one file with its images, "
+                "--data.annotations FILE --data.images DIR"
             )
+        if data.root is not None and data.shapes is None:
+            root = Path(data.root).expanduser()
+            if not root.is_dir():
+                raise UserError(
+                    f"--data.root {root}: no such folder; give one in COCO's layout, with train2017/, "
+                    f"val2017/ and annotations/{did_you_mean_file(root)}"
+                )
+        if data.annotations is not None and not Path(data.annotations).expanduser().is_file():
+            raise UserError(f"--data.annotations {data.annotations}: no such file")
+        if data.images is not None and not Path(data.images).expanduser().is_dir():
+            raise UserError(f"--data.images {data.images}: no such folder")
 
     def after_fit(self) -> None:
         """Say where things are."""

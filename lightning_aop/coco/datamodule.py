@@ -29,12 +29,18 @@ class CocoClassification(pl.LightningDataModule):
 
     COCO's own layout is `train2017/`, `val2017/` and `annotations/instances_{train,val}2017.json`;
     see `CocoMultilabel.from_root` for others. The classes are the file's categories by their ids.
+    Annotation tools often write one file: then `annotations` names it instead of `root`, and every
+    fifth image is held out to validate with.
 
     Over several processes, the sets to evaluate are padded to equal shares with blank images whose
     labels are −1, which nothing counts: every image is judged exactly once.
 
     Args:
         root: the folder.
+        annotations: one JSON file with all images, instead of a root with splits.
+        images: the folder of the images of `annotations`; by default the one that the file is in.
+        val_share: the share of the images of `annotations` that is held out for validation, test and
+            prediction, the same ones in every run; 1 takes all of them for both.
         train: the split to train with.
         val: the split to validate with, and to predict.
         test: the split to test with; by default `val`.
@@ -52,6 +58,8 @@ class CocoClassification(pl.LightningDataModule):
         on_error: "raise" at the first image that can't be read, or "skip" such images, and list
             them at the end.
         value_range: the values that are black and white, for greyscale images of more than 8 bits.
+        links: read images that are links out of their folder.
+        exif: turn images as their EXIF data says, as browsers and most annotation tools do.
         features: "cached" computes what a frozen backbone makes of each image once, and trains the
             head on that; "live" runs the backbone in every epoch.
         cache_dir: where features are kept; by default `~/.cache/lightning_aop/features`.
@@ -65,8 +73,11 @@ class CocoClassification(pl.LightningDataModule):
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | None = None,
         *,
+        annotations: str | Path | None = None,
+        images: str | Path | None = None,
+        val_share: float = 0.2,
         train: str = "train2017",
         val: str = "val2017",
         test: str | None = None,
@@ -83,6 +94,8 @@ class CocoClassification(pl.LightningDataModule):
         crowds: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
         value_range: tuple[float, float] | None = None,
+        links: bool = False,
+        exif: bool = True,
         features: Literal["live", "cached"] = "live",
         cache_dir: str | Path | None = None,
         cache_precision: Precision = "float32",
@@ -99,7 +112,21 @@ class CocoClassification(pl.LightningDataModule):
                 "features='cached' keeps one result for each image, horizontal_flip=True wants "
                 "another in every epoch: switch one of them off"
             )
-        self.root = Path(root).expanduser()
+        if (root is None) == (annotations is None) or (images is not None and annotations is None):
+            raise InvalidValueError(
+                "the data are either a root with splits (--data.root DIR), or one file "
+                "(--data.annotations FILE --data.images DIR), got "
+                f"root={root}, annotations={annotations}, images={images}"
+            )
+        if not 0 < val_share <= 1:
+            raise InvalidValueError(f"val_share must lie above 0 and not above 1, got {val_share}")
+        if annotations is not None and shapes is not None:
+            raise InvalidValueError("generated shapes are written into a root: give root")
+        self.annotations = None if annotations is None else Path(annotations).expanduser()
+        self.images = None if images is None else Path(images).expanduser()
+        self.val_share = val_share
+        # The folder that messages name, where there is no root.
+        self.root = Path(root or self.images or Path(str(annotations)).parent).expanduser()
         self.shapes = shapes
         self.splits = {"train": train, "val": val, "test": test or val}
         self.preprocess = Preprocess(size, resize, mean, std)
@@ -111,6 +138,8 @@ class CocoClassification(pl.LightningDataModule):
             "crowds": crowds,
             "on_error": on_error,
             "value_range": value_range,
+            "links": links,
+            "exif": exif,
         }
         self.features = features
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
@@ -126,7 +155,7 @@ class CocoClassification(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the splits that the stage needs."""
-        if not self.root.is_dir():
+        if self.annotations is None and not self.root.is_dir():
             raise MissingFileError(
                 f"root {self.root} is no folder: give one in COCO's layout, with train2017/, "
                 "val2017/ and annotations/"
@@ -157,8 +186,23 @@ class CocoClassification(pl.LightningDataModule):
                 if name == "train" and self.horizontal_flip
                 else self.preprocess
             )
-            self._open[key] = CocoMultilabel.from_root(self.root, split, transform, **self.options)
+            if self.annotations is None:
+                self._open[key] = CocoMultilabel.from_root(
+                    self.root, split, transform, **self.options
+                )
+            else:
+                whole = CocoMultilabel(self.root, self.annotations, transform, **self.options)
+                self._open[key] = whole.part(self._rows(len(whole), name == "train"))
         return self._open[key]
+
+    def _rows(self, count: int, train: bool) -> list[int]:
+        """Return the images of a single file to train with, or those to validate with."""
+        held = max(1, round(count * self.val_share))
+        if held >= count:
+            return list(range(count))
+        # Evenly spread: a file lists together what was photographed together.
+        out = {int((i + 0.5) * count / held) for i in range(held)}
+        return [row for row in range(count) if (row in out) != train]
 
     def train_dataloader(self) -> Any:
         """Return shuffled batches."""

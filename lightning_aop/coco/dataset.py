@@ -1,13 +1,18 @@
 """Images and instance masks in COCO's format, read for multilabel training with pycocotools."""
 
 import contextlib
+import copy
+import gzip
 import hashlib
 import importlib
 import io
 import json
 import math
 import os
+import unicodedata
+import urllib.parse
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, TypeAlias, cast
@@ -27,6 +32,10 @@ Transform: TypeAlias = Callable[[Image.Image], Tensor]
 _LISTS = ("images", "annotations", "categories")
 
 
+class NoMaskError(InvalidValueError):
+    """An instance whose place is not known: it has no mask, or one that covers nothing."""
+
+
 class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
     """COCO-format photos as (image, label) pairs, with the masks of each class on demand.
 
@@ -44,9 +53,13 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         crowds: let crowd annotations (`iscrowd`) count, in labels and in masks.
         on_error: "raise", or "skip" what can't be read.
         value_range: the values that are black and white, for greyscale images of more than 8 bits.
+        links: read images that are links out of the folder, as some tools export them.
+        exif: turn images as their EXIF data says, as browsers and most annotation tools do; an image
+            whose annotated size is the stored one stays as it is stored.
 
     Attributes:
-        classes: the names of the classes, by the order of their category ids.
+        classes: the names of the classes, by the order of their category ids; categories of one name
+            are one class.
         labels: [N, K], which image has which class.
         ids: the image ids, ascending, in the order of the dataset.
 
@@ -66,20 +79,23 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         crowds: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
         value_range: ValueRange | None = None,
+        links: bool = False,
+        exif: bool = True,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise InvalidValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         self.folder, self.file = Path(images), Path(annotations)
         self.transform: Transform = transform or to_tensor
         self.crowds, self.value_range = crowds, value_range
-        self.on_error = on_error
+        self.on_error, self.links, self.exif = on_error, links, exif
         coco = _read(self.folder, self.file)
         categories = sorted(coco.cats)
-        self.classes: list[str] = [str(coco.cats[c].get("name", c)) for c in categories]
-        self._column = {category: column for column, category in enumerate(categories)}
+        names = {c: str(coco.cats[c].get("name", c)) for c in categories}
+        self.classes: list[str] = list(dict.fromkeys(names.values()))
+        self._column = {category: self.classes.index(name) for category, name in names.items()}
         ids = sorted(coco.imgs)
         row = {image: index for index, image in enumerate(ids)}
-        labels = torch.zeros(len(ids), len(categories), dtype=torch.bool)
+        labels = torch.zeros(len(ids), len(self.classes), dtype=torch.bool)
         pairs = [
             (row[annotation["image_id"]], self._column[annotation["category_id"]])
             for annotation in coco.dataset["annotations"]
@@ -125,6 +141,15 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         file = next((f for f in files if f.is_file()), files[0])
         return cls(folder, file, transform, **options)
 
+    def part(self, rows: Sequence[int]) -> "CocoMultilabel":
+        """Return the images of these rows as a data set of its own."""
+        part = copy.copy(self)
+        for name in ("ids", "files", "_sizes"):
+            setattr(part, name, [getattr(self, name)[row] for row in rows])
+        part.labels = self.labels[list(rows)]
+        part._skipped = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+        return part
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -158,8 +183,11 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         path, image = self.folder / self.files[index], self.ids[index]
         remedy = "restore the file, or take the image out of the annotations"
         try:
-            return read_image(path, self._sizes[index], self.value_range, self.folder)
+            root = None if self.links else self.folder
+            return read_image(path, self._sizes[index], self.value_range, root, self.exif)
         except ImageError as error:
+            if error.link:
+                remedy = "copy the file there, or follow links with links=True (--data.links true)"
             raise ImageError(
                 f"{path}, image {image} of {self.file}: {error}; {remedy}, or leave "
                 "it out with on_error='skip'"
@@ -194,7 +222,7 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         return lines
 
     def masks(
-        self, index: int, classes: Sequence[int] | None = None
+        self, index: int, classes: Sequence[int] | None = None, boxes: bool = False
     ) -> Bool[np.ndarray, "classes h w"]:
         """Return where each class is: the union of its instances, at the image's own size.
 
@@ -203,9 +231,12 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         Args:
             index: which image.
             classes: which classes; all by default.
+            boxes: the boxes of the instances instead, as for VOC; without a box it is that of its
+                segmentation.
 
         Raises:
-            ValueError: an annotation has no segmentation, or a broken one.
+            NoMaskError: an annotation has no segmentation, or one that covers nothing.
+            ValueError: an annotation has a broken segmentation.
         """
         classes = range(len(self.classes)) if classes is None else classes
         width, height = self._sizes[index] or self.image(index).size
@@ -213,7 +244,12 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         for annotation in self.coco.imgToAnns.get(self.ids[index], []):
             column = self._column[annotation["category_id"]]
             if column in classes and (self.crowds or not annotation.get("iscrowd")):
-                mask = _decoded(annotation, height, width, self.file, self._has_masks)
+                box = self._has_masks or boxes
+                if boxes and _is_box(annotation.get("bbox")):
+                    annotation = {**annotation, "segmentation": None}
+                mask = _decoded(annotation, height, width, self.file, box)
+                if boxes:
+                    mask = np.outer(_reach(mask, 1), _reach(mask, 0))
                 masks[classes.index(column)] |= mask
         return masks
 
@@ -252,8 +288,10 @@ def _read(folder: Path, file: Path) -> Any:
         )
     try:
         # COCO() would read in the encoding of the system; of bytes the encoding is detected.
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = json.loads(_unzipped(file))
+    except InvalidValueError:
+        raise
+    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InvalidValueError(
             f"{file} is no valid JSON ({error}): it may be cut short, copy or export it again"
         ) from error
@@ -265,6 +303,25 @@ def _read(folder: Path, file: Path) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
+
+
+# All of COCO's annotations together have not half as much.
+_MOST = 2 << 30
+
+
+def _unzipped(file: Path) -> bytes:
+    """Return the content of a file, also of one that gzip has packed."""
+    with file.open("rb") as opened:
+        packed = opened.read(2) == b"\x1f\x8b"
+    if not packed:
+        return file.read_bytes()
+    text = bytearray()
+    with gzip.open(file) as unpacked:
+        while part := unpacked.read(1 << 20):
+            text += part
+            if len(text) > _MOST:
+                raise InvalidValueError(f"{file} has more than {_MOST >> 30} GiB: split it")
+    return bytes(text)
 
 
 def _check_lists(content: Any, file: Path) -> None:
@@ -279,24 +336,41 @@ def _check_lists(content: Any, file: Path) -> None:
 
 def _normalise(content: dict[str, Any], folder: Path) -> None:
     """Write as COCO does what labelling tools write in another way that can mean one thing only."""
+    for name in _LISTS:
+        for entry in content[name]:
+            entry.update({k: _whole(entry[k]) for k in _NUMBERS if k in entry})
+    drawn: dict[str, tuple[int, int] | None] = {}
+    for number, annotation in enumerate(content["annotations"]):
+        # Nothing refers to it; pycocotools wants one.
+        annotation.setdefault("id", number)
+        size = _drawn_size(annotation.get("segmentation"))
+        drawn[str(annotation.get("image_id"))] = size or drawn.get(str(annotation.get("image_id")))
+    files = _Files(folder)
     for image in content["images"]:
-        image.update({k: _whole(image[k]) for k in ("width", "height") if k in image})
+        # A run-length code was drawn on the picture as the tool showed it.
+        if image.get("width") is None and (size := drawn.get(str(image.get("id")))):
+            image["height"], image["width"] = size
         name = image.get("file_name")
-        if name is None and isinstance(url := image.get("coco_url"), str):
-            image["file_name"] = url.rpartition("/")[2]
-        elif isinstance(name, str) and ("\\" in name or name.startswith(f"{folder.name}/")):
-            image["file_name"] = _existing(name, folder)
+        url = next((image[k] for k in ("coco_url", "flickr_url") if image.get(k)), None)
+        if name is None and isinstance(url, str):
+            path = urllib.parse.unquote(url.partition("?")[0])
+            near = "/".join(path.split("/")[-2:])
+            image["file_name"] = near if near in files else path.rpartition("/")[2]
+        if isinstance(name := image.get("file_name"), str):
+            image["file_name"] = files.meant(name)
     known = {
         f"{key}_id": {str(entry.get("id")): entry.get("id") for entry in content[name]}
         for key, name in (("image", "images"), ("category", "categories"))
     }
-    for number, annotation in enumerate(content["annotations"]):
-        # Nothing refers to it; pycocotools wants one.
-        annotation.setdefault("id", number)
+    for annotation in content["annotations"]:
         for key, ids in known.items():
             # 1 and "1" are the same id, where the file has no other that reads so.
             if isinstance(value := annotation.get(key), (int, str)) and str(value) in ids:
                 annotation[key] = ids[str(value)]
+
+
+# What some tools write as 60.0.
+_NUMBERS = ("id", "image_id", "category_id", "width", "height")
 
 
 def _whole(value: object) -> object:
@@ -304,12 +378,75 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _existing(name: str, folder: Path) -> str:
-    """Return the name of an existing file that one from Windows, or from beside the folder, means."""
-    forward = name.replace("\\", "/")
-    inside = forward.removeprefix(f"{folder.name}/")
-    found = (n for n in (name, forward, inside) if _inside(n) and os.path.isfile(folder / n))
-    return next(found, name)
+def _drawn_size(segmentation: object) -> tuple[int, int] | None:
+    """Return the height and width that a run-length code was drawn at."""
+    size = segmentation.get("size") if isinstance(segmentation, dict) else None
+    if not isinstance(size, list) or len(size) != 2:
+        return None
+    whole = all(type(side) is int and 0 < side < 1 << 13 for side in size)
+    return (size[0], size[1]) if whole else None
+
+
+class _Files:
+    """Which file a name means: that of the name, or the only one that it can be another spelling of."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lists: dict[str, set[str]] = {}
+        self._spellings: dict[str, list[str]] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        # A folder is listed once: asking for every file of a large one takes long on a network.
+        head, _, last = name.rpartition("/")
+        if head not in self._lists:
+            try:
+                self._lists[head] = set(os.listdir(self.folder / head)) if _safe(head) else set()
+            except (OSError, ValueError):
+                self._lists[head] = set()
+        return last in self._lists[head]
+
+    def meant(self, name: str) -> str:
+        """Return the name of the file; the name itself where there is none, or more than one."""
+        forward = name.replace("\\", "/")
+        spellings = [name, forward, forward.removeprefix(f"{self.folder.name}/")]
+        for root in {str(self.folder), str(self.folder.resolve())}:
+            if forward.startswith(f"{Path(root).as_posix()}/"):
+                spellings.append(forward[len(root) + 1 :])
+        elsewhere = not _inside(forward)
+        spellings = [spelling for spelling in spellings if _inside(spelling)]
+        if found := next((s for s in spellings if os.sep == "/" and s in self), None):
+            return found
+        if self._spellings is None:
+            self._spellings = self._all()
+        for spelling in spellings:
+            near = self._spellings.get(_folded(spelling), [])
+            if len(near) == 1:
+                return near[0]
+        if elsewhere and (last := _folded(urllib.parse.unquote(forward.rpartition("/")[2]))):
+            # The place on the tool's server, or on another machine.
+            near = self._spellings.get(f"*/{last}", [])
+            if len(near) == 1:
+                return near[0]
+        return name
+
+    def _all(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for top, _, names in os.walk(self.folder):
+            base = Path(top).relative_to(self.folder).as_posix()
+            for name in names:
+                path = name if base == "." else f"{base}/{name}"
+                for key in (_folded(path), f"*/{_folded(name)}"):
+                    found.setdefault(key, []).append(path)
+        return found
+
+
+def _safe(head: str) -> bool:
+    return not head or _inside(head)
+
+
+def _folded(name: str) -> str:
+    """Return a name without what file systems differ in: case, and letters with accents in parts."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _check(content: Any, file: Path, folder: Path) -> None:
@@ -336,6 +473,7 @@ def _check(content: Any, file: Path, folder: Path) -> None:
         f"{key}_id": {entry["id"] for entry in content[name]}
         for key, name in (("image", "images"), ("category", "categories"))
     }
+    _check_names(content, file)
     for annotation in content["annotations"]:
         for key, known in references.items():
             value = annotation.get(key)
@@ -344,6 +482,19 @@ def _check(content: Any, file: Path, folder: Path) -> None:
                     f"{file}: annotation {annotation['id']} has {key} {value!r}, which the file "
                     "does not list: add it, or take the annotation out"
                 )
+
+
+def _check_names(content: Any, file: Path) -> None:
+    """Refuse categories of one name that are of different kinds, and so perhaps not one class."""
+    used = {str(a.get("category_id")) for a in content["annotations"]}
+    kinds: dict[str, Any] = {}
+    for category in content["categories"]:
+        kind, name = category.get("supercategory"), str(category.get("name", category["id"]))
+        if kind and str(category["id"]) in used and kinds.setdefault(name, kind) != kind:
+            raise InvalidValueError(
+                f"{file}: two categories have the name {name!r}, one of {kinds[name]!r} and one of "
+                f"{kind!r}: rename one, or give both one supercategory to make them one class"
+            )
 
 
 def _check_ids(file: Path, name: str, ids: list[Any]) -> None:
@@ -385,22 +536,43 @@ def _decoded(
     where = f"{file}: annotation {annotation['id']} of image {annotation['image_id']}"
     if not segmentation:
         box = annotation.get("bbox") if boxes else None
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_coordinate, box)):
-            raise InvalidValueError(
+        if not _is_box(box):
+            raise NoMaskError(
                 f"{where} has no segmentation{', and no box' if boxes else ', only its box'}: masks "
                 "need a file with instance segmentations"
+                + ("" if boxes else "; or take boxes (boxes=True, pointing-game --masks box)")
             )
-        x, y, w, h = box
+        x, y, w, h = cast("list[float]", box)
         segmentation = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    elif isinstance(segmentation, list) and not any(isinstance(p, list) for p in segmentation):
+    elif isinstance(segmentation, list) and not any(
+        isinstance(p, list | dict) for p in segmentation
+    ):
         segmentation = [segmentation]
-    decode = _filled if isinstance(segmentation, list) else _unpacked
+    remedy = "correct it, or take the annotation out"
     try:
+        if isinstance(segmentation, list) and any(isinstance(code, dict) for code in segmentation):
+            masks = np.stack([_unpacked(code, height, width) for code in segmentation])
+            return np.asarray(masks.any(axis=0))
+        decode = _filled if isinstance(segmentation, list) else _unpacked
         return decode(segmentation, height, width)
+    except NoMaskError as error:
+        raise NoMaskError(f"{where} has a broken segmentation: {error}; {remedy}") from error
     except ValueError as error:
-        raise InvalidValueError(
-            f"{where} has a broken segmentation: {error}; correct it, or take the annotation out"
-        ) from error
+        raise InvalidValueError(f"{where} has a broken segmentation: {error}; {remedy}") from error
+
+
+def _is_box(box: object) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(map(_coordinate, box))
+
+
+def _reach(mask: Bool[np.ndarray, "h w"], axis: int) -> Bool[np.ndarray, " n"]:
+    """Return which rows (axis 1) or columns (axis 0) lie between the first and the last of a mask."""
+    shown = np.asarray(mask.any(axis=axis))
+    reach: Bool[np.ndarray, " n"] = np.zeros_like(shown)
+    if shown.any():
+        first, last = np.flatnonzero(shown)[[0, -1]]
+        reach[first : last + 1] = True
+    return reach
 
 
 def _coordinate(value: object) -> bool:
@@ -418,7 +590,7 @@ def _filled(polygons: list[Any], height: int, width: int) -> Bool[np.ndarray, "h
     length = 0.0
     for polygon in polygons:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise InvalidValueError("a polygon must list x and y of at least 3 corners")
+            raise NoMaskError("a polygon must list x and y of at least 3 corners")
         odd = [value for value in polygon if type(value) not in (int, float)]
         if odd:
             raise InvalidValueError(f"a polygon has the coordinate {odd[0]!r}")

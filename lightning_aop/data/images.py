@@ -27,7 +27,13 @@ _Shaped = TypeVar("_Shaped", Image.Image, Tensor)
 
 
 class ImageError(FileError):
-    """An image that can't be read, or is not the one that was annotated."""
+    """An image that can't be read, or is not the one that was annotated.
+
+    Attributes:
+        link: it is a link out of the folder that may be read.
+    """
+
+    link = False
 
 
 def read_image(
@@ -35,6 +41,7 @@ def read_image(
     size: tuple[int, int] | None = None,
     value_range: ValueRange | None = None,
     root: Path | None = None,
+    exif: bool = True,
 ) -> Image.Image:
     """Read an image file as a viewer shows it: upright, in RGB, transparent parts on white.
 
@@ -48,6 +55,7 @@ def read_image(
         value_range: the values that are shown black and white, for greyscale images of more than 8
             bits; by default (0, 65535) for 16 bits. An image of 8 bits is not changed by it.
         root: a folder; a file outside it is refused, a link that leads out of it too.
+        exif: turn it upright.
 
     Raises:
         ImageError: in words for the user, who knows which file it is about.
@@ -69,7 +77,7 @@ def read_image(
                 # Pillow keeps the upper 8 of 16 bits per channel; only the raw mode shows it.
                 deep = ";16" in str(opened.tile)
                 opened.load()
-                upright = ImageOps.exif_transpose(opened)
+                upright = ImageOps.exif_transpose(opened) if exif else opened
                 fits = size in (None, upright.size) or opened.size != size
                 image = _rgb(upright if fits else opened, value_range, deep)
                 # A phone's JPEG may hold a second image (MPO), which no viewer shows.
@@ -92,7 +100,9 @@ def read_image(
 
 def _check_file(path: Path, root: Path | None) -> None:
     if root is not None and not path.resolve().is_relative_to(root.resolve()):
-        raise ImageError(f"it is a link out of {root}, and nothing outside is read")
+        outside = ImageError(f"it is a link out of {root}, and nothing outside is read")
+        outside.link = True
+        raise outside
     # Opening a pipe would wait for ever.
     if not path.is_file():
         raise ImageError(

@@ -1,5 +1,6 @@
 """Networks by name, with their weights: torchvision's, timm's, or what a configuration names."""
 
+import functools
 import importlib
 import math
 import os
@@ -16,6 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from lightning_aop.data.names import named_alike
 from lightning_aop.data.weights import Weights, read_weights
 from lightning_aop.errors import (
     FileError,
@@ -126,7 +128,13 @@ def _load(
     head, layer = _head(network)
     tensors = _with_own_head(found.tensors, head, layer)
     weight = _parts(network.state_dict(), tensors)[0].get(f"{head}.weight")
-    if weight is not None and len(weight) != len(layer.weight):
+    # Of the same kind of layer, and all there: a file of a few bytes may claim any number of classes.
+    if (
+        weight is not None
+        and weight.shape[1:] == layer.weight.shape[1:]
+        and 0 < len(weight) != len(layer.weight)
+        and weight.is_contiguous()
+    ):
         network = build(num_classes=len(weight))
     if tensors is not found.tensors:
         _uncut(network, head)
@@ -222,7 +230,13 @@ def fill(network: nn.Module, name: str, weights: Weights, optional: str | None =
     ]
     wrong = [key for key in found if found[key].shape != own[key].shape]
     if not missing and not unknown and not wrong:
-        network.load_state_dict(found, strict=False)
+        try:
+            network.load_state_dict(found, strict=False)
+        except RuntimeError as error:
+            raise InvalidValueError(
+                f"weights {weights.file} can't be copied into {name} ({error}): save them as plain "
+                "tensors, torch.save(model.state_dict(), FILE)"
+            ) from error
         return
     head, _ = _head(network)
     if not wrong and not unknown and all(key.startswith(f"{head}.") for key in missing):
@@ -254,7 +268,7 @@ def _parts(
     several the shortest, and an average only where there is nothing else. What is no part of the network
     (a loss, a second head) is no matter.
     """
-    tensors = {_DENSENET.sub(r"\1\2", name): tensor for name, tensor in tensors.items()}
+    tensors = named_alike(own, tensors)
     # Names end in each other, as layer1.0.conv1.weight does in conv1.weight: prefixes are counted.
     tails = {f".{name}" for name in own}
     counts: Counter[str] = Counter()
@@ -286,14 +300,7 @@ def _with_own_head(
 def _fitting(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the classifiers of torchvision that weights fit, but for the size of their heads."""
     fitting = []
-    for name in torchvision.models.list_models(module=torchvision.models):
-        try:
-            # All of them in a few seconds: nothing is computed on this device.
-            with torch.device("meta"):
-                network = _torchvision(name, None)
-        except NotImplementedError:
-            continue
-        own, (head, _) = network.state_dict(), _head(network)
+    for name, own, head in _known():
         found, unknown = _parts(own, tensors)
         if not unknown and all(
             k in found and (found[k].shape == own[k].shape or k.startswith(f"{head}."))
@@ -304,8 +311,19 @@ def _fitting(tensors: Mapping[str, Tensor]) -> list[str]:
     return fitting[:3]
 
 
-# DenseNet's published weights are older than the ban on dots in the names of parts.
-_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+@functools.cache
+def _known() -> list[tuple[str, dict[str, Tensor], str]]:
+    """Return torchvision's classifiers: their names, their tensors without values, and their heads."""
+    known = []
+    for name in torchvision.models.list_models(module=torchvision.models):
+        try:
+            # All of them in a few seconds: nothing is computed on this device.
+            with torch.device("meta"):
+                network = _torchvision(name, None)
+        except NotImplementedError:
+            continue
+        known.append((name, network.state_dict(), _head(network)[0]))
+    return known
 
 
 def _head(network: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:

@@ -2,6 +2,7 @@
 
 import importlib
 import pickle
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from lightning_aop.errors import InvalidValueError, MissingFileError, MissingPac
 
 # Where the tensors are in what a training wrote, beside its optimizer; averaged ones come last.
 _ENVELOPES = (
-    *("state_dict", "model_state_dict", "model", "net", "network", "weights", "params"),
+    *("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module"),
     *("ema", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema", "shadow_params"),
 )
-# What torch.compile and FSDP put between the names of a network's parts.
 _REMEDY = "save the network alone: torch.save(model.state_dict(), FILE)"
+# What torch.compile and FSDP put between the names of a network's parts.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -48,6 +49,27 @@ def read_weights(file: Path) -> Weights:
         ValueError: it holds no state_dict, in words for the user.
         ImportError: it is of safetensors, which is not installed.
     """
+    content = read_content(file)
+    classes = content.get("classes") if isinstance(content, dict) else None
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    tensors = _tensors(content, file)
+    for wrapper in _WRAPPERS:
+        tensors = {name.replace(wrapper, ""): tensor for name, tensor in tensors.items()}
+    return Weights(file, tensors, cast("list[str]", classes) if named else None)
+
+
+def read_content(file: Path) -> Any:
+    """Return all that a file of PyTorch or safetensors holds but objects of other classes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it can't be read, in words for the user.
+        ImportError: it is of safetensors, which is not installed.
+    """
+    if file.is_dir():
+        raise InvalidValueError(
+            f"weights {file}: it is a folder; name the file in it, such as model.safetensors"
+        )
     if not file.is_file():
         raise MissingFileError(f"weights {file}: no such file")
     with file.open("rb") as opened:
@@ -58,17 +80,18 @@ def read_weights(file: Path) -> Weights:
         raise InvalidValueError(
             f"weights {file}: it is a pointer of Git LFS, not the weights; run git lfs pull"
         )
+    if start.lstrip().startswith((b"{", b"[")):
+        raise InvalidValueError(
+            f"weights {file}: it is JSON, not the weights; name the file that holds the tensors"
+        )
     if start.lstrip()[:1] == b"<":
         raise InvalidValueError(
             f"weights {file}: it is a web page, not the weights; download them again"
         )
-    content = _safetensors(file) if file.suffix == ".safetensors" else _unpickled(file)
-    classes = content.get("classes") if isinstance(content, dict) else None
-    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    tensors = _tensors(content, file)
-    for wrapper in _WRAPPERS:
-        tensors = {name.replace(wrapper, ""): tensor for name, tensor in tensors.items()}
-    return Weights(file, tensors, cast("list[str]", classes) if named else None)
+    # The length of a header, and the header in JSON; whatever the file is called.
+    if start[8:9] == b"{" or (file.suffix == ".safetensors" and start[:2] != b"PK"):
+        return _safetensors(file)
+    return _unpickled(file)
 
 
 def _safetensors(file: Path) -> Any:
@@ -107,7 +130,7 @@ class _LeftOutDict:
 
 def _unpickled(file: Path) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return _plain(file)
     except pickle.UnpicklingError as error:
         refused = error
     except Exception as error:
@@ -120,24 +143,37 @@ def _unpickled(file: Path) -> Any:
             "or download it again"
         ) from error
     try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     except Exception:
         # Files of PyTorch before 1.6 are not searched for classes, and text is no pickle at all.
         foreign = []
     for kind in (_LeftOut, _LeftOutDict) if foreign else ():
         # Each foreign name becomes a class of its own, so that a pickled model can be named.
         stand_ins: list[Any] = [
-            (type(name.rpartition(".")[2], (kind,), {}), name) for name in foreign
+            (type(_shown(name.rpartition(".")[2]), (kind,), {}), name) for name in foreign
         ]
         try:
             with torch.serialization.safe_globals(stand_ins):
-                return torch.load(file, map_location="cpu", weights_only=True)
+                return _plain(file)
         except Exception:
             continue
     what = (
-        f"it holds {', '.join(foreign[:3])}" if foreign else "it is not a file that PyTorch wrote"
+        f"it holds {', '.join(map(_shown, foreign[:3]))}"
+        if foreign
+        else "it is not a file that PyTorch wrote"
     )
     raise InvalidValueError(f"weights {file}: {what}; {_REMEDY}") from refused
+
+
+def _plain(file: Path) -> Any:
+    # Of a name with the suffix of safetensors, torch would not look at the content.
+    with file.open("rb") as opened:
+        return torch.load(opened, map_location="cpu", weights_only=True)
+
+
+def _shown(name: str) -> str:
+    """Return a name that a damaged file may have filled with anything."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:80])
 
 
 def _first_line(error: Exception) -> str:
@@ -145,22 +181,41 @@ def _first_line(error: Exception) -> str:
 
 
 def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
-    """Return the named tensors that are the least deep in a file's content."""
-    if isinstance(content, _LeftOut):
+    """Return the named tensors of a network in a file's content, those of an envelope first."""
+    left_out: list[str] = []
+    if found := _found(content, left_out, set()):
+        return found
+    if left_out:
         raise InvalidValueError(
-            f"weights {file}: it holds a pickled object, {type(content).__name__}, which could run any "
+            f"weights {file}: it holds a pickled object, {left_out[0]}, which could run any "
             f"code and is not loaded; {_REMEDY}"
         )
-    if isinstance(content, dict):
-        for key in _ENVELOPES:
-            inner = content.get(key)
-            if isinstance(inner, (dict, _LeftOut)) and inner:
-                return _tensors(inner, file)
-        found = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        if found:
-            return found
-        if "param_groups" in content or "optimizer" in content or "optimizer_state_dict" in content:
-            raise InvalidValueError(
-                f"weights {file}: it holds the state of an optimizer and no network; {_REMEDY}"
-            )
+    if isinstance(content, dict) and any("optim" in str(k) or k == "param_groups" for k in content):
+        raise InvalidValueError(
+            f"weights {file}: it holds the state of an optimizer and no network; {_REMEDY}"
+        )
     raise InvalidValueError(f"weights {file}: holds no state_dict of tensors; {_REMEDY}")
+
+
+def _found(content: Any, left_out: list[str], seen: set[int]) -> dict[str, Tensor]:
+    """Look for named tensors; note the classes of pickled objects where they could have been."""
+    if isinstance(content, _LeftOut):
+        left_out.append(type(content).__name__)
+    # A pickle may hold itself.
+    if not isinstance(content, dict) or "param_groups" in content or id(content) in seen:
+        return {}
+    seen.add(id(content))
+    for key in _ENVELOPES:
+        if found := _found(content.get(key), left_out, seen):
+            return found
+    own = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    # An envelope of another name: what the training kept for itself is none.
+    inner = [
+        _found(value, left_out, seen)
+        for key, value in content.items()
+        if isinstance(value, dict) and not _TRAINING.search(str(key))
+    ]
+    return max((own, *inner), key=len)
+
+
+_TRAINING = re.compile("optim|sched|scaler|rng|callbacks|loops|hparams|hyper_parameters|config")

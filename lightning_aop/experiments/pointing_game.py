@@ -15,15 +15,15 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, cast
 
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lightning_aop.coco import CocoMultilabel
-from lightning_aop.coco.dataset import Transform
+from lightning_aop.coco.dataset import NoMaskError, Transform
 from lightning_aop.data.digests import described, slug, update_with_weights
 from lightning_aop.data.images import to_tensor
 from lightning_aop.errors import InvalidValueError
@@ -34,6 +34,8 @@ from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import count_evaluations
 from lightning_aop.tables import Format, formatted
 from lightning_aop.types import Maps, SaliencyMethod
+
+Mask: TypeAlias = Bool[Tensor, "1 height width"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Rules:
         score_threshold: classes with a score (sigmoid) above it are tested.
         group_size: images that are explained together. Methods that draw noise draw it for a group.
         limit: the first images of the split only; None for all.
+        masks: what a hit lies on: the "segmentation" of the objects, or their "box", as for VOC.
     """
 
     tolerances: Sequence[float] = (0, 15)
     score_threshold: float = 0.5
     group_size: int = 8
     limit: int | None = None
+    masks: Literal["segmentation", "box"] = "segmentation"
 
     def __post_init__(self) -> None:
         if not 0 <= self.score_threshold < 1:
@@ -62,6 +66,8 @@ class Rules:
             raise InvalidValueError(
                 f"group_size and limit must be at least 1, got {self.group_size} and {self.limit}"
             )
+        if self.masks not in ("segmentation", "box"):
+            raise InvalidValueError(f"masks must be 'segmentation' or 'box', got {self.masks!r}")
         if not self.tolerances or min(self.tolerances) < 0:
             raise InvalidValueError(
                 f"tolerances must name at least one distance of 0 or more, got {self.tolerances}"
@@ -84,6 +90,7 @@ class Result:
     Attributes:
         method: what explained.
         classes: by name, those with at least one tested pair.
+        skipped: the number of (image, class) pairs left out, because no mask tells where the class is.
         evaluations: how many model evaluations the explanations cost.
         seconds: their wall-clock time, summed over processes.
     """
@@ -92,6 +99,7 @@ class Result:
     classes: dict[str, ClassResult]
     evaluations: int
     seconds: float
+    skipped: int = 0
 
     @property
     def pairs(self) -> int:
@@ -188,13 +196,19 @@ class _Player(pl.LightningModule):
         with count_evaluations(self.model) as evaluations:
             scores = predict(self.model, images).sigmoid()
             tested = (labels > 0.5) & (scores > self.rules.score_threshold)
+            masks = {
+                (row, target): self._mask(rows[row], target)
+                for row, target in tested.nonzero().tolist()
+            }
+            for (row, target), mask in masks.items():
+                tested[row, target] = mask is not None
             at, targets = tested.nonzero(as_tuple=True)
             pairs = []
             if len(at):
                 maps = self.method.explain(self.model, images[at], targets)
                 columns = torch.cat(
                     [
-                        self._judged(rows[row], target, found)
+                        self._judged(cast("Mask", masks[row, target]), found)
                         for row, target, found in zip(
                             at.tolist(), targets.tolist(), maps.split(1), strict=True
                         )
@@ -217,19 +231,30 @@ class _Player(pl.LightningModule):
         entry = {
             "process": self.global_rank,
             "pairs": pairs,
+            "skipped": sum(mask is None for mask in masks.values()),
             "evaluations": evaluations.total,
             "seconds": round(time.perf_counter() - started, 3),
         }
         self.store.write(_name(number), entry)
         return len(pairs)
 
-    def _judged(self, row: int, target: int, found: Maps) -> Float[Tensor, "1 values"]:
+    def _mask(self, row: int, target: int) -> Mask | None:
+        """Return where a class is on a photo; None where nothing tells."""
+        try:
+            masks = self.data.masks(row, [target], boxes=self.rules.masks == "box")
+        except InvalidValueError as error:
+            if isinstance(error, NoMaskError) or self.data.on_error == "skip":
+                return None
+            raise
+        return torch.from_numpy(masks) if masks.any() else None
+
+    def _judged(self, mask: Mask, found: Maps) -> Float[Tensor, "1 values"]:
         """Return what one map scores: its hits, and the share of its heat in the mask.
 
         Photos differ in size, and are judged one by one.
         """
         found = found.cpu() if found.device.type == "mps" else found  # MPS has no float64
-        mask = torch.from_numpy(self.data.masks(row, [target])).to(found.device)
+        mask = mask.to(found.device)
         found = _on_photo(self.data.transform, found, (mask.shape[1], mask.shape[2]))
         values = [pointing_hits(found, mask, t).double() for t in self.rules.tolerances]
         return torch.stack([*values, energy_in_mask(found, mask).double()], dim=1)
@@ -286,6 +311,7 @@ def _result(
         classes=results,
         evaluations=sum(group["evaluations"] for group in groups),
         seconds=sum(group["seconds"] for group in groups),
+        skipped=sum(group.get("skipped", 0) for group in groups),
     )
 
 
@@ -315,6 +341,7 @@ def details(result: Result, tolerances: Sequence[float]) -> dict[str, Any]:
         "accuracy": {_key(t): _number(result.accuracy(t)) for t in tolerances},
         "energy": _number(result.energy),
         "pairs": result.pairs,
+        "skipped": result.skipped,
         "evaluations": result.evaluations,
         "seconds": round(result.seconds, 1),
         "classes": {

@@ -221,3 +221,88 @@ def test_what_holds_no_weights_says_what_it_is(
     assert len(str(raised.value)) < 500
     assert "\n" not in str(raised.value)
     assert ran == []
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bottleneck", [False, True])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_resnets_of_hugging_face(bottleneck: bool, prefix: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = (
+        {} if bottleneck else {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2],
+                               "layer_type": "basic"}
+    )  # fmt: skip
+    theirs = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).eval()
+    state = dict(sorted(under(prefix, theirs.state_dict()).items()))
+    torch.save(state, tmp_path / "file.pth")
+    name = "resnet50" if bottleneck else "resnet18"
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        ours = load_network(name, str(tmp_path / "file.pth")).eval()(images)
+        torch.testing.assert_close(ours, theirs(images).logits, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match=f"they fit {name}"):
+        load_network("squeezenet1_1", str(tmp_path / "file.pth"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_vision_transformers_of_three_libraries(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(num_labels=4, layer_norm_eps=1e-6)
+    theirs = transformers.ViTForImageClassification(config).eval()
+    torch.save(theirs.state_dict(), tmp_path / "loaded.pth")
+    theirs.save_pretrained(tmp_path)  # under the names that are published
+    images = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        wanted = theirs(images).logits
+        for file in ("loaded.pth", "model.safetensors"):
+            for name in ("vit_b_16", "timm/vit_base_patch16_224"):
+                network = load_network(name, str(tmp_path / file)).eval()
+                torch.testing.assert_close(network(images), wanted, atol=1e-4, rtol=1e-3)
+                torch.save(under("model.", network.state_dict()), tmp_path / f"{name[-3:]}.pth")
+        for name, file in (("timm/vit_base_patch16_224", "_16"), ("vit_b_16", "224")):
+            network = load_network(name, str(tmp_path / f"{file}.pth")).eval()
+            torch.testing.assert_close(network(images), wanted, atol=1e-4, rtol=1e-3)
+    assert timm
+
+
+NESTED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "EMA in an envelope": lambda s: {"ema": {"state_dict": under("module.", s), "decay": 0.9}},
+    "a model's settings": lambda s: {"model": {"name": "resnet18"}, "weights": s},
+    "a pickled model beside": lambda s: {"model": Settings(lr=1), "ema": {"model": s}},
+    "DeepSpeed": lambda s: {"module": under("module.", s), "optimizer": None},
+    "of another name": lambda s: {"epoch": 3, "generator": s, "optimizer": {
+        "state": {k: {"exp_avg": v} for k, v in blank(s).items()}, "param_groups": []}},
+    "teacher and mean": lambda s: {"mean": torch.zeros(3), "student_net": s},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", NESTED)
+def test_envelopes_in_each_other(form: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(NESTED[form](state), tmp_path / "file.pth")
+    found = load_network("resnet18", str(tmp_path / "file.pth")).state_dict()
+    assert [k for k in state if not torch.equal(found[k], state[k])] == []
+
+
+def test_the_content_tells_the_format(state: dict[str, Tensor], tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(state, tmp_path / "pytorch_model.bin")
+    torch.save(state, tmp_path / "model.safetensors")
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        assert read_weights(tmp_path / name).tensors.keys() == state.keys()
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    with pytest.raises(ValueError, match=r"config.json: it is JSON, not the weights"):
+        read_weights(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="it is a folder; name the file in it"):
+        read_weights(tmp_path)
+
+
+def test_a_head_that_claims_too_much_takes_no_memory(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    for weight in (torch.zeros(1, 1).expand(10**9, 512), torch.zeros(()), torch.zeros(0, 512)):
+        torch.save(state | {"fc.weight": weight}, tmp_path / "file.pth")
+        with pytest.raises(ValueError, match=r"fc.weight is \[.*\], not \[1000, 512\]"):
+            load_network("resnet18", str(tmp_path / "file.pth"))

@@ -244,7 +244,7 @@ def test_nothing_tested_is_said(root: Path, checkpoint: Path, tmp_path: Path) ->
         (["--ckpt_path=gone.ckpt"], "gone.ckpt: no such file"),
         (["--method=[]"], "no method is named"),
         (["--rules.group_size=0"], "group_size and limit must be at least 1"),
-        (["--data.root=nowhere"], "root nowhere is no folder"),
+        (["--data.root=nowhere"], "--data.root nowhere: no such folder"),
         (["--data.val=train1999"], "train1999 is no folder"),
     ],
 )
