@@ -71,8 +71,8 @@ class OrBlank:
         except TargetLayerError as error:
             reason = str(error).split(" (", maxsplit=1)[0].split(": ", maxsplit=1)[0]
             self.say(
-                f"{reason}: the maps are found without one, by perturbation alone; name a layer as "
-                "target_layer for maps that start from it"
+                f"{reason}: the maps are found without one, by perturbation alone (RISE, LIME and XRAI "
+                "need none either); name a layer as target_layer for maps that start from it"
             )
             return Blank().explain(model, images, targets)
 
