@@ -334,11 +334,20 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
 
 @contextmanager
 def _statistics_of_batch(model: nn.Module) -> Iterator[None]:
-    """Normalise by the batch in the block, without writing what the model has learnt of batches.
+    """Normalise by the batch in the block where running statistics have not been learnt yet.
 
-    Before the running statistics are learnt, signals may fade away by them to nothing.
+    By those that a layer begins with, signals may fade away to nothing. What has been learnt is used,
+    and nothing is written.
     """
-    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    norms = [
+        norm
+        for norm in model.modules()
+        if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+        and norm.running_mean is not None
+        and norm.running_var is not None
+        and not norm.running_mean.any()
+        and bool((norm.running_var == 1).all())
+    ]
     own = [(norm, norm.training, norm.track_running_stats) for norm in norms]
     try:
         for norm in norms:

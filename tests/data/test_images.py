@@ -131,7 +131,7 @@ def test_a_bad_picture_is_named_or_skipped(kind: str, tmp_path: Path) -> None:
     data = dataset(tmp_path, [name, "good.png"])
     spoil(data.folder / name)
     where = rf"{re.escape(str(data.folder / name))}, image 100 of .*file.json: .*({message})"
-    with pytest.raises(ImageError, match=rf"{where}.*; restore the file.*on_error='skip'"):
+    with pytest.raises(ImageError, match=rf"{where}.*; (restore|copy) the file.*on_error='skip'"):
         data[0]
     assert data[1][1].tolist() == [1, 0]
     assert data.skipped() == []
@@ -144,7 +144,11 @@ def test_a_bad_picture_is_named_or_skipped(kind: str, tmp_path: Path) -> None:
         assert labels.tolist() == [[-1, -1], [1, 0]]
     (line,) = data.skipped()
     assert re.match(where, line)
-    assert line.endswith("or take the image out of the annotations")
+    ways = (
+        "or take the image out of the annotations",
+        "or follow links with links=True (--data.links true)",
+    )
+    assert line.endswith(ways)
 
 
 def test_a_picture_of_unannotated_size_is_bounded_too(

@@ -174,8 +174,11 @@ def test_the_paper_s_networks_from_a_file(name: str, layer: str, grid: int, tmp_
     with torch.no_grad():
         expected = network(unit if name == "inception_v3" else images)
         torch.testing.assert_close(built(images), expected, atol=1e-4, rtol=1e-4)
-        words = ["a.jpg", f"--model={name}", f"--weights={tmp_path / 'file.pth'}", "--device=cpu"]
-        other = load(compare_parser().parse_args(words)).model  # as for single photos
+        (tmp_path / "a.jpg").touch()
+        words = [f"{tmp_path / 'a.jpg'}", f"--model={name}", f"--weights={tmp_path / 'file.pth'}"]
+        other = load(
+            compare_parser().parse_args([*words, "--device=cpu"])
+        ).model  # as for single photos
         torch.testing.assert_close(other(images), expected, atol=1e-4, rtol=1e-4)
         shapes = []
         _, module = named_layer(built, layer)

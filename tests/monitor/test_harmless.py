@@ -472,7 +472,7 @@ def test_validating_changes_nothing(tmp_path: Path, record_property: Any) -> Non
 
 
 DISTRIBUTED = "DDP, two processes (gloo)"
-SHARDED = "FSDP, DeepSpeed, ModelParallel"
+SHARDED = "FSDP1, DeepSpeed"
 
 
 def test_two_processes_train_as_they_did(tmp_path: Path, record_property: Any) -> None:

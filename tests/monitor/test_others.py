@@ -69,6 +69,7 @@ class Project:
         settings: of the monitor; the lines that a user has to write.
         trainer: settings that the module's users give the trainer.
         note: a part of the one sentence that the monitor warns with, empty where it is silent.
+        faint: after so little training no blur moves a class's mean over the image, and maps are blank.
     """
 
     module: Any
@@ -79,6 +80,7 @@ class Project:
     settings: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    faint: bool = False
 
 
 def loaders(
@@ -247,7 +249,7 @@ def anomalib_stfpm(folder: Path) -> Project:
         ".pred_score [B, 1], a value",
         [0, 1] * PROBE,
         trainer=module.trainer_arguments,
-        note="Stfpm has no layer that gives a feature map",
+        note="the batch's masks have shape",
     )
 
 
@@ -330,6 +332,7 @@ def smp_multiclass(folder: Path) -> Project:
         lambda m, b: m(b[0]).softmax(1).mean(dim=(2, 3)),
         "a semantic segmentation",
         [each for c in y[:PROBE].tolist() for each in (0, c + 1)],
+        faint=True,
     )
 
 
@@ -480,6 +483,7 @@ def monai_unet(folder: Path) -> Project:
         lambda m, b: m(b["image"].as_tensor()).softmax(1).mean(dim=(2, 3)),
         "a semantic segmentation",
         [0, 1] * PROBE,
+        faint=True,
     )
 
 
@@ -679,7 +683,7 @@ def test_a_module_of_others_is_explained(make: Callable[[Path], Project], tmp_pa
     last = keeps.explanations[-1]
     assert last.targets.tolist()[: len(project.targets)] == project.targets
     assert last.maps.isfinite().all()
-    assert int(last.blank.sum()) == 0, last.blank
+    assert bool(last.blank.any()) == project.faint, last.blank
     loader = project.data.get("val_dataloaders") or project.data["datamodule"].val_dataloader()
     batch = next(iter(loader))
     project.module.eval()
