@@ -250,6 +250,7 @@ def anomalib_stfpm(folder: Path) -> Project:
         [0, 1] * PROBE,
         trainer=module.trainer_arguments,
         note="the batch's masks have shape",
+        faint=True,
     )
 
 
@@ -483,7 +484,6 @@ def monai_unet(folder: Path) -> Project:
         lambda m, b: m(b["image"].as_tensor()).softmax(1).mean(dim=(2, 3)),
         "a semantic segmentation",
         [0, 1] * PROBE,
-        faint=True,
     )
 
 

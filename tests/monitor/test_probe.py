@@ -251,3 +251,13 @@ def test_the_worker_is_started_as_the_loader_does() -> None:
     loader = DataLoader(TensorDataset(IMAGES, LABELS.clone()), num_workers=2, worker_init_fn=start)
     assert collect(2, loader).batch[1].tolist() == [4, 4]
     assert torch.equal(loader.dataset.tensors[1], LABELS)  # type: ignore[attr-defined]
+
+
+def test_images_of_a_subclass_are_plain_in_the_probe() -> None:
+    class Named(Tensor):
+        """Knows where it comes from, and refuses to be joined."""
+
+    images = torch.rand(2, 3, 8, 8).as_subclass(Named)
+    probe = Probe.from_batch((images, torch.tensor([0, 1])))
+    assert type(probe.images) is Tensor
+    assert torch.equal(probe.images, torch.Tensor(images))
