@@ -31,7 +31,7 @@ from lightning_aop.monitor.labels import read_batch as find_labels
 from lightning_aop.monitor.lightning import inform, to_device, warn
 from lightning_aop.monitor.probe import Drawn, Probe, TargetChoice, collect
 from lightning_aop.monitor.processes import Processes
-from lightning_aop.monitor.progress import progress_bar
+from lightning_aop.monitor.progress import Begin, progress_bar
 from lightning_aop.scores import Score, of_all_classes, sigmoid, softmax
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 from lightning_aop.view.grid import Panel
@@ -185,7 +185,7 @@ def explain_probe(
     processes: Processes,
     passes: Passes,
     warn: Callable[[str], None],
-    begin: Callable[[int | None, float], None] = lambda evaluations, seconds: None,
+    begin: Begin,
 ) -> Explanation:
     """Explain the probe as the model is now; every process returns the same.
 
@@ -197,8 +197,7 @@ def explain_probe(
         processes: who shares the work.
         passes: how many images go through the model at once; it shrinks where memory runs out.
         warn: is called with a sentence for the user.
-        begin: is called before the work with the model evaluations that it takes on this process,
-            None if that isn't known, and the seconds that one of them took just now.
+        begin: is called before the work, with what it takes on this process.
 
     Raises:
         Exception: whatever the model, the method or a metric raised, on any of the processes.
@@ -214,13 +213,13 @@ def explain_probe(
     mine = possible[workers.share(len(possible))]
     pictures, targets = images[plan.rows[mine]], plan.targets[mine].to(images.device)
     judged = plan.judged[mine].to(images.device)
-    begin(_evaluations(way.method_for(plan.score), judge, len(mine), int(judged.sum())), seconds)
+    method = way.method_for(plan.score, warn)
+    begin(_evaluations(method, judge, len(mine), int(judged.sum())), seconds)
 
     def metric() -> Judging | None:
         return judge.metric(plan.score, together=workers.size > 1)
 
     def work() -> _Worked:
-        method = way.method_for(plan.score, warn)
         maps = passes.in_parts(partial(method.explain, model), pictures, targets)
         worked = _Worked(maps, maps.new_full((len(maps), 2, 2), torch.nan), None)
         judging = metric()
