@@ -76,7 +76,7 @@ class Probe:
         fitted = fit_labels(reading.labels, adapter)
         labels = None if fitted is None else fitted.labels
         # A subclass of tensors may refuse to be cut and joined, as MONAI's does.
-        images = reading.inputs.images.detach().clone().cpu().as_subclass(Tensor)
+        images = reading.inputs.images.detach().as_subclass(Tensor).clone().cpu()
         probe = cls(
             images,
             None if labels is None else labels.clone(),
@@ -123,7 +123,7 @@ class Probe:
         for row in range(len(self.images)):
             if classes := self.classes_of(row):
                 pairs += [(row, index) for index in classes]
-                masks.append(read(row, classes).bool().cpu().as_subclass(Tensor))
+                masks.append(read(row, classes).as_subclass(Tensor).bool().cpu())
         if not masks:
             return self
         found = torch.cat(masks)
