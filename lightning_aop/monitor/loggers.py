@@ -66,9 +66,37 @@ def log_image(
     return write_png(image, Path(directory) / "images" / tag / f"step-{step:08d}.png")
 
 
+def lay_out_charts(loggers: Sequence[object], prefixes: Sequence[str]) -> None:
+    """Let TensorBoard's custom scalars show the overall AUC and that of its controls in one chart.
+
+    A layout of the user's own, written later in the same run, takes its place.
+
+    Args:
+        loggers: the trainer's; those without such layouts are left alone.
+        prefixes: of the scalars of each monitor, such as "explain/".
+    """
+    charts = {
+        prefix.strip("/"): {
+            "overall AUC, and of maps that know nothing of the model": [
+                "Multiline",
+                [f"^{re.escape(prefix)}overall_auc(_random_map|_centre_gaussian)?$"],
+            ],
+            "deletion and insertion AUC": [
+                "Multiline",
+                [f"^{re.escape(prefix)}(deletion|insertion)_auc$"],
+            ],
+        }
+        for prefix in prefixes
+    }
+    for logger in loggers:
+        lay_out = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
+        if any(_adapter_of(cls) is _log_tensorboard for cls in type(logger).__mro__) and lay_out:
+            lay_out(charts)
+
+
 def has_tables(logger: object) -> bool:
     """Tell whether `log_table` does anything for a logger."""
-    return any(cls.__name__ == "WandbLogger" and _known(cls) for cls in type(logger).__mro__)
+    return any(cls.__name__ == "WandbLogger" and _adapter_of(cls) for cls in type(logger).__mro__)
 
 
 def log_table(
@@ -117,7 +145,7 @@ def _cell(value: object) -> object:
 def _adapter(logger: object) -> Adapter | None:
     # The nearest class decides: a user's own `log_image` on top of a known logger is what is meant.
     for cls in type(logger).__mro__:
-        if known := _known(cls):
+        if known := _adapter_of(cls):
             return known
         if "log_image" in vars(cls):
             break
@@ -203,7 +231,7 @@ _ADAPTERS: dict[str, tuple[tuple[str, ...], Adapter]] = {
 }
 
 
-def _known(cls: type) -> Adapter | None:
+def _adapter_of(cls: type) -> Adapter | None:
     packages, adapter = _ADAPTERS.get(cls.__name__, ((), None))
     return adapter if cls.__module__.partition(".")[0] in packages else None
 
