@@ -123,7 +123,7 @@ class ExplanationMonitor(Callback):
     Before training, at every chosen validation, and under `trainer.validate()`, the monitor logs
 
     - `explain/heatmaps`: each image of the probe beside its overlay, with the class, its score and the
-      map's overall AUC, on one colour scale for the whole run; more than 32 explanations continue in
+      map's overall AUC, on one colour scale for the whole run; more than 20 explanations continue in
       `explain/heatmaps-2` and so on;
     - `explain/deletion_auc`, `explain/insertion_auc`, `explain/overall_auc`: how faithful the maps are;
     - `explain/overall_auc_random_map`, `explain/overall_auc_centre_gaussian`: the same for two maps that
