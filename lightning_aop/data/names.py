@@ -97,8 +97,8 @@ _HABITS: tuple[tuple[str, _Rules], ...] = (
 )
 
 
-# The parts of ConvNeXt, EfficientNet, MobileNet and Swin by the names that torchvision and timm give them,
-# in the order in which those beside each other compute; BatchNorms are counted apart.
+# The parts of ConvNeXt, EfficientNet, MobileNet and Swin by torchvision's and timm's names, in the order
+# in which those beside each other compute; BatchNorms are counted apart.
 _ORDER = {
     word: (1, rank)
     for rank, word in enumerate(
@@ -120,9 +120,9 @@ _COMPUTED = ("relative_position_index", "attn_mask")
 def named_alike(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors by the names that a network of torchvision or timm gives them.
 
-    ResNets, ViTs, ConvNeXts and Swins of Hugging Face, and these, the EfficientNets and the MobileNets of
-    torchvision and timm, are the same networks under other names. Prefixes stay, and so do names of which
-    nothing is known.
+    ResNets, ViTs, ConvNeXts and Swins of Hugging Face, and these, the EfficientNets and the MobileNets
+    of torchvision and timm, are the same networks under other names. Prefixes stay, and so do names of
+    which nothing is known.
 
     Args:
         own: the network's own tensors.

@@ -384,7 +384,7 @@ def test_other_networks_of_the_same_name_say_so(tmp_path: Path) -> None:
     config = transformers.MobileNetV2Config(num_labels=7)
     network = transformers.MobileNetV2ForImageClassification(config)
     torch.save(network.state_dict(), tmp_path / "file.pth")
-    with pytest.raises(ValueError, match="Hugging Face's MobileNetV2, another .* --model FOLDER"):
+    with pytest.raises(ValueError, match=r"Hugging Face's MobileNetV2, another .* --model FOLDER"):
         load_network("mobilenet_v2", str(tmp_path / "file.pth"))
     torch.save(timm.create_model("convnext_small").state_dict(), tmp_path / "file.pth")
     with pytest.raises(ValueError, match="they fit convnext_small: name the network"):
