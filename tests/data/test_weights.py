@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import gzip
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -68,6 +69,8 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "two envelopes": lambda s: {"ema": blank(s), "model": s},
     "timm": lambda s: {"state_dict": s, "state_dict_ema": blank(s), "arch": "resnet18"},
     "reference training": lambda s: {"model": s, "optimizer": {}, "args": argparse.Namespace(lr=1)},
+    "a tuple": lambda s: (s, 3),
+    "a list": lambda s: [{"model": s}],
     "deep envelope": lambda s: {"weights": {"params": s}},
     "with a loss": lambda s: under("net.", s) | {"criterion.weight": torch.ones(5)},
     "sorted": lambda s: OrderedDict(sorted(s.items())),
@@ -188,6 +191,16 @@ BAD: dict[str, tuple[Callable[[Path, Any], object], str]] = {
     "an optimizer": (
         lambda p, s: torch.save(torch.optim.SGD([torch.ones(1)], momentum=1).state_dict(), p),
         "the state of an optimizer and no network",
+    ),
+    "packed": (lambda p, s: p.write_bytes(gzip.compress(b"weights")), "packed by gzip.*; unpack it"),
+    "HDF5": (lambda p, s: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "it is HDF5, as Keras"),
+    "ONNX": (lambda p, s: p.write_bytes(b"\x08\x07\x12\x07pytorch" + bytes(99)), "it is ONNX"),
+    "NumPy": (
+        lambda p, s: (
+            np.savez(p.with_suffix(".npz"), **{k: v.numpy() for k, v in s.items()}),
+            p.with_suffix(".npz").rename(p),
+        ),
+        "NumPy's .npz, not weights of PyTorch",
     ),
     "a trap alone": (lambda p, s: torch.save(Trap(), p), "holds a pickled object"),
     "a list": (lambda p, s: torch.save([1, 2], p), "holds no state_dict of tensors; save the"),
