@@ -336,7 +336,9 @@ def _unzipped(file: Path) -> bytes:
 
 def _check_lists(content: Any, file: Path) -> None:
     if isinstance(content, dict) and {"shapes", "imagePath"} <= set(content):
-        raise InvalidValueError(f"{file} is labelme's file of one image: {_EXPORT}; labelme2coco does")
+        raise InvalidValueError(
+            f"{file} is labelme's file of one image: {_EXPORT}; labelme2coco does"
+        )
     for name in _LISTS:
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
@@ -401,7 +403,9 @@ def _read_size(image: dict[str, Any]) -> None:
         sides = [_whole(_number(side)) for side in sides]
     if sides == [0, 0]:
         sides = [None, None]
-    image.update({k: side for k, side in zip(("width", "height"), sides, strict=True) if k in image})
+    image.update(
+        {k: side for k, side in zip(("width", "height"), sides, strict=True) if k in image}
+    )
 
 
 def _number(value: object) -> object:

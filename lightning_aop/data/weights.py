@@ -100,7 +100,9 @@ def read_content(file: Path) -> Any:
         return _safetensors(file)
     for mark, kind, remedy in _OTHERS:
         if start.startswith(mark):
-            raise InvalidValueError(f"weights {file}: it is {kind}, not weights of PyTorch; {remedy}")
+            raise InvalidValueError(
+                f"weights {file}: it is {kind}, not weights of PyTorch; {remedy}"
+            )
     return _unpickled(file)
 
 
@@ -150,8 +152,8 @@ def _unpickled(file: Path) -> Any:
             ) from error
         if "not in a subdirectory" in str(error):
             raise InvalidValueError(
-                f"weights {file}: it is a ZIP archive, or NumPy's .npz, not weights of PyTorch; unpack it, "
-                f"or {_REMEDY}"
+                f"weights {file}: it is a ZIP archive, or NumPy's .npz, not weights of PyTorch; unpack "
+                f"it, or {_REMEDY}"
             ) from error
         raise InvalidValueError(
             f"weights {file}: it is no file of PyTorch's, or is cut short ({_first_line(error)}); copy "
