@@ -116,6 +116,11 @@ def _load(
         )
 
     known = torchvision.models.list_models(module=torchvision.models)
+    if source == "hf":
+        raise InvalidValueError(
+            f"{name!r}: networks of Hugging Face are explained on photos (explain, compare), but are no "
+            "backbones here: take torchvision's by name, such as resnet50, or timm/NAME"
+        )
     if source != "timm" and name not in known:
         raise InvalidValueError(
             f"{name!r} is no classifier of torchvision (resnet50, mobilenet_v2, …: "

@@ -164,6 +164,11 @@ def test_a_backbone_needs_no_head(state: dict[str, Tensor], tmp_path: Path) -> N
         load_network("resnet18", str(path))
 
 
+def test_backbones_of_hugging_face_are_refused_with_those_that_work() -> None:
+    with pytest.raises(ValueError, match="no backbones here: take torchvision's .* or timm/NAME"):
+        load_backbone("hf/microsoft/resnet-50", None)
+
+
 BAD: dict[str, tuple[Callable[[Path, Any], object], str]] = {
     "empty": (lambda p, s: p.write_bytes(b""), "the file is empty"),
     "a pointer": (
