@@ -165,7 +165,7 @@ def test_a_backbone_needs_no_head(state: dict[str, Tensor], tmp_path: Path) -> N
 
 
 def test_backbones_of_hugging_face_are_refused_with_those_that_work() -> None:
-    with pytest.raises(ValueError, match="no backbones here: take torchvision's .* or timm/NAME"):
+    with pytest.raises(ValueError, match=r"no backbones here: take torchvision's .* or timm/NAME"):
         load_backbone("hf/microsoft/resnet-50", None)
 
 
