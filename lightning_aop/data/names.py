@@ -113,6 +113,8 @@ _ORDER = {
         )
     )
 }
+# What only EfficientNetV2 has, by timm's name.
+_TIMM_FUSED = "blocks.0.0.conv.weight"
 # What Swin computes from its sizes.
 _COMPUTED = ("relative_position_index", "attn_mask")
 
@@ -158,6 +160,11 @@ def another_network(tensors: Mapping[str, Tensor]) -> str:
                 f"they are of Hugging Face's {kind}, another network than torchvision's, since it pads "
                 "as TensorFlow does: --model FOLDER, that save_pretrained wrote, or --model hf/NAME"
             )
+    if any(name.endswith(_TIMM_FUSED) for name in tensors):
+        return (
+            "they are of timm's EfficientNetV2, another network than torchvision's, since its "
+            "BatchNorms have another epsilon, and its tf_ variants another padding: --model timm/NAME"
+        )
     return ""
 
 
@@ -168,7 +175,8 @@ def _in_order(own: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str
     follow each other alike. The last layer may have another number of classes, or be missing.
     """
     ours = _sequence(own)
-    if ours is None:
+    # The two libraries' EfficientNetV2 have as much in common, but their logits are far apart.
+    if ours is None or any(name.endswith(_TIMM_FUSED) for name in (*own, *tensors)):
         return tensors
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -329,7 +329,6 @@ def test_a_head_that_claims_too_much_takes_no_memory(
 ALIKE = [
     ("convnext_tiny", "convnext_tiny", 64),
     ("efficientnet_b0", "efficientnet_b0", 64),
-    ("efficientnet_v2_s", "efficientnetv2_s", 64),
     ("mobilenet_v2", "mobilenetv2_100", 64),
     ("mobilenet_v3_small", "mobilenetv3_small_100", 64),
     ("swin_t", "swin_tiny_patch4_window7_224", 224),
@@ -393,6 +392,19 @@ def test_torchvision_reads_what_hugging_face_saved(
     for file in ("loaded.pth", "model.safetensors"):
         read = load_network(name, str(tmp_path / file)).eval()
         alike([read, network], torch.rand(2, 3, size, size))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_efficientnet_v2_of_another_library_is_refused(tmp_path: Path) -> None:
+    """Its BatchNorms have another epsilon, which no file of tensors tells."""
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("efficientnetv2_s").state_dict(), tmp_path / "timm.pth")
+    with pytest.raises(ValueError, match=r"timm's EfficientNetV2, another .* --model timm/NAME"):
+        load_network("efficientnet_v2_s", str(tmp_path / "timm.pth"))
+    network = torchvision.models.get_model("efficientnet_v2_s", weights=None)
+    torch.save(network.state_dict(), tmp_path / "torchvision.pth")
+    with pytest.raises(ValueError, match=r"they fit .*efficientnet_v2_s"):
+        load_network("timm/efficientnetv2_s", str(tmp_path / "torchvision.pth"))
 
 
 @pytest.mark.filterwarnings("ignore")
