@@ -16,6 +16,7 @@ from lightning_aop.methods.emp import EMP
 from lightning_aop.methods.excitation import ExcitationBackprop
 from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.ranked_mask import RankedMask
+from lightning_aop.methods.regional_multiscale import RegionalMultiscale
 from lightning_aop.methods.rise import RISE
 from lightning_aop.methods.xrai import XRAI
 from lightning_aop.model.isolation import is_explaining
@@ -44,6 +45,7 @@ __all__ = [
     "Perturbation",
     "RandomMap",
     "RankedMask",
+    "RegionalMultiscale",
     "SaliencyMethod",
     "WGradCAM",
     "XGradCAM",

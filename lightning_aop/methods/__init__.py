@@ -28,6 +28,7 @@ from lightning_aop.methods.emp import EMP
 from lightning_aop.methods.excitation import ExcitationBackprop
 from lightning_aop.methods.igos import IGOS, ArmijoSearch
 from lightning_aop.methods.ranked_mask import RankedMask
+from lightning_aop.methods.regional_multiscale import RegionalMultiscale
 from lightning_aop.methods.rise import RISE
 from lightning_aop.methods.xrai import XRAI
 
@@ -52,6 +53,7 @@ __all__ = [
     "LayerCAM",
     "RandomMap",
     "RankedMask",
+    "RegionalMultiscale",
     "WGradCAM",
     "XGradCAM",
     "deeplift",

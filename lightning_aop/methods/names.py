@@ -20,6 +20,7 @@ from lightning_aop.methods.controls import CentreGaussian, EdgeDetector, RandomM
 from lightning_aop.methods.emp import EMP
 from lightning_aop.methods.excitation import ExcitationBackprop
 from lightning_aop.methods.igos import IGOS
+from lightning_aop.methods.regional_multiscale import RegionalMultiscale
 from lightning_aop.methods.rise import RISE
 from lightning_aop.methods.xrai import XRAI
 from lightning_aop.scores import Score, sigmoid, softmax
@@ -50,6 +51,7 @@ MethodName: TypeAlias = Literal[
     "lime",
     "xrai",
     "fast_xrai",
+    "regional_multiscale",
     "rise",
     "random",
     "centre",
@@ -94,6 +96,7 @@ METHODS: dict[str, Row] = {
     "lime": Row("1,000", lambda layer, score: attribution.lime(score=score)),
     "xrai": Row("398", lambda layer, score: XRAI(score=score)),
     "fast_xrai": Row("398", lambda layer, score: XRAI(score=score, fast=True)),
+    "regional_multiscale": Row("about 3,400", lambda layer, score: RegionalMultiscale(score=score)),
     "rise": Row("4,000", lambda layer, score: RISE(score=score)),
     "random": Row("0", lambda layer, score: RandomMap()),
     "centre": Row("0", lambda layer, score: CentreGaussian()),
