@@ -14,6 +14,7 @@ from lightning_aop.methods.captum import CaptumAttribution
 from lightning_aop.methods.controls import CentreGaussian, EdgeDetector, RandomMap
 from lightning_aop.methods.emp import EMP
 from lightning_aop.methods.excitation import ExcitationBackprop
+from lightning_aop.methods.greedy_ranking import GreedyRanking
 from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.ranked_mask import RankedMask
 from lightning_aop.methods.regional_multiscale import RegionalMultiscale
@@ -40,6 +41,7 @@ __all__ = [
     "ExplanationMonitor",
     "GradCAM",
     "GradCAMPlusPlus",
+    "GreedyRanking",
     "HiResCAM",
     "LayerCAM",
     "Perturbation",

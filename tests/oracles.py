@@ -151,6 +151,37 @@ def ranked_mask(
     return ranking, sum(gains) / len(gains)
 
 
+def greedy_ranking(
+    model: nn.Module, image: Tensor, baseline: Tensor, target: int, cells: int
+) -> Tensor:
+    """Appending to a list of patches, one image and one candidate after the other."""
+    height, width = image.shape[1:]
+
+    def score(kept: set[tuple[int, int]]) -> float:
+        picture = baseline.clone()
+        for i in range(height):
+            for j in range(width):
+                if (i * cells // height, j * cells // width) in kept:
+                    picture[:, i, j] = image[:, i, j]
+        with torch.no_grad():
+            return float(torch.softmax(model(picture[None]), dim=1)[0, target])
+
+    left = [(i, j) for i in range(cells) for j in range(cells)]
+    every, ranked = set(left), list[tuple[int, int]]()
+    while left:
+        gains = []
+        for patch in left:
+            kept = {*ranked, patch}
+            gains.append(score(kept) - score(every - kept))
+        ranked.append(left.pop(gains.index(max(gains))))
+    found = torch.zeros(height, width, dtype=image.dtype)
+    for i in range(height):
+        for j in range(width):
+            place = ranked.index((i * cells // height, j * cells // width))
+            found[i, j] = 1 - place / (cells**2 - 1)
+    return found
+
+
 def emp(
     model: nn.Module,
     image: Tensor,

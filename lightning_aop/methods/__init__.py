@@ -26,6 +26,7 @@ from lightning_aop.methods.captum import (
 from lightning_aop.methods.controls import CentreGaussian, EdgeDetector, RandomMap
 from lightning_aop.methods.emp import EMP
 from lightning_aop.methods.excitation import ExcitationBackprop
+from lightning_aop.methods.greedy_ranking import GreedyRanking
 from lightning_aop.methods.igos import IGOS, ArmijoSearch
 from lightning_aop.methods.ranked_mask import RankedMask
 from lightning_aop.methods.regional_multiscale import RegionalMultiscale
@@ -49,6 +50,7 @@ __all__ = [
     "GradCAM",
     "GradCAMPlusPlus",
     "GradientWeightedMap",
+    "GreedyRanking",
     "HiResCAM",
     "LayerCAM",
     "RandomMap",

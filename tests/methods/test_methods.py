@@ -40,6 +40,7 @@ COSTS: dict[str, tuple[Any, int, int]] = {
     # A photo has about four fifths of the regions that are asked for.
     "regional_multiscale": (range(4 * 700, 4 * 1050), 0, 0),
     "rise": (4000, 0, 0),
+    "greedy_ranking": (49 * 50 - 2, 0, 0),
     **dict.fromkeys(("random", "centre", "edges"), (0, 0, 0)),
 }
 BATCH = 8
