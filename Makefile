@@ -61,7 +61,7 @@ release-check:  ## build, and try the wheel in an empty environment, away from t
 
 reliability: $(VENV)/.dev  ## write the matrix of docs/reliability.md from its tests' results
 	$(BIN)/python -m pytest tests/monitor/test_harmless.py tests/monitor/test_harmless_kinds.py \
-	  --reliability docs/reliability.md
+	  tests/monitor/test_monitor_distributed.py --reliability docs/reliability.md
 
 docs: $(VENV)/.dev  ## the site, to site/index.html; a broken link or docstring is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
