@@ -83,9 +83,7 @@ def test_it_plays_the_metric_better_than_chance(
 
 
 @pytest.mark.parametrize("cells", [2, 3, 5])
-def test_the_cost_is_as_stated(
-    cells: int, net: nn.Module, batch: tuple[Tensor, Tensor]
-) -> None:
+def test_the_cost_is_as_stated(cells: int, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     n = cells**2
     method = dataclasses.replace(METHOD, cells=cells, eval_batch_size=8)
     with count_evaluations(net) as count:
