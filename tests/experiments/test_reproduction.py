@@ -1,8 +1,9 @@
-"""The tables of docs/reproduction.md, from the files of a small run of the real engine."""
+"""The scripts that write the docs' measured tables, on the files of a small run of the real engine."""
 
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,11 @@ PHOTOS = {"first": 9, "second": 6}  # of the networks
 AOP = "lightning_aop.AOP"
 
 
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "reproduction", ROOT / "benchmarks" / "reproduction.py"
-    )
+def script(name: str = "reproduction") -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look it up
     spec.loader.exec_module(module)
     return module
 
@@ -66,6 +65,7 @@ TABLE_2 = {
     "XRAI": {"class_path": "lightning_aop.XRAI", "init_args": {"steps": 2, "segments": [5]}},
     "SIGCAM": refined("WGradCAM", "IGOS"),
     "random": "random",
+    "GreedyRanking": {"class_path": "lightning_aop.GreedyRanking", "init_args": {"cells": 2}},
 }
 
 
@@ -317,6 +317,29 @@ def test_the_pointing_game_is_read_from_its_results(tmp_path: Path) -> None:
     assert second[6] == ""
     with pytest.raises(ValueError, match="name the output folder of a pointing game"):
         module.pointing(tmp_path)
+
+
+def test_quality_against_cost_has_the_ceiling_as_a_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    module = script("fewer_evaluations")
+    capsys.readouterr()
+    # The second network has fewer photos than the configuration that was run last asked of the first.
+    module.main([str(run), "--photos=odd", f"--plot={tmp_path / 'plots' / 'cost.svg'}"])
+    header, _, *rows = cells(capsys.readouterr().out)
+    assert header == ["", "evaluations", "first", "second", "mean", "mean, minus SIGCAM"]
+    cost = {row[0]: number(row[1].replace(",", "")) for row in rows}
+    assert (cost["random"], cost["GradCAM"], cost["GreedyRanking"]) == (0, 2, 4 * 5 - 2)
+    for row in rows:
+        for place, network in enumerate(PHOTOS, 2):
+            own = values(run, network)[row[0]]
+            mean = 100 * np.mean([own[image]["overall"] for image in (1, 3, 5)])
+            assert number(row[place]) == pytest.approx(mean, abs=0.0501)
+    drawn = (tmp_path / "plots" / "cost.svg").read_text()
+    assert "ceiling: GreedyRanking, 18 evaluations" in drawn
+    with pytest.raises(SystemExit, match="RISE is finished on no network"):
+        module.main([str(run), "--reference=RISE"])
 
 
 def test_two_settings_under_one_name_are_refused(run: Path, tmp_path: Path) -> None:
