@@ -1,14 +1,16 @@
 """Overall AUC against model evaluations, with every method of a benchmark's run on it.
 
-    python benchmarks/fewer_evaluations.py RUN_DIR [--photos odd] [--reference SIGCAM] [--plot PNG]
+    python benchmarks/fewer_evaluations.py RUN_DIR [--photos odd] [--reference SIGCAM] [--plot FILE]
 
 Prints a table in Markdown: the mean overall AUC of each method, and its paired difference to a
 reference, with 95 % intervals of a bootstrap over the photos. What was chosen on one half of the
 photos is to be judged on the other: `--photos even` takes the 1st, 3rd, 5th … of them (those numbered
-0, 2, 4 …), `odd` the others. Methods that are not finished are left out.
+0, 2, 4 …), `odd` the others. Methods that are not finished are left out, and so are networks on which
+the reference is not. GreedyRanking, where it is among the methods, is drawn as a line: the ceiling.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from lightning_aop.experiments.tables import Column, Interval, bootstrap, load
 OURS = "#d32f2f"
 OTHERS = "#3b5b8c"
 CONTROLS = "#8a8a8a"
+CEILING = "GreedyRanking"
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class Point:
 
 def points(columns: list[Column], reference: str, part: slice) -> list[Point]:
     """Return what there is of each network, and of the mean over all networks."""
-    networks = list(dict.fromkeys(column.network for column in columns))
     methods = list(dict.fromkeys(column.method for column in columns))
     by_name = {(c.network, c.method): c for c in columns if c.seen[part].all()}
     values = {key: column.figures["overall"][part] for key, column in by_name.items()}
     keys = [key for key in values if (key[0], reference) in values]
+    networks = list(dict.fromkeys(network for network, _ in keys))
+    if not networks:
+        raise SystemExit(f"{reference} is finished on no network; --reference names another")
     stacked = np.stack(
         [values[key] for key in keys] + [values[key] - values[key[0], reference] for key in keys],
         axis=1,
@@ -54,7 +59,7 @@ def points(columns: list[Column], reference: str, part: slice) -> list[Point]:
         return Interval(float(means[own].mean()), float(low), float(high))
 
     found = []
-    for network in [*networks, "mean"]:
+    for network in [*networks, *(["mean"] if len(networks) > 1 else [])]:
         for method in methods:
             own = [
                 (n, method)
@@ -90,13 +95,15 @@ def markdown(found: list[Point], reference: str) -> str:
     networks = list(dict.fromkeys(point.network for point in found))
     methods = list(dict.fromkeys(point.method for point in found))
     by_name = {(point.network, point.method): point for point in found}
-    header = ["", "evaluations", *networks, f"mean, minus {reference}"]
+    # Of a single network there is no mean.
+    overall = "mean" if "mean" in networks else networks[0]
+    header = ["", "evaluations", *networks, f"{overall}, minus {reference}"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for method in sorted(methods, key=lambda m: _cost(found, m)):
         own = [by_name.get((network, method)) for network in networks]
         line = [method, f"{_cost(found, method):,.0f}"]
         line += ["" if point is None else _told(point.overall) for point in own]
-        mean = by_name.get(("mean", method))
+        mean = by_name.get((overall, method))
         lines.append([*line, "" if mean is None else _told(mean.difference, "+")])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -108,10 +115,10 @@ def _cost(found: list[Point], method: str) -> float:
 def plot(found: list[Point], photos: str) -> Figure:
     """Return a panel for each network and one for their mean; what costs nothing stands at 1."""
     networks = list(dict.fromkeys(point.network for point in found))
-    figure = Figure(figsize=(11.0, 8.2), layout="constrained", dpi=130)
-    panels = figure.subplots(
-        2, -(-len(networks) // 2), sharex=True, sharey=True, squeeze=False
-    ).flat
+    rows, columns = (2, -(-len(networks) // 2)) if len(networks) > 1 else (1, 1)
+    size = (5.5 * columns, 4.1 * rows) if len(networks) > 1 else (7.5, 5.0)
+    figure = Figure(figsize=size, layout="constrained", dpi=130)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for axis, network in zip(panels, networks, strict=False):
         _panel(axis, [point for point in found if point.network == network])
         axis.set_title("mean of the networks" if network == "mean" else network, fontsize=11)
@@ -125,6 +132,9 @@ def _panel(axis: Axes, found: list[Point]) -> None:
     line = []
     names = []
     for point in sorted(found, key=lambda p: p.evaluations):
+        if point.method == CEILING:
+            _ceiling(axis, point)
+            continue
         ours = point.method.startswith("fast_sigcam")
         controls = point.method in ("random", "centre gaussian")
         colour = OURS if ours else CONTROLS if controls else OTHERS
@@ -144,6 +154,20 @@ def _panel(axis: Axes, found: list[Point]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.2, lw=0.6)
     _named(axis, names)
+
+
+def _ceiling(axis: Axes, point: Point) -> None:
+    """Draw what the greedy ranking reached as a line, with its interval as a band."""
+    axis.axhline(point.overall.mean, color=CONTROLS, lw=1.4, ls="--", zorder=0)
+    axis.axhspan(point.overall.low, point.overall.high, color=CONTROLS, alpha=0.12, lw=0, zorder=0)
+    axis.annotate(
+        f"ceiling: {CEILING}, {point.evaluations:,.0f} evaluations",
+        (1.0, point.overall.mean),
+        (0, 3),
+        textcoords="offset points",
+        fontsize=7.5,
+        color=CONTROLS,
+    )
 
 
 def _named(axis: Axes, names: list[tuple[float, float, str, str]]) -> None:
@@ -174,17 +198,23 @@ def _named(axis: Axes, names: list[tuple[float, float, str, str]]) -> None:
                 )
 
 
-if __name__ == "__main__":
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the table, and draw the plot where it is wanted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the output folder of a benchmark")
     parser.add_argument("--photos", choices=["all", "even", "odd"], default="all")
     parser.add_argument("--reference", default="SIGCAM")
     parser.add_argument("--plot", type=Path, help="write the picture here")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     part = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
     _, columns = load(arguments.run)
     found = points(columns, arguments.reference, part[arguments.photos])
     print(markdown(found, arguments.reference))
     if arguments.plot:
         count = max(point.images for point in found if point.network != "mean")
+        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(found, f"{count} photos").savefig(arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,8 @@ from lightning_aop import AOP, Blank, GradCAM, fast_sigcam, sigcam
 from lightning_aop.methods.cam import LayerCAM, XGradCAM
 from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.rise import RISE
-from lightning_aop.methods.xrai import XRAI, superpixels
+from lightning_aop.methods.superpixels import superpixels
+from lightning_aop.methods.xrai import XRAI
 from lightning_aop.metrics.functional import deletion_curve, deletion_insertion_curves
 from lightning_aop.ops import Constant, min_max
 

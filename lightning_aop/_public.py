@@ -14,8 +14,10 @@ from lightning_aop.methods.captum import CaptumAttribution
 from lightning_aop.methods.controls import CentreGaussian, EdgeDetector, RandomMap
 from lightning_aop.methods.emp import EMP
 from lightning_aop.methods.excitation import ExcitationBackprop
+from lightning_aop.methods.greedy_ranking import GreedyRanking
 from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.ranked_mask import RankedMask
+from lightning_aop.methods.regional_multiscale import RegionalMultiscale
 from lightning_aop.methods.rise import RISE
 from lightning_aop.methods.xrai import XRAI
 from lightning_aop.model.isolation import is_explaining
@@ -39,11 +41,13 @@ __all__ = [
     "ExplanationMonitor",
     "GradCAM",
     "GradCAMPlusPlus",
+    "GreedyRanking",
     "HiResCAM",
     "LayerCAM",
     "Perturbation",
     "RandomMap",
     "RankedMask",
+    "RegionalMultiscale",
     "SaliencyMethod",
     "WGradCAM",
     "XGradCAM",

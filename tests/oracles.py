@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from math import exp
+from math import exp, log2
 from typing import Any
 
 import torch
@@ -166,6 +166,37 @@ def ranked_mask(
     return ranking, sum(gains) / len(gains)
 
 
+def greedy_ranking(
+    model: nn.Module, image: Tensor, baseline: Tensor, target: int, cells: int
+) -> Tensor:
+    """Appending to a list of patches, one image and one candidate after the other."""
+    height, width = image.shape[1:]
+
+    def score(kept: set[tuple[int, int]]) -> float:
+        picture = baseline.clone()
+        for i in range(height):
+            for j in range(width):
+                if (i * cells // height, j * cells // width) in kept:
+                    picture[:, i, j] = image[:, i, j]
+        with torch.no_grad():
+            return float(torch.softmax(model(picture[None]), dim=1)[0, target])
+
+    left = [(i, j) for i in range(cells) for j in range(cells)]
+    every, ranked = set(left), list[tuple[int, int]]()
+    while left:
+        gains = []
+        for patch in left:
+            kept = {*ranked, patch}
+            gains.append(score(kept) - score(every - kept))
+        ranked.append(left.pop(gains.index(max(gains))))
+    found = torch.zeros(height, width, dtype=image.dtype)
+    for i in range(height):
+        for j in range(width):
+            place = ranked.index((i * cells // height, j * cells // width))
+            found[i, j] = 1 - place / (cells**2 - 1)
+    return found
+
+
 def emp(
     model: nn.Module,
     image: Tensor,
@@ -287,6 +318,51 @@ def rise(
             mask = spread(height, top) @ grid.to(image.dtype) @ spread(width, left).T
             total += torch.softmax(model((image * mask)[None]), dim=1)[0, target] * mask
     return total / len(grids) / probability
+
+
+def regional_multiscale(
+    model: nn.Module,
+    image: Tensor,
+    target: int,
+    labels: list[Tensor],
+    noise: list[Tensor],
+    examples: int,
+) -> Tensor:
+    """Prediction difference over the regions of several label maps, before it is scaled to [0, 1]."""
+    channels, height, width = image.shape
+    places = [(i, j) for i in range(height) for j in range(width)]
+    border = [(i, j) for i, j in places if i in (0, height - 1) or j in (0, width - 1)]
+    means, spreads = [], []
+    for channel in range(channels):
+        values = [float(image[channel, i, j]) for i, j in border]
+        means.append(sum(values) / len(values))
+        spreads.append((sum((v - means[-1]) ** 2 for v in values) / len(values)) ** 0.5)
+
+    def probabilities(picture: Tensor) -> list[float]:
+        with torch.no_grad():
+            return [float(p) for p in torch.softmax(model(picture[None]), dim=1)[0]]
+
+    def log_odds(p: float, classes: int) -> float:
+        corrected = (p * examples + 1) / (examples + classes)
+        return log2(corrected / (1 - corrected))
+
+    given = probabilities(image)
+    total = torch.zeros(height, width, dtype=image.dtype)
+    for label_map in labels:
+        for region in sorted({int(label) for label in label_map.flatten()}):
+            inside = [(i, j) for i, j in places if int(label_map[i, j]) == region]
+            left = 0.0
+            for drawn in noise:
+                picture = image.clone()
+                for i, j in inside:
+                    for channel in range(channels):
+                        fill = means[channel] + spreads[channel] * float(drawn[channel, i, j])
+                        picture[channel, i, j] = fill
+                left += probabilities(picture)[target] / len(noise)
+            evidence = log_odds(given[target], len(given)) - log_odds(left, len(given))
+            for i, j in inside:
+                total[i, j] += evidence / len(labels)
+    return total
 
 
 Walk = tuple[Tensor, Callable[[Tensor], Tensor]]

@@ -20,7 +20,11 @@ _TWO = {
     "xrai": ((24.97, 45.22), (16.66, 54.98), (15.78, 43.08)),
     "sigcam": ((10.97, 54.61), (10.22, 57.94), (7.80, 42.54)),
 }
+_THREE = {"gradcam": 25.78, "gradcam++": 29.91, "igos": 35.72, "xrai": 28.12, "sigcam": 38.64}
 _OVERALL = {"gradcam": 40.43, "gradcam++": 37.68, "igos": 35.03, "xrai": 28.62, "sigcam": 42.04}
+
+
+_NETWORKS = {"table1": ("inception_v3",), "table2": ("densenet201", "inception_v3", "vgg19")}
 
 
 def reported(table: str | None, network: str, method: str) -> Figures | None:
@@ -29,7 +33,7 @@ def reported(table: str | None, network: str, method: str) -> Figures | None:
     if table == "table1" and network == "inception_v3":
         return _ONE.get(key)
     if table == "table2" and key in _TWO:
-        networks = ("densenet201", "inception_v3", "vgg19")
+        networks = _NETWORKS[table]
         if network in networks:
             deletion, insertion = _TWO[key][networks.index(network)]
             return deletion, insertion, round(insertion - deletion, 2)
@@ -39,6 +43,28 @@ def reported(table: str | None, network: str, method: str) -> Figures | None:
 def reported_overall(table: str | None, method: str) -> float | None:
     """Return the overall score of Table 2, the mean over its three networks, or None."""
     return _OVERALL.get(method_key(method)) if table == "table2" else None
+
+
+def reported_difference(measure: str, method: str, other: str) -> float | None:
+    """Return by how much a method is above another, in the first table that has both, or None.
+
+    Args:
+        measure: "deletion", "insertion" or "overall"; in Table 2 the mean over its three networks.
+        method: its name.
+        other: the other's.
+    """
+    place = ("deletion", "insertion", "overall").index(measure)
+    for table, networks in _NETWORKS.items():
+        rows = [(reported(table, n, method), reported(table, n, other)) for n in networks]
+        both = [a[place] - b[place] for a, b in rows if a is not None and b is not None]
+        if both:
+            return sum(both) / len(both)
+    return None
+
+
+def reported_pointing(method: str) -> float | None:
+    """Return the mean accuracy of Table 3, the pointing game with ResNet50, in %, or None."""
+    return _THREE.get(method_key(method))
 
 
 def method_key(method: str) -> str:

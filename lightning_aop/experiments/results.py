@@ -14,7 +14,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +157,32 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it, as a whole or not at all."""
         write_whole(folder / MANIFEST, json.dumps(asdict(self), indent=1).encode() + b"\n")
+
+    def with_everything(self, folder: Path) -> "Manifest":
+        """Return this configuration with all images and methods of its networks that have results.
+
+        Several configurations may write to one folder, and one may be run with growing limits.
+
+        Raises:
+            ValueError: there are results of several settings under one name, none of them this
+                configuration's.
+        """
+        images, methods = self.images, {}
+        for network, own in self.folders.items():
+            found: dict[str, set[str]] = {}
+            for part in parts(folder / own, ["image", "method", "method_digest"]):
+                images = max(images, arrow().compute.max(part["image"]).as_py() + 1)
+                for row in part.group_by(["method", "method_digest"]).aggregate([]).to_pylist():
+                    found.setdefault(row["method"], set()).add(row["method_digest"])
+            earlier = {name: found[name] for name in found if name not in self.methods[network]}
+            for name, digests in earlier.items():
+                if len(digests) > 1:
+                    raise InvalidValueError(
+                        f"{folder / own} has results of {len(digests)} settings of {name}: run the "
+                        "configuration that counts once more, which computes nothing again"
+                    )
+            methods[network] = self.methods[network] | {n: min(d) for n, d in earlier.items()}
+        return replace(self, images=images, methods=methods)
 
     def reference(self) -> str:
         """Return the method that the others are compared with.

@@ -88,8 +88,12 @@ class Table:
     notes: list[str]
 
 
-def load(run: Path) -> tuple[Manifest, list[Column]]:
+def load(run: Path, everything: bool = False) -> tuple[Manifest, list[Column]]:
     """Return what the last configuration in a folder asked for, and what there is of it.
+
+    Args:
+        run: the output folder of a benchmark.
+        everything: also what earlier configurations asked for, on the networks of the last.
 
     Raises:
         ValueError: the folder holds no run.
@@ -97,6 +101,8 @@ def load(run: Path) -> tuple[Manifest, list[Column]]:
     manifest = Manifest.read(run)
     if manifest is None:
         raise InvalidValueError(f"{run} holds no {MANIFEST}: name the output folder of a benchmark")
+    if everything:
+        manifest = manifest.with_everything(run)
     columns: list[Column] = []
     for network, folder in manifest.folders.items():
         columns += _columns(run / folder, network, manifest)

@@ -26,8 +26,10 @@ from lightning_aop.methods.captum import (
 from lightning_aop.methods.controls import CentreGaussian, EdgeDetector, RandomMap
 from lightning_aop.methods.emp import EMP
 from lightning_aop.methods.excitation import ExcitationBackprop
+from lightning_aop.methods.greedy_ranking import GreedyRanking
 from lightning_aop.methods.igos import IGOS, ArmijoSearch
 from lightning_aop.methods.ranked_mask import RankedMask
+from lightning_aop.methods.regional_multiscale import RegionalMultiscale
 from lightning_aop.methods.rise import RISE
 from lightning_aop.methods.xrai import XRAI
 
@@ -48,10 +50,12 @@ __all__ = [
     "GradCAM",
     "GradCAMPlusPlus",
     "GradientWeightedMap",
+    "GreedyRanking",
     "HiResCAM",
     "LayerCAM",
     "RandomMap",
     "RankedMask",
+    "RegionalMultiscale",
     "WGradCAM",
     "XGradCAM",
     "deeplift",

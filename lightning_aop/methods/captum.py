@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_aop.checks import require_finite, require_positive
 from lightning_aop.errors import InvalidValueError, MissingPackageError
-from lightning_aop.methods.xrai import superpixels
+from lightning_aop.methods.superpixels import superpixels
 from lightning_aop.model.adapter import Classifier, explaining, name_of
 from lightning_aop.model.isolation import isolated_rng
 from lightning_aop.model.layers import named_layer, separate_activations

@@ -19,7 +19,9 @@ from lightning_aop.methods.cam import (
 from lightning_aop.methods.controls import CentreGaussian, EdgeDetector, RandomMap
 from lightning_aop.methods.emp import EMP
 from lightning_aop.methods.excitation import ExcitationBackprop
+from lightning_aop.methods.greedy_ranking import GreedyRanking
 from lightning_aop.methods.igos import IGOS
+from lightning_aop.methods.regional_multiscale import RegionalMultiscale
 from lightning_aop.methods.rise import RISE
 from lightning_aop.methods.xrai import XRAI
 from lightning_aop.scores import Score, sigmoid, softmax
@@ -50,7 +52,9 @@ MethodName: TypeAlias = Literal[
     "lime",
     "xrai",
     "fast_xrai",
+    "regional_multiscale",
     "rise",
+    "greedy_ranking",
     "random",
     "centre",
     "edges",
@@ -94,7 +98,9 @@ METHODS: dict[str, Row] = {
     "lime": Row("1,000", lambda layer, score: attribution.lime(score=score)),
     "xrai": Row("398", lambda layer, score: XRAI(score=score)),
     "fast_xrai": Row("398", lambda layer, score: XRAI(score=score, fast=True)),
+    "regional_multiscale": Row("about 3,400", lambda layer, score: RegionalMultiscale(score=score)),
     "rise": Row("4,000", lambda layer, score: RISE(score=score)),
+    "greedy_ranking": Row("2,448", lambda layer, score: GreedyRanking(score=score)),
     "random": Row("0", lambda layer, score: RandomMap()),
     "centre": Row("0", lambda layer, score: CentreGaussian()),
     "edges": Row("0", lambda layer, score: EdgeDetector()),

@@ -1,8 +1,7 @@
 """XRAI: superpixels, ranked by integrated gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,44 +9,13 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from lightning_aop.checks import require_finite, require_positive
-from lightning_aop.errors import InvalidValueError, MissingPackageError
+from lightning_aop.errors import InvalidValueError
+from lightning_aop.methods.superpixels import require_slic, superpixels
 from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import Images, Maps, Targets
-
-
-def superpixels(
-    image: Float[np.ndarray, "h w c"], counts: Sequence[int]
-) -> list[Integer[np.ndarray, "h w"]]:
-    """Return one map of SLIC labels (Achanta et al. 2012) for each number of superpixels asked for.
-
-    SLIC rescales the image's own range to [0, 1], so normalised images will do, and may return fewer
-    superpixels than asked for. Three channels are taken for RGB and compared in Lab colours. Any
-    other number is compared as it is, with a compactness of 0.1 in place of 10: lightness in Lab
-    has the range 100 and not 1, and with 10 the superpixels would be plain squares.
-
-    Raises:
-        ImportError: scikit-image is not installed.
-    """
-    slic = _slic()
-    rgb = image.shape[2] == 3
-    pixels, compactness = image.astype(np.float64), 10.0 if rgb else 0.1
-    return [
-        slic(pixels, n_segments=n, compactness=compactness, convert2lab=rgb, channel_axis=-1)
-        for n in counts
-    ]
-
-
-def _slic() -> Callable[..., Any]:
-    try:
-        from skimage.segmentation import slic
-    except ImportError as error:
-        raise MissingPackageError(
-            'XRAI needs scikit-image: install it with pip install "lightning-aop[methods]"'
-        ) from error
-    return slic  # type: ignore[no-any-return]
 
 
 def merge_segments(
@@ -243,7 +211,7 @@ class XRAI:
         Raises:
             ImportError: scikit-image is not installed.
         """
-        _slic()  # so that a missing package is known before the model is evaluated
+        require_slic()  # so that a missing package is known before the model is evaluated
         with explaining(model, images, targets) as (classifier, x, t):
             attribution = self._integrated_gradients(classifier, x, t).amax(dim=1).cpu().numpy()
             pixels = x.movedim(1, -1).cpu().numpy()

@@ -145,7 +145,7 @@ def test_methods_without_their_package_are_named(
     assert compare(weights, tmp_path, photos, "--methods", "gradient", "xrai", "gradcam") == 1
     errors = capsys.readouterr().err
     assert 'gradient: captum is not installed: install it with pip install "lightning' in errors
-    assert 'xrai: XRAI needs scikit-image: install it with pip install "lightning' in errors
+    assert 'xrai: superpixels need scikit-image: install it with pip install "lightning' in errors
     assert {r["method"] for r in rows_of(tmp_path)} == {"gradcam"}
 
 

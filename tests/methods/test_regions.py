@@ -17,16 +17,19 @@ from conftest import SmallNet, assert_same, snapshot
 from torch import Tensor, nn
 
 from lightning_aop.errors import NonFiniteScoreError
+from lightning_aop.methods.regional_multiscale import RegionalMultiscale
 from lightning_aop.methods.rise import RISE
-from lightning_aop.methods.xrai import XRAI, merge_segments, superpixels
+from lightning_aop.methods.superpixels import superpixels
+from lightning_aop.methods.xrai import XRAI, merge_segments
 from lightning_aop.model.adapter import explaining
 from lightning_aop.model.passes import count_evaluations
 from lightning_aop.ops import min_max
-from lightning_aop.scores import logit, sigmoid
+from lightning_aop.scores import logit, sigmoid, value
 
 # In pictures of 40 × 32 a minimum of 784 at 224 × 224 is one of 20 pixels.
 SMALL: dict[str, Any] = {"steps": 6, "segments": (8, 15, 40), "min_area": 784}
-METHODS = [XRAI(**SMALL), XRAI(**SMALL, fast=True), RISE(masks=30, cells=4)]
+REGIONAL = RegionalMultiscale(segments=(8, 20), fills=3)
+METHODS = [XRAI(**SMALL), XRAI(**SMALL, fast=True), RISE(masks=30, cells=4), REGIONAL]
 
 
 @pytest.fixture
@@ -288,15 +291,18 @@ def test_a_constant_image_has_no_regions(double: nn.Module, pictures: Any) -> No
         assert maps[[0, 2, 3]].amax(dim=(1, 2)).tolist() == [1, 1, 1]
 
 
-def test_xrai_without_scikit_image(
-    net: nn.Module, batch: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", [XRAI(), RegionalMultiscale()])
+def test_without_scikit_image(
+    method: Any, net: nn.Module, batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
     with (
         count_evaluations(net) as count,
-        pytest.raises(ImportError, match=r'XRAI needs .*pip install "lightning-aop\[methods\]"'),
+        pytest.raises(
+            ImportError, match=r'superpixels need .*pip install "lightning-aop\[methods\]"'
+        ),
     ):
-        XRAI().explain(net, *batch)
+        method.explain(net, *batch)
     assert count.total == 0
 
 
@@ -353,7 +359,144 @@ def test_rise_draws_the_same_masks_whatever_the_precision(double: nn.Module, pic
 
 
 # --------------------------------------------------------------------------------------------------
-# both
+# regional multi-scale
+
+
+def fills_of(method: RegionalMultiscale, like: Tensor) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(method.seed)
+    return list(torch.randn(method.fills, *like.shape, generator=generator).to(like))
+
+
+@pytest.mark.parametrize("examples", [20, 100_000])
+def test_regional_multiscale_is_the_slow_float64_loop(
+    double: nn.Module, pictures: tuple[Tensor, Tensor], examples: int
+) -> None:
+    images, targets = pictures
+    method = dataclasses.replace(REGIONAL, seed=3, examples=examples, eval_batch_size=7)
+    maps = method.explain(double, images, targets)
+    for image, target, found in zip(images, targets, maps, strict=True):
+        expected = oracles.regional_multiscale(
+            double,
+            image,
+            int(target),
+            [torch.from_numpy(m) for m in superpixels(image.movedim(0, -1).numpy(), (8, 20))],
+            fills_of(method, image),
+            examples,
+        )
+        assert expected.min() < 0  # of which the map knows nothing
+        expected = min_max(expected.clamp_min(0)[None])[0]
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    assert sum(len(found.unique()) > 5 for found in maps) >= 3
+
+
+def test_regional_multiscale_finds_the_patch_that_the_score_depends_on() -> None:
+    images = patchwork(2, 1, 56, 42)
+    images[:, :, 30:40, 10:20] = 1.5
+    found = RegionalMultiscale(segments=(20, 50)).explain(Patch(), images, torch.tensor([0, 1]))
+    # Without the patch the one class falls from its highest score, and the other rises.
+    assert found[0, 31:39, 11:19].mean() > 0.9
+    assert found[0, :20, 26:].max() < 0.1
+    assert not found[1, 31:39, 11:19].any()
+
+
+def test_the_draws_are_the_seeds_whatever_the_precision(double: nn.Module, pictures: Any) -> None:
+    images, targets = pictures
+    wide = REGIONAL.explain(double, images, targets)
+    narrow = REGIONAL.explain(copy.deepcopy(double).float(), images.float(), targets)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), wide, atol=1e-3, rtol=0)
+    assert not torch.equal(
+        dataclasses.replace(REGIONAL, seed=1).explain(double, images, targets), wide
+    )
+
+
+def test_what_the_fills_leave_as_it_is_has_no_relevance(double: nn.Module, pictures: Any) -> None:
+    images, targets = pictures
+    images[1] = torch.tensor([0.7, -0.3, 0.1])[:, None, None]
+    # A frame of one colour is filled with that colour: only what lies inside can be missed.
+    images[2] = 0.3
+    images[2, :, 14:26, 12:20] = patchwork(1, 3, 12, 8)[0].double()
+
+    class Uneven(nn.Module):
+        """What networks do by rounding: an image's score hangs on how many are in the pass."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = double(images)
+            return logits + 1e-6 * len(images) * torch.arange(5)
+
+    method = dataclasses.replace(REGIONAL, segments=(40, 80))
+    maps = method.explain(Uneven(), images, targets)
+    assert not maps[1].any()
+    frame, pixels = np.ones((40, 32), dtype=bool), images[2].movedim(0, -1).numpy()
+    for runs in superpixels(pixels, method.segments):
+        within = np.unique(runs[(pixels != 0.3).any(axis=2)])
+        frame &= ~np.isin(runs, within)
+    assert frame.sum() > 100
+    assert maps[2].any()
+    assert not maps[2, torch.from_numpy(frame)].any()
+
+
+@pytest.mark.parametrize("score", [logit, value])
+def test_a_score_that_is_no_probability_is_compared_as_it_is(score: Any) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 20 * 30, 4)).double()
+    weight = model[1].weight.detach()[1].view(3, 20, 30)
+    image = patchwork(1, 3, 20, 30).double()
+    border = torch.ones(20, 30, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    mean, spread = (of(image[0, :, border], dim=1) for of in (torch.mean, torch.std))
+    spread = spread * ((border.sum() - 1) / border.sum()).sqrt()
+    noise = torch.stack(fills_of(REGIONAL, image[0])).mean(dim=0)
+    lost = weight * (image[0] - mean[:, None, None] - spread[:, None, None] * noise)
+    expected = torch.zeros(20, 30, dtype=torch.float64)
+    for runs in superpixels(image[0].movedim(0, -1).numpy(), REGIONAL.segments):
+        for label in np.unique(runs):
+            inside = torch.from_numpy(runs == label)
+            expected[inside] += lost[:, inside].sum()
+    method = dataclasses.replace(REGIONAL, score=score)
+    found = method.explain(model, image, torch.tensor([1]))
+    torch.testing.assert_close(found, min_max(expected.clamp_min(0)[None]), atol=1e-9, rtol=0)
+
+
+def test_a_multilabel_model_has_two_outcomes_for_each_class(
+    double: nn.Module, pictures: Any
+) -> None:
+    """A class and all others: the odds of sigmoid are those of softmax over two logits, z and 0."""
+    images, targets = pictures
+
+    class Two(nn.Module):
+        def __init__(self, column: int) -> None:
+            super().__init__()
+            self.network, self.column = double, column
+
+        def forward(self, images: Tensor) -> Tensor:
+            z = self.network(images)[:, self.column]
+            return torch.stack([z, torch.zeros_like(z)], dim=1)
+
+    found = dataclasses.replace(REGIONAL, score=sigmoid).explain(double, images, targets)
+    for i, target in enumerate(targets.tolist()):
+        own = REGIONAL.explain(Two(target), images[i : i + 1], torch.tensor([0]))
+        torch.testing.assert_close(found[i : i + 1], own, atol=1e-9, rtol=0)
+
+
+def test_the_cost_of_regional_multiscale_is_that_of_its_regions(
+    net: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, targets = batch
+    regions = sum(
+        len(np.unique(runs))
+        for image in images
+        for runs in superpixels(image.movedim(0, -1).numpy(), REGIONAL.segments)
+    )
+    with count_evaluations(net) as count, passes(net) as sizes:
+        dataclasses.replace(REGIONAL, eval_batch_size=7).explain(net, images, targets)
+    assert (count.forward, count.backward) == (4 + 3 * regions, 0)
+    assert sizes[0] == 4
+    assert set(sizes[1:-1]) == {7}
+    assert RegionalMultiscale(segments=(10, 20), fills=5).evaluations == 121
+
+
+# --------------------------------------------------------------------------------------------------
+# all of them
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -464,10 +607,9 @@ def test_an_infinite_score_with_a_finite_gradient_is_refused(
 
 
 def test_multilabel_score(double: nn.Module, pictures: tuple[Tensor, Tensor]) -> None:
-    for method in (XRAI, RISE):
-        settings: dict[str, Any] = SMALL if method is XRAI else {"masks": 20}
-        one = method(**settings).explain(double, *pictures)
-        other = method(**settings, score=sigmoid).explain(double, *pictures)
+    for method in (XRAI(**SMALL), RISE(masks=20), REGIONAL):
+        one = method.explain(double, *pictures)
+        other = dataclasses.replace(method, score=sigmoid).explain(double, *pictures)
         assert not torch.allclose(one, other, atol=1e-3)
 
 
@@ -478,6 +620,22 @@ def test_settings_are_refused_by_name() -> None:
         (lambda: XRAI(segments=(50, 0)), r"XRAI: segments must be .* got \(50, 0\)"),
         (lambda: XRAI(min_area=0), "XRAI: min_area must be above 0, got 0"),
         (lambda: XRAI(eval_batch_size=0), "XRAI: eval_batch_size must be above 0, got 0"),
+        (
+            lambda: RegionalMultiscale(segments=(50, -1)),
+            r"RegionalMultiscale: segments must be .* got \(50, -1\)",
+        ),
+        (
+            lambda: RegionalMultiscale(fills=0),
+            "RegionalMultiscale: fills must be above 0, got 0",
+        ),
+        (
+            lambda: RegionalMultiscale(examples=-1),
+            "RegionalMultiscale: examples must be above 0, got -1",
+        ),
+        (
+            lambda: RegionalMultiscale(eval_batch_size=0),
+            "RegionalMultiscale: eval_batch_size must be above 0, got 0",
+        ),
         (lambda: RISE(masks=0), "RISE: masks must be above 0, got 0"),
         (lambda: RISE(cells=-7), "RISE: cells must be above 0, got -7"),
         (lambda: RISE(eval_batch_size=0), "RISE: eval_batch_size must be above 0, got 0"),

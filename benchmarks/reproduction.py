@@ -1,0 +1,347 @@
+"""The measured tables of docs/reproduction.md, every number from the files of a run.
+
+    lightning-aop benchmark photos_table1
+    lightning-aop benchmark photos_table2
+    python benchmarks/reproduction.py runs/photos [--pointing runs/table3] [--page docs/reproduction.md]
+
+A run may be unfinished: each table is over the photos that all its methods have, and says how many
+those are. With `--page` the parts of that page between its markers are replaced; without, they are
+printed.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from lightning_aop.errors import InvalidValueError
+from lightning_aop.experiments.paper import method_key, reported_difference, reported_pointing
+from lightning_aop.experiments.tables import MEASURES, Column, Interval, bootstrap, load
+from lightning_aop.files import write_whole
+from lightning_aop.tables import formatted
+
+TABLE_1 = ("gradcam", "wgradcam", "emp", "igos", "gradcam+emp", "gradcam+igos", "sigcam")
+TABLE_2 = ("gradcam", "gradcam++", "igos", "xrai", "sigcam")
+REFERENCE = "sigcam"
+# What the paper finds, as (measure, the better method, the other).
+ORDERS = (
+    *(("overall", REFERENCE, other) for other in dict.fromkeys((*TABLE_1[:-1], *TABLE_2[:-1]))),
+    ("overall", "gradcam+igos", "igos"),
+    ("overall", "gradcam+igos", "gradcam"),
+    ("overall", "gradcam+emp", "emp"),
+    ("overall", "gradcam+emp", "gradcam"),
+    ("overall", "wgradcam", "gradcam"),
+    ("overall", "igos", "emp"),
+    ("overall", "igos", "xrai"),
+    ("overall", "gradcam", "gradcam++"),
+    ("insertion", REFERENCE, "igos"),
+    ("insertion", "gradcam+igos", "igos"),
+    ("deletion", "igos", "emp"),
+    ("deletion", "igos", REFERENCE),
+    ("deletion", REFERENCE, "gradcam"),
+)
+NAMES = {
+    "mobilenet_v2": "MobileNetV2",
+    "squeezenet1_1": "SqueezeNet 1.1",
+    "efficientnet_lite0": "EfficientNet-Lite0",
+}
+RESAMPLES = 2000
+# Multiply-adds of DenseNet201, Inception_v3 and VGG19 for an image of 224 x 224.
+IMAGENET = (4.3e9, 2.8e9, 19.6e9)
+CURVES = 2 * 112 * len(TABLE_2)  # evaluations of an image, at the 112 steps of table2.yaml
+
+Values: TypeAlias = Float[np.ndarray, " n"]
+Masks: TypeAlias = Mapping[str, Bool[np.ndarray, " n"]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has measured: a column for each network and method, by the method's key."""
+
+    columns: Mapping[tuple[str, str], Column]
+    names: Mapping[str, str]
+    networks: Sequence[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Run":
+        """Read all results of a folder, those of earlier configurations too."""
+        manifest, columns = load(folder, everything=True)
+        found = {(c.network, method_key(c.method)): c for c in columns}
+        names = {method_key(c.method): c.method for c in columns}
+        return cls(found, names, list(manifest.folders))
+
+    def shared(self, methods: Sequence[str]) -> Masks:
+        """Return the photos that all the methods have, of the networks where there are any."""
+        found = {}
+        for network in self.networks:
+            own = [self.columns.get((network, method)) for method in methods]
+            if any(column is None for column in own):
+                continue
+            values = [column.figures["overall"] for column in own if column is not None]
+            there = np.isfinite(np.stack(values)).all(axis=0)
+            if there.any():
+                found[network] = there
+        return found
+
+    def has(self, method: str) -> bool:
+        """Say whether a method has any values."""
+        return bool(self.shared([method]))
+
+    def mean(self, photos: Masks, values: Callable[[str], Values]) -> Interval:
+        """Return the mean over photos and networks of a value in percent, with its interval.
+
+        The resamples are of photos, the same for all networks.
+        """
+        columns = [np.where(there, values(network), np.nan) for network, there in photos.items()]
+        stacked = 100 * np.stack(columns, axis=1)
+        means, drawn = bootstrap(stacked[np.isfinite(stacked).any(axis=1)], RESAMPLES)
+        around = drawn.mean(axis=1)
+        low, high = np.quantile(around[np.isfinite(around)], (0.025, 0.975))
+        return Interval(float(means.mean()), float(low), float(high))
+
+    def value(self, measure: str, method: str) -> Callable[[str], Values]:
+        """Return what gives a method's values on a network."""
+        return lambda network: self.columns[network, method].figures[measure]
+
+    def difference(self, measure: str, method: str, other: str) -> Callable[[str], Values]:
+        """Return what gives a method's values minus another's, photo by photo."""
+        one, two = self.value(measure, method), self.value(measure, other)
+        return lambda network: one(network) - two(network)
+
+
+# --------------------------------------------------------------------------------------------------
+# the parts of the page
+
+
+def faithfulness(run: Run) -> str:
+    """Return Tables 1 and 2 and the orders."""
+    further = [key for key in run.names if key not in (*TABLE_1, *TABLE_2)]
+    first = list(_table(run, "Table 1", TABLE_1))
+    second = list(_table(run, "Table 2", (*TABLE_2, *further)))
+    return "\n\n".join([*first, *second, *_orders(run), _spent(run)])
+
+
+def _table(run: Run, title: str, methods: Sequence[str]) -> Iterator[str]:
+    there = [method for method in methods if run.has(method)]
+    photos = run.shared(there) if there else {}
+    if not photos:
+        yield f"{title}: nothing has been measured yet."
+        return
+    yield f"{title}, {_counted(photos)}:"
+    header = [""]
+    for network in photos:
+        header += [f"{NAMES.get(network, network)}: del.", "ins.", "overall"]
+    header += ["overall, mean", f"{run.names.get(REFERENCE, 'SIGCAM')} minus it", "evaluations"]
+    rows = []
+    for method in there:
+        row = [run.names[method]]
+        for network, mask in photos.items():
+            for measure in MEASURES:
+                row.append(_signed(100 * run.value(measure, method)(network)[mask].mean()))
+        row.append(_told(run.mean(photos, run.value("overall", method))))
+        if method != REFERENCE and REFERENCE in there:
+            apart = run.mean(photos, run.difference("overall", REFERENCE, method))
+            row.append(_told(apart, plus=True))
+        else:
+            row.append("")
+        evaluations = [run.value("evaluations", method)(n)[m].mean() for n, m in photos.items()]
+        rows.append([*row, f"{np.mean(evaluations):,.0f}"])
+    yield formatted(header, rows, "markdown")
+    if len(there) < len(methods):
+        missing = ", ".join(run.names.get(m, m) for m in methods if m not in there)
+        yield f"Not measured yet: {missing}."
+
+
+def _orders(run: Run) -> Iterator[str]:
+    rows, verdicts = [], []
+    for measure, method, other in ORDERS:
+        photos = run.shared([method, other])
+        if not photos:
+            continue
+        # Of a deletion AUC the lower one is the better.
+        pair = (other, method) if measure == "deletion" else (method, other)
+        found = run.mean(photos, run.difference(measure, *pair))
+        paper = reported_difference(measure, *pair)
+        verdicts.append(verdict(found))
+        counts = sorted({int(mask.sum()) for mask in photos.values()})
+        rows.append(
+            [
+                f"{run.names[method]} before {run.names[other]}",
+                measure,
+                "" if paper is None else _signed(paper, plus=True),
+                _told(found, plus=True),
+                " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1]))),
+                verdicts[-1],
+            ]
+        )
+    if not rows:
+        yield "The paper's orders: nothing has been measured yet."
+        return
+    said = [f"{verdicts.count(word)} {plural}" for word, plural in VERDICTS.items()]
+    yield (
+        f"The paper's orders, as points in their favour (for deletion, the other's AUC minus the first "
+        f"one's), mean over the networks and the photos that both methods have. Of {len(rows)} orders "
+        f"{said[0]}, {said[1]} and {said[2]}:"
+    )
+    header = ["order", "AUC", "the paper", "here [95 % interval]", "photos", ""]
+    yield formatted(header, rows, "markdown", names=2)
+
+
+VERDICTS = {"holds": "hold", "level": "are level", "does not hold": "do not hold"}
+
+
+def verdict(found: Interval) -> str:
+    """Say what an interval of points in favour of an order makes of it."""
+    if found.low > 0:
+        return "holds"
+    return "does not hold" if found.high < 0 else "level"
+
+
+def _spent(run: Run) -> str:
+    hours = {
+        name: sum(float(np.nansum(c.figures[name])) for c in run.columns.values()) / 3600
+        for name in ("seconds", "curve_seconds")
+    }
+    return (
+        f"The maps of all photos, methods and networks took {hours['seconds']:,.1f} hours, their curves "
+        f"{hours['curve_seconds']:,.1f}."
+    )
+
+
+def pointing(folder: Path) -> str:
+    """Return Table 3, from the results.json of a pointing game."""
+    file = folder / "results.json"
+    if not file.is_file():
+        raise InvalidValueError(f"{file}: no such file: name the output folder of a pointing game")
+    results: list[dict[str, Any]] = json.loads(file.read_text())
+    wide = max(results[0]["accuracy"], key=float)
+    classes = {name for result in results for name in result["classes"]}
+    pairs = max(result["pairs"] for result in results)
+    by_key = {method_key(result["method"]): result for result in results}
+    header = ["", "hit", f"within {wide} pixels", "heat in the mask", "evaluations per map"]
+    header += ["the paper, ResNet50", f"SIGCAM minus it, within {wide} pixels"]
+    rows = []
+    for key, result in by_key.items():
+        paper = reported_pointing(key)
+        apart = ""
+        if key != REFERENCE and REFERENCE in by_key:
+            apart = _told(_over_classes(by_key[REFERENCE], result, wide), plus=True)
+        rows.append(
+            [
+                result["method"],
+                _signed(100 * result["accuracy"]["0"]),
+                _signed(100 * result["accuracy"][wide]),
+                _signed(100 * result["energy"]),
+                f"{result['evaluations'] / result['pairs']:,.0f}",
+                "" if paper is None else f"{paper:.2f}",
+                apart,
+            ]
+        )
+    return (
+        f"{pairs:,} pairs of an image and one of {len(classes)} classes; intervals of 95 % over the "
+        f"classes, in %:\n\n{formatted(header, rows, 'markdown')}"
+    )
+
+
+def _over_classes(one: Mapping[str, Any], two: Mapping[str, Any], tolerance: str) -> Interval:
+    """Return the difference of two mean accuracies, with its interval over resampled classes."""
+    names = [name for name in one["classes"] if name in two["classes"]]
+    rates = [
+        [of["classes"][n]["hits"][tolerance] / of["classes"][n]["tested"] for n in names]
+        for of in (one, two)
+    ]
+    apart = 100 * (np.array(rates[0]) - np.array(rates[1]))
+    means, drawn = bootstrap(apart[:, None], RESAMPLES)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Interval(float(means[0]), float(low), float(high))
+
+
+def imagenet(run: Run) -> str:
+    """Return what Table 2 on 50,000 images would take, from what the methods cost here."""
+    photos = run.shared(TABLE_2)
+    if not photos:
+        missing = ", ".join(m for m in TABLE_2 if not run.has(m)) or "photos that all methods share"
+        return f"Not measured yet: {missing}."
+    cost = sum(
+        np.mean([run.value("evaluations", method)(n)[m].mean() for n, m in photos.items()])
+        for method in TABLE_2
+    )
+    total = 50_000 * (cost + CURVES) * len(IMAGENET)
+    operations = 2 * total * np.mean(IMAGENET)
+    slow, fast = (operations / sustained / 3600 for sustained in (20e12, 100e12))
+    seconds = []
+    for network, mask in photos.items():
+        spent = [
+            run.value(name, method)(network)[mask].mean()
+            for name in ("seconds", "curve_seconds")
+            for method in TABLE_2
+        ]
+        seconds.append(f"{sum(spent):,.0f} s on {NAMES.get(network, network)}")
+    return (
+        f"Counted on the photos, Table 2's five methods take {cost:,.0f} evaluations for the maps of an "
+        f"image; with {CURVES:,} for its curves, 50,000 images on three networks are "
+        f"{total / 1e6:,.0f} million, or {operations / 1e18:.1f} exa-operations. An H200 that sustained "
+        f"20 TFLOP/s in float32 would take {slow:,.0f} hours, eight {slow / 8:,.0f} hours; at "
+        f"100 TFLOP/s, with TF32 or bf16 (`--trainer.precision bf16-mixed`), {fast:,.0f} and "
+        f"{fast / 8:,.0f} hours. Of the photos, all five took {', '.join(seconds)} each."
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# words
+
+
+def _counted(photos: Masks) -> str:
+    counts = {NAMES.get(name, name): int(mask.sum()) for name, mask in photos.items()}
+    if len(set(counts.values())) == 1:
+        return f"{next(iter(counts.values())):,} photos"
+    return "photos: " + ", ".join(f"{name} {n:,}" for name, n in counts.items())
+
+
+def _signed(value: float, plus: bool = False) -> str:
+    return f"{value:{'+' if plus else ''}.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _told(found: Interval, plus: bool = False) -> str:
+    low, high = _signed(found.low, plus), _signed(found.high, plus)
+    return f"{_signed(found.mean, plus)} [{low}, {high}]"
+
+
+def replaced(page: str, part: str, text: str) -> str:
+    """Return the page with another text between the markers of a part."""
+    start, end = f"<!-- measured: {part} -->", f"<!-- end: {part} -->"
+    if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
+        raise InvalidValueError(f"the page must have one {start} and, after it, one {end}")
+    before, _, rest = page.partition(start)
+    return f"{before}{start}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the parts, or write them into a page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "run", type=Path, help="the output folder of photos_table1 and photos_table2"
+    )
+    parser.add_argument("--pointing", type=Path, help="the output folder of a pointing game")
+    parser.add_argument("--page", type=Path, help="replace the parts of this page")
+    arguments = parser.parse_args(words)
+    run = Run.of(arguments.run)
+    found = {"faithfulness": faithfulness(run), "imagenet": imagenet(run)}
+    if arguments.pointing:
+        found["pointing"] = pointing(arguments.pointing)
+    if arguments.page is None:
+        print("\n\n".join(found.values()))
+        return
+    page = arguments.page.read_text(encoding="utf-8")
+    for part, text in found.items():
+        page = replaced(page, part, text)
+    write_whole(arguments.page, page.encode())
+
+
+if __name__ == "__main__":
+    main()
