@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_aop.checks import check_batch
-from lightning_aop.errors import InvalidTypeError, InvalidValueError
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
 from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
@@ -85,8 +85,6 @@ def explaining(
     made in inference mode; the caller's tensors are never written.
     """
     check_batch(images, targets)
-    if not callable(getattr(model, "forward", None)) or not isinstance(model, nn.Module):
-        raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     precision, model = precision_of(model), unwrap(model)
     with undisturbed(model, seed), precision:
         device = device_of(model)

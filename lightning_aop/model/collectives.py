@@ -51,6 +51,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def _shards(model: nn.Module) -> Iterator[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return
     for module in model.modules():
         # By name: to import the class takes long, and who uses it has done so.
         if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
