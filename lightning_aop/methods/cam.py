@@ -29,7 +29,6 @@ from lightning_aop.model.layers import (
     find_feature_map,
     named_layer,
 )
-from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max, resize
 from lightning_aop.scores import logit
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
@@ -94,7 +93,8 @@ class ActivationMap(ABC):
             maps, logits = [], []
             size = (x.shape[2], x.shape[3])
             with capture(classifier.model, name, size, reshape) as captured:
-                passes = (each.split(pass_size(self.eval_batch_size)) for each in (x, t))
+                at_once = classifier.pass_size(self.eval_batch_size, len(x), x)
+                passes = (each.split(at_once) for each in (x, t))
                 for part, classes in zip(*passes, strict=True):
                     evidence, scores = self._evidence(classifier, captured, part, classes)
                     maps.append(evidence.relu())

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lightning_aop.checks import require_finite, require_positive
 from lightning_aop.errors import InvalidValueError, MissingPackageError
 from lightning_aop.model.adapter import Classifier, explaining
-from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import Images, Maps, Targets
@@ -271,7 +270,7 @@ class XRAI:
         total = torch.zeros_like(images)
         scores = torch.empty(len(images) * points, device=images.device, dtype=images.dtype)
         for part in torch.arange(len(scores), device=images.device).split(
-            pass_size(self.eval_batch_size)
+            classifier.pass_size(self.eval_batch_size, len(scores), images)
         ):
             rows, point = part // points, part % points
             x, origin = images[rows], origins[rows, point][:, None, None, None]

@@ -8,9 +8,10 @@ finds is a model like any other: `adapter.model(module)` goes wherever a model g
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from lightning_aop.checks import check_batch
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
+from lightning_aop.model.graphs import CudaGraphs, Graphs, Work
 from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
-from lightning_aop.model.passes import pass_size
+from lightning_aop.model.passes import graphs_wanted, kept_bytes, pass_size
 from lightning_aop.scores import Score, full_precision
 from lightning_aop.types import Images, Targets
 
@@ -50,6 +52,7 @@ class Classifier:
 
     model: nn.Module
     highest: int
+    graphs: Graphs = field(default_factory=lambda: Graphs(None))
 
     def logits(self, images: Images) -> Float[Tensor, "b k"]:
         """Evaluate the model in its own dtype and return logits in float32 or wider."""
@@ -74,6 +77,32 @@ class Classifier:
         """Return F_c of each image."""
         return score(self.logits(images), targets)
 
+    def pass_size(self, wanted: int | None, rows: int, images: Images) -> int:
+        """Return how many of so many images like these to take through the model in one pass.
+
+        On an accelerator two of them go through once, for each model and kind of images, so that it is
+        known what an image takes of the memory.
+        """
+        return pass_size(wanted, rows, images, lambda: _bytes_of_an_image(self, images))
+
+    def repeated(self, work: Work, times: int) -> Work:
+        """Return some work on tensors alone as it is best done so many times in this explanation."""
+        return self.graphs.repeated(work, times)
+
+
+_bytes: "WeakKeyDictionary[nn.Module, dict[object, int]]" = WeakKeyDictionary()
+
+
+def _bytes_of_an_image(classifier: Classifier, images: Images) -> int:
+    device = images.device.type
+    kind = images.shape[1:], images.dtype, torch.is_autocast_enabled(device)
+    known = _bytes.setdefault(classifier.model, {})
+    if kind not in known:
+        two = images[:1].repeat(2, 1, 1, 1).requires_grad_()
+        with torch.enable_grad():
+            known[kind] = kept_bytes(lambda: classifier.logits(two), classifier.model) // 2
+    return known[kind]
+
 
 @contextmanager
 def explaining(
@@ -92,7 +121,13 @@ def explaining(
         low, high = (int(value) for value in torch.stack(targets.aminmax()).tolist())
         if low < 0:
             raise InvalidValueError(f"targets must be class indices of 0 or more, got {low}")
-        yield Classifier(model, high), full_precision(images.detach().clone().to(device)), targets
+        capture = CudaGraphs(device) if device.type == "cuda" and graphs_wanted() else None
+        classifier = Classifier(model, high, Graphs(capture))
+        try:
+            yield classifier, full_precision(images.detach().clone().to(device)), targets
+        finally:
+            if capture is not None:
+                capture.close()
 
 
 def predict(
@@ -101,7 +136,8 @@ def predict(
     """Return the model's logits in eval mode, leaving it undisturbed."""
     anything = torch.zeros(len(images), dtype=torch.long, device=images.device)
     with explaining(model, images, anything) as (classifier, x, _), torch.no_grad():
-        return torch.cat([classifier.logits(part) for part in x.split(pass_size(eval_batch_size))])
+        size = classifier.pass_size(eval_batch_size, len(x), x)
+        return torch.cat([classifier.logits(part) for part in x.split(size)])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["collectives_noticed", "is_sharded", "reshard"]
+__all__ = ["EXCHANGES", "collectives_noticed", "is_sharded", "reshard"]
 
-_EXCHANGES = ("c10d", "c10d_functional", "_c10d_functional")
+EXCHANGES = ("c10d", "c10d_functional", "_c10d_functional")
+"""The namespaces of the operations that exchange something."""
 
 
 class _Noticing(TorchDispatchMode):
@@ -21,7 +22,7 @@ class _Noticing(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func.namespace in _EXCHANGES:
+        if func.namespace in EXCHANGES:
             self.names.add(func.__name__)
         return func(*args, **(kwargs or {}))
 
