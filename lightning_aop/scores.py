@@ -40,7 +40,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def logit(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
     """Return the raw output of the class, unbounded."""
-    return full_precision(logits).gather(1, targets.long()[:, None])[:, 0]
+    return full_precision(logits).gather(1, targets.long()[:, None]).squeeze(1)
 
 
 def softmax(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Counts:
     """Operations by name, those of the model left out, and the passes of the model.
 
     Attributes:
-        operations: how often each was dispatched.
+        operations: how often each was dispatched; views, which start nothing on a device, are left out.
         waits: how often the host asked for a value, by the name of what asked.
         passes: forwards of the model.
     """
@@ -40,6 +41,12 @@ class Counts:
         return sum(self.operations.values())
 
 
+@cache
+def _is_view(func: Any) -> bool:
+    aliases = [argument.alias_info for argument in func._schema.arguments]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
 class _Dispatched(TorchDispatchMode):
     def __init__(self, counts: Counts, own: list[bool]) -> None:
         super().__init__()
@@ -50,7 +57,7 @@ class _Dispatched(TorchDispatchMode):
     ) -> object:
         if not self._own[0]:
             name = func.overloadpacket.__name__
-            self._counts.operations[name] += 1
+            self._counts.operations[name] += not _is_view(func)
             by_mask = name in ("index", "index_put", "index_put_") and any(
                 isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8)
                 for each in args[1]

@@ -285,8 +285,8 @@ class IGOS:
         scores = classifier.scores(
             perturbed.flatten(0, 1), targets.repeat_interleave(len(draws)), self.score
         )
-        (gradient,) = torch.autograd.grad(scores.sum() / self.samples, keep)
-        return (gradient,)
+        share = torch.full_like(scores, 1 / self.samples)
+        return torch.autograd.grad(scores, keep, share)  # type: ignore[return-value]
 
     def _relaxed(
         self, l1: Float[Tensor, " b"], iteration: int, moved: Float[Tensor, " b"]

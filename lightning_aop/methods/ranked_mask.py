@@ -157,9 +157,9 @@ class RankedMask:
     ) -> tuple[Float[Tensor, "a h w"], Float[Tensor, " a"]]:
         """Return the gradient of the terms for the masks, and the terms."""
         keep = keep.detach().requires_grad_()
-        scores = sign * classifier.scores(blend(images, baseline, keep), targets, self.score)
-        (gradient,) = torch.autograd.grad(scores.sum(), keep)
-        return gradient, scores.detach()
+        scores = classifier.scores(blend(images, baseline, keep), targets, self.score)
+        (gradient,) = torch.autograd.grad(scores, keep, sign.to(scores))
+        return gradient, sign * scores.detach()
 
     def _kept(
         self, ranking: Float[Tensor, "b n n"], shares: Float[Tensor, " 2"]
@@ -167,7 +167,8 @@ class RankedMask:
         """Return the masks 1 − m_a of all images, then m_b of all images."""
         cuts = ranking.detach().flatten(1).quantile(1 - shares, dim=1)
         top = torch.sigmoid((ranking - cuts[..., None, None]) / self.temperature)
-        return torch.cat([1 - top[0], top[1]])
+        removed, held = top.unbind()
+        return torch.cat([1 - removed, held])
 
     def _shares(self, like: Images) -> Float[Tensor, "n 2"]:
         """Return a and b of each iteration."""

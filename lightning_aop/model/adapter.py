@@ -7,7 +7,7 @@ finds is a model like any other: `adapter.model(module)` goes wherever a model g
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from lightning_aop.checks import check_batch
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
-from lightning_aop.model.graphs import CudaGraphs, Graphs, Work
+from lightning_aop.model.graphs import Graphs, Work
 from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
-from lightning_aop.model.passes import graphs_wanted, kept_bytes, pass_size
+from lightning_aop.model.passes import kept_bytes, pass_size
 from lightning_aop.scores import Score, full_precision
 from lightning_aop.types import Images, Targets
 
@@ -52,7 +52,7 @@ class Classifier:
 
     model: nn.Module
     highest: int
-    graphs: Graphs = field(default_factory=lambda: Graphs(None))
+    graphs: Graphs = field(default_factory=Graphs)
 
     def logits(self, images: Images) -> Float[Tensor, "b k"]:
         """Evaluate the model in its own dtype and return logits in float32 or wider."""
@@ -121,13 +121,9 @@ def explaining(
         low, high = (int(value) for value in torch.stack(targets.aminmax()).tolist())
         if low < 0:
             raise InvalidValueError(f"targets must be class indices of 0 or more, got {low}")
-        capture = CudaGraphs(device) if device.type == "cuda" and graphs_wanted() else None
-        classifier = Classifier(model, high, Graphs(capture))
-        try:
-            yield classifier, full_precision(images.detach().clone().to(device)), targets
-        finally:
-            if capture is not None:
-                capture.close()
+        with closing(Graphs.on(device)) as graphs:
+            x = full_precision(images.detach().clone().to(device))
+            yield Classifier(model, high, graphs), x, targets
 
 
 def predict(

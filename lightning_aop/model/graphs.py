@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_aop.model.collectives import EXCHANGES
 from lightning_aop.model.isolation import isolated_rng
-from lightning_aop.model.passes import recorded, uncounted
+from lightning_aop.model.passes import graphs_wanted, recorded, uncounted
 
-__all__ = ["CudaGraphs", "Graphs", "Work"]
+__all__ = ["CAPTURES", "Graphs", "Work"]
 
 Work: TypeAlias = Callable[..., tuple[Tensor, ...]]
 """What is done in a pass: a function of tensors alone, whose results are new tensors."""
@@ -30,6 +30,9 @@ class Capture(Protocol):
 
     def beside(self) -> AbstractContextManager[object]:
         """Do what is done in the block where it will be captured, so that all is ready there."""
+
+    def close(self) -> None:
+        """Give back what the graphs took."""
 
     def __call__(self, work: Work, tensors: Sequence[Tensor]) -> Work:
         """Capture work on tensors of these shapes; return what replays it with others."""
@@ -49,8 +52,19 @@ class Graphs:
         capture: makes a graph; None where all passes stay eager.
     """
 
-    def __init__(self, capture: Capture | None) -> None:
+    def __init__(self, capture: Capture | None = None) -> None:
         self.capture = capture
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Graphs":
+        """Return those of a device, as far as they are wanted."""
+        make = CAPTURES.get(device.type) if graphs_wanted() else None
+        return cls(make and make(device))
+
+    def close(self) -> None:
+        """Give the graphs and their memory back."""
+        if self.capture is not None:
+            self.capture.close()
 
     def repeated(self, work: Work, times: int) -> Work:
         """Return the work as it is best done so many times with tensors of one shape."""
@@ -135,14 +149,13 @@ class _Watch(TorchDispatchMode):
 def _refused(func: Any, args: tuple[Any, ...], result: object) -> bool:
     if torch.Tag.data_dependent_output in func.tags or func.namespace in EXCHANGES:
         return True
+    if "index" in func.__name__ and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        # By numbers the shape is known; by masks it hangs on their values.
+        return any(
+            isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1]
+        )
     if torch.Tag.dynamic_output_shape in func.tags:
-        # Of an index only masks are counted out, and not where there are none.
-        indices = (
-            args[1] if "index" in func.__name__ and isinstance(args[1], (list, tuple)) else None
-        )
-        return indices is None or any(
-            isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in indices
-        )
+        return True
     devices = {each.device for each in (*args, result) if isinstance(each, Tensor)}
     return len(devices) > 1 and func.__name__.startswith(("_to_copy", "copy_"))
 
@@ -189,6 +202,11 @@ class CudaGraphs:
 
     def close(self) -> None:
         """Give the graphs and their memory back."""
+        torch.cuda.current_stream(self._device).synchronize()  # they may be at work still
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()
+
+
+CAPTURES: dict[str, Callable[[torch.device], Capture]] = {"cuda": CudaGraphs}
+"""What makes graphs, by the type of the device; passes on others stay eager."""
