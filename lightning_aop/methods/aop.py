@@ -164,7 +164,7 @@ def sigcam(
         warmup: iterations, of 15 in all, with a lighter blur. The paper gives no values for it; none
             at all (0) has measured better.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
     return AOP(
         WGradCAM(target_layer, eval_batch_size),
@@ -192,7 +192,7 @@ def fast_sigcam(
         iterations: the dial between speed and quality.
         score: F_c of the second stage; the activation map always explains the logit.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
     return AOP(
         WGradCAM(target_layer, eval_batch_size),

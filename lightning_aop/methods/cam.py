@@ -57,7 +57,7 @@ class ActivationMap(ABC):
         target_layer: the layer whose feature map is looked at: a name as in `model.named_modules()`,
             a module, or None for the last feature map before the classifier.
         eval_batch_size: the number of images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
         reshape: a function that turns the layer's output into feature maps [B, C, h, w]. Without it,
             maps with the channels last (Swin) and tokens (vision transformers; class and register
             tokens first) are known by the images' proportions.

@@ -40,7 +40,7 @@ class EMP:
         baseline: the image without information.
         align_corners: the mask is upsampled with aligned corners.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
 
     iterations: int = 500

@@ -137,7 +137,7 @@ class IGOS:
         align_corners: the mask is upsampled with aligned corners, as in I-GOS.
         seed: one seed gives one answer.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
 
     iterations: int = 15

@@ -66,7 +66,7 @@ class RankedMask:
         align_corners: the mask is upsampled with aligned corners.
         seed: one seed gives one answer.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
 
     iterations: int = 9

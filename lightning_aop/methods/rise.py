@@ -36,7 +36,7 @@ class RISE:
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         seed: one seed gives one answer.
         eval_batch_size: masked images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
 
     masks: int = 4000

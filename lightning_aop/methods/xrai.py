@@ -209,7 +209,7 @@ class XRAI:
             in smaller images fewer in proportion, or none of their segments would be left.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
 
     steps: int = 100

@@ -70,7 +70,7 @@ def deletion_curve(
             pixels at 224 × 224.
         pixels_per_step: N; all channels of a pixel move together.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
 
     Raises:
         TypeError: images, maps or targets are no tensors.

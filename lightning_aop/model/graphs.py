@@ -91,18 +91,19 @@ class _Repeated:
         watch = _Watch()
         with self._capture.beside(), watch:
             expected, again = recorded(lambda: self._work(*tensors))
-        self._replays[shapes] = self._work
-        if watch.refused is None:
-            try:
-                # Where it fails, random numbers go on as if it had not been tried.
-                with uncounted(), isolated_rng(tensors[0].device):
-                    replay = self._capture(self._work, tensors)
-                    fits = all(map(_alike, replay(*tensors), expected))
-            except Exception:  # whatever a model does that no graph can hold
-                fits = False
-            if fits:
-                self._replays[shapes] = _Counted(replay, again)
+        replay = None if watch.refused else self._tried(tensors, expected)
+        self._replays[shapes] = _Counted(replay, again) if replay else self._work
         return expected
+
+    def _tried(self, tensors: Sequence[Tensor], expected: tuple[Tensor, ...]) -> Work | None:
+        """Return a replay if there can be one, and if it gives what is expected."""
+        try:
+            # Where it fails, random numbers go on as if it had not been tried.
+            with uncounted(), isolated_rng(tensors[0].device):
+                replay = self._capture(self._work, tensors)
+                return replay if all(map(_alike, replay(*tensors), expected)) else None
+        except Exception:  # whatever a model does that no graph can hold
+            return None
 
 
 class _Counted:
@@ -134,7 +135,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.refused: str | None = None
 
     def __torch_dispatch__(

@@ -50,10 +50,11 @@ def pass_size(
         `wanted`, or fewer inside `Passes.within_memory` where there was too little memory for it.
     """
     active = _active.get()
-    size = wanted or (active and active.usual)
-    if not size:
-        usual = rows <= _USUAL or images is None or cost is None
-        size = _USUAL if usual else _suiting(images, cost)
+    size = wanted or (None if active is None else active.usual)
+    if size is None:
+        size = _USUAL
+        if rows > _USUAL and images is not None and cost is not None:
+            size = _suiting(images, cost)
     if active is None:
         return size
     if active.limit is not None:
@@ -70,7 +71,7 @@ def _suiting(images: Tensor, cost: Callable[[], int]) -> int:
     fastest = min(_MOST, max(_USUAL, _FLAT // images[0, 0].numel()))
     fitting = int(_SHARE * free(images.device) / (_BESIDE * max(cost(), 1)))
     # Powers of two, so that a little more or less memory gives the same passes, and the same maps.
-    return 2 ** (max(1, min(fastest, fitting)).bit_length() - 1)
+    return 1 << (max(1, min(fastest, fitting)).bit_length() - 1)
 
 
 def _free_on_cuda(device: torch.device) -> int:
