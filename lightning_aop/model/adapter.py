@@ -23,7 +23,7 @@ from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, member
 from lightning_aop.model.graphs import Graphs, Work
 from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
-from lightning_aop.model.passes import kept_bytes, pass_size
+from lightning_aop.model.passes import kept_bytes, pass_size, seconds
 from lightning_aop.scores import Score, full_precision
 from lightning_aop.types import Images, Targets
 
@@ -42,21 +42,30 @@ class AdapterError(InvalidValueError):
     """No way from images to logits was found."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Classifier:
     """The class scores F_c of a model, evaluated with its inputs checked and its outputs in float32.
 
     Made by `explaining`; `highest` is the largest target, known on the host, so that a class out of
     range is an error message and not a failed assertion on the device.
+
+    Attributes:
+        model: maps images to logits.
+        highest: the largest target.
+        graphs: the graphs of this explanation.
+        channels_last: the images go in with their channels last in memory. The weights stay as they are.
     """
 
     model: nn.Module
     highest: int
     graphs: Graphs = field(default_factory=Graphs)
+    channels_last: bool = False
 
     def logits(self, images: Images) -> Float[Tensor, "b k"]:
         """Evaluate the model in its own dtype and return logits in float32 or wider."""
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         output = self.model(images if dtype is None else images.to(dtype))
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
@@ -80,28 +89,51 @@ class Classifier:
     def pass_size(self, wanted: int | None, rows: int, images: Images) -> int:
         """Return how many of so many images like these to take through the model in one pass.
 
-        On an accelerator two of them go through once, for each model and kind of images, so that it is
-        known what an image takes of the memory.
+        Of more than go through at once anyway, an accelerator is shown a few, once for each model and
+        kind of images: what an image takes of the memory, and in half precision, which order of the
+        channels is faster.
         """
-        return pass_size(wanted, rows, images, lambda: _bytes_of_an_image(self, images))
+        return pass_size(wanted, rows, images, lambda: self._probed(images))
+
+    def _probed(self, images: Images) -> int:
+        """Return the bytes that an image takes in a pass, and choose the order of the channels."""
+        device = images.device.type
+        kind = images.shape[1:], images.dtype, torch.is_autocast_enabled(device)
+        known = _probes.setdefault(self.model, {})
+        if kind not in known:
+            two = images[:1].repeat(2, 1, 1, 1).requires_grad_()
+            with torch.enable_grad():
+                taken = kept_bytes(lambda: self.logits(two), self.model) // 2
+            known[kind] = taken, self._is_half(device) and self._faster_channels_last(images)
+        taken, self.channels_last = known[kind]
+        return taken
+
+    def _is_half(self, device: str) -> bool:
+        half = (torch.float16, torch.bfloat16)
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device) in half
+        return any(p.dtype in half for p in self.model.parameters())
+
+    def _faster_channels_last(self, images: Images) -> bool:
+        """Time a pass in either order; a model that takes its features in one order only keeps it."""
+        some = images[:1].repeat(32, 1, 1, 1)
+        times = []
+        with torch.no_grad():
+            for order in (False, True):
+                tried = Classifier(self.model, self.highest, channels_last=order)
+                try:
+                    times.append(seconds(partial(tried.logits, some), images.device))
+                except RuntimeError:
+                    return False
+        return times[1] < 0.95 * times[0]
 
     def repeated(self, work: Work, times: int) -> Work:
         """Return some work on tensors alone as it is best done so many times in this explanation."""
         return self.graphs.repeated(work, times)
 
 
-_bytes: "WeakKeyDictionary[nn.Module, dict[object, int]]" = WeakKeyDictionary()
-
-
-def _bytes_of_an_image(classifier: Classifier, images: Images) -> int:
-    device = images.device.type
-    kind = images.shape[1:], images.dtype, torch.is_autocast_enabled(device)
-    known = _bytes.setdefault(classifier.model, {})
-    if kind not in known:
-        two = images[:1].repeat(2, 1, 1, 1).requires_grad_()
-        with torch.enable_grad():
-            known[kind] = kept_bytes(lambda: classifier.logits(two), classifier.model) // 2
-    return known[kind]
+_probes: "WeakKeyDictionary[nn.Module, dict[object, tuple[int, bool]]]" = WeakKeyDictionary()
+"""By model and kind of images: the bytes of an image, and whether channels last are faster."""
 
 
 @contextmanager

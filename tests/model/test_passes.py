@@ -1,12 +1,15 @@
 """How many images go through at once, by device and memory; a fake accelerator says what is free."""
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_aop import GradCAM
-from lightning_aop.model import passes
-from lightning_aop.model.adapter import explaining
+from lightning_aop.model import adapter, passes
+from lightning_aop.model.adapter import explaining, predict
 from lightning_aop.model.passes import Passes, count_evaluations, kept_bytes, pass_size, slices
 
 GIB = 2**30
@@ -19,10 +22,22 @@ def size(
     return pass_size(None, rows, torch.zeros(1, 3, side, side), lambda: cost)
 
 
-def test_on_a_cpu_and_without_a_look_at_the_memory_a_pass_has_the_usual_number() -> None:
-    images = torch.zeros(1, 3, 224, 224)
-    assert pass_size(None, 10_000, images, lambda: 1 / 0) == pass_size(None)  # type: ignore[arg-type, return-value]
-    assert pass_size(5, 10_000, images, lambda: 1 / 0) == 5  # type: ignore[arg-type, return-value]
+@pytest.mark.parametrize(
+    ("side", "with_backward", "without"), [(224, 8, 20), (448, 4, 5), (160, 15, 32), (32, 32, 32)]
+)
+def test_on_a_cpu_passes_are_small_and_smaller_with_a_backward(
+    side: int, with_backward: int, without: int
+) -> None:
+    images = torch.zeros(1, 3, side, side)
+
+    def unasked() -> int:
+        raise AssertionError("a CPU needs no look at the memory")
+
+    assert pass_size(None, 10_000, images, unasked) == with_backward
+    with torch.no_grad():
+        assert pass_size(None, 10_000, images, unasked) == without
+        assert pass_size(5, 10_000, images, unasked) == 5
+    assert pass_size(None) == 32
 
 
 @pytest.mark.parametrize(
@@ -101,6 +116,59 @@ def test_one_probe_of_two_images_for_each_model_and_size(
     with count_evaluations(net) as again:
         GradCAM("features.4").explain(net, images, targets)
     assert again.forward == 40
+
+
+class Watching(nn.Module):
+    """Notes how its images lie in memory; a view refuses features with their channels last."""
+
+    def __init__(self, by_view: bool) -> None:
+        super().__init__()
+        self.layer, self.by_view = nn.Conv2d(3, 4, 3), by_view
+
+    def forward(self, images: Tensor) -> Tensor:
+        ORDERS.append(images.is_contiguous(memory_format=torch.channels_last))
+        features = self.layer(images)
+        if self.by_view:
+            return features.view(len(images), -1)[:, :4]
+        return features.mean(dim=(2, 3))
+
+
+ORDERS: list[bool] = []  # of passes; what hangs on the model is put back
+
+
+@pytest.mark.parametrize(
+    ("half", "faster", "by_view", "expected"),
+    [
+        (True, True, False, True),
+        (True, False, False, False),
+        (False, True, False, False),
+        (True, True, True, False),
+    ],
+)
+def test_channels_go_last_in_half_precision_where_a_timed_pass_says_so(
+    half: bool, faster: bool, by_view: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(passes.FREE_MEMORY, "cpu", lambda device: GIB)
+    model, times = Watching(by_view), iter([1.0, 0.5 if faster else 1.0])
+
+    def timed(work: Callable[[], object], device: torch.device) -> float:
+        work()
+        return next(times)
+
+    monkeypatch.setattr(adapter, "seconds", timed)
+    order = model.layer.weight.stride()
+    ORDERS.clear()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        logits = predict(model, torch.rand(40, 3, 8, 8))
+    assert ORDERS[-1] is expected
+    assert logits.isfinite().all()
+    assert model.layer.weight.stride() == order
+
+
+def test_the_time_of_some_work_is_that_of_its_second_run() -> None:
+    naps = [0.2, 0.05]
+    found = passes.seconds(lambda: time.sleep(naps.pop(0)), torch.device("cpu"))
+    assert 0.05 <= found < 0.2
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 3), (1, 3), (3, 3), (7, 3), (9, 1)])
