@@ -91,7 +91,7 @@ def test_the_graphs_memory_is_given_back(
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    assert min(captured[1::2]) > 0 or max(captured) > 0
+    assert max(captured) > 0
     assert held[1] == held[2] == held[3]
 
 

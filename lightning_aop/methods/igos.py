@@ -282,9 +282,8 @@ class IGOS:
             spread = torch.where(span > 0, 0.25 / span, 0.0)
         if self.noise:
             perturbed = perturbed.addcmul(spread, draws)
-        scores = classifier.scores(
-            perturbed.flatten(0, 1), targets.repeat_interleave(len(draws)), self.score
-        )
+        classes = targets[:, None].expand(-1, len(draws)).flatten()
+        scores = classifier.scores(perturbed.flatten(0, 1), classes, self.score)
         share = torch.full_like(scores, 1 / self.samples)
         return torch.autograd.grad(scores, keep, share)  # type: ignore[return-value]
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_aop.checks import check_batch
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
+from lightning_aop.model.collectives import collectives_noticed
 from lightning_aop.model.graphs import Graphs, Work
 from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
@@ -95,18 +96,27 @@ class Classifier:
         """
         return pass_size(wanted, rows, images, lambda: self._probed(images))
 
-    def _probed(self, images: Images) -> int:
-        """Return the bytes that an image takes in a pass, and choose the order of the channels."""
+    def _probed(self, images: Images) -> int | None:
+        """Return the bytes that an image takes in a pass, and choose the order of the channels.
+
+        None where a forward exchanges something: all processes need as many passes then, whatever
+        memory each of them has.
+        """
         device = images.device.type
         kind = images.shape[1:], images.dtype, torch.is_autocast_enabled(device)
         known = _probes.setdefault(self.model, {})
         if kind not in known:
             two = images[:1].repeat(2, 1, 1, 1).requires_grad_()
-            with torch.enable_grad():
+            exchanges: set[str] = set()
+            with torch.enable_grad(), collectives_noticed(exchanges):
                 taken = kept_bytes(lambda: self.logits(two), self.model) // 2
-            known[kind] = taken, self._is_half(device) and self._faster_channels_last(images)
-        taken, self.channels_last = known[kind]
-        return taken
+            if exchanges:
+                known[kind] = None, False
+            else:
+                faster = self._is_half(device) and self._faster_channels_last(images)
+                known[kind] = taken, faster
+        found, self.channels_last = known[kind]
+        return found
 
     def _is_half(self, device: str) -> bool:
         half = (torch.float16, torch.bfloat16)
@@ -132,7 +142,7 @@ class Classifier:
         return self.graphs.repeated(work, times)
 
 
-_probes: "WeakKeyDictionary[nn.Module, dict[object, tuple[int, bool]]]" = WeakKeyDictionary()
+_probes: "WeakKeyDictionary[nn.Module, dict[object, tuple[int | None, bool]]]" = WeakKeyDictionary()
 """By model and kind of images: the bytes of an image, and whether channels last are faster."""
 
 

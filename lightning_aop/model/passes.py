@@ -38,7 +38,7 @@ def pass_size(
     wanted: int | None,
     rows: int = 0,
     images: Tensor | None = None,
-    cost: Callable[[], int] | None = None,
+    cost: Callable[[], int | None] | None = None,
 ) -> int:
     """Return how many images to take through the model in one pass.
 
@@ -46,7 +46,8 @@ def pass_size(
         wanted: the `eval_batch_size` of a method or a metric; None for what suits the device.
         rows: how many images there are; the usual number goes through without a look at the memory.
         images: some of them, by which the device and their size are known.
-        cost: returns how many bytes an image takes in a pass; is called only on an accelerator.
+        cost: returns how many bytes an image takes in a pass, None if the memory may not decide; is
+            called only on an accelerator.
 
     Returns:
         `wanted`, or fewer inside `Passes.within_memory` where there was too little memory for it.
@@ -65,7 +66,7 @@ def pass_size(
     return size
 
 
-def _suiting(rows: int, images: Tensor, cost: Callable[[], int]) -> int:
+def _suiting(rows: int, images: Tensor, cost: Callable[[], int | None]) -> int:
     """Return as many images as make a pass faster, and on an accelerator as fit into its memory."""
     free = FREE_MEMORY.get(images.device.type)
     pixels = images[0, 0].numel()
@@ -74,8 +75,11 @@ def _suiting(rows: int, images: Tensor, cost: Callable[[], int]) -> int:
         return min(_USUAL, max(4, _ON_CPU[torch.is_grad_enabled()] // pixels))
     if rows <= _USUAL:
         return _USUAL
+    taken = cost()
+    if taken is None:
+        return _USUAL
     fastest = min(_MOST, max(_USUAL, _FLAT // pixels))
-    fitting = int(_SHARE * free(images.device) / (_BESIDE * max(cost(), 1)))
+    fitting = int(_SHARE * free(images.device) / (_BESIDE * max(taken, 1)))
     # Powers of two, so that a little more or less memory gives the same passes, and the same maps.
     return 1 << (max(1, min(fastest, fitting)).bit_length() - 1)
 

@@ -72,6 +72,13 @@ def test_the_usual_number_goes_through_without_a_probe(monkeypatch: pytest.Monke
     assert pass_size(None, 32, torch.zeros(1, 3, 8, 8), lambda: 1) == 32
 
 
+def test_the_usual_number_goes_through_where_processes_must_do_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(passes.FREE_MEMORY, "cpu", lambda device: 70 * GIB)
+    assert pass_size(None, 10_000, torch.zeros(1, 3, 224, 224), lambda: None) == 32
+
+
 def test_what_is_asked_for_counts_more_and_a_lack_of_memory_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
