@@ -56,7 +56,7 @@ ROUNDS = {
     "I-GOS": Work(
         lambda m, x, t, n: igos(n, ArmijoSearch(at_once=20)).explain(m, x, t),
         passes=2,
-        operations=127,
+        operations=128,
     ),
     "curves": Work(curves, passes=4, operations=32),
 }
