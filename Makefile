@@ -8,7 +8,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow test-others test-lowest coverage mutants release-check reliability docs \
+.PHONY: help demo test test-quick test-slow test-gpu test-others test-lowest coverage mutants release-check reliability docs \
 	format lint types clean
 
 help:  ## list these targets
@@ -26,6 +26,10 @@ test-quick: $(VENV)/.test  ## the tests that need only the extra `test`, which i
 
 test-slow: $(VENV)/.dev  ## the slow tests; LIGHTNING_AOP_DATA names a folder of real photos
 	$(BIN)/python -m pytest -m slow -s
+
+test-gpu: $(VENV)/.dev  ## the tests that need a CUDA device, and those of what runs on it
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m "not slow and not others" tests/model tests/methods tests/metrics tests/monitor/test_monitor.py
 
 test-others:  ## other projects' modules, exports and loggers, in environments of their own
 	$(PYTHON) -m venv $(VENV)-others

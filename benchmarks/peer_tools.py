@@ -122,7 +122,7 @@ def races(batch: Batch, few: int) -> dict[str, Race]:
     return found
 
 
-def both_curves(batch: Batch, maps: Tensor, eval_batch_size: int = 32) -> Tensor:
+def both_curves(batch: Batch, maps: Tensor, eval_batch_size: int | None = None) -> Tensor:
     """Return deletion and insertion side by side."""
     curves = deletion_insertion_curves(
         batch.model,

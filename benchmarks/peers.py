@@ -134,7 +134,7 @@ class Bare:
 
 def bare_sizes(batch: Batch, repeats: int) -> dict[int, tuple[float, float]]:
     """Return the median seconds an image without and with a backward, by batch size."""
-    sizes = [1, 2, 4, 8, 16, 32] + [64, 128] * (batch.images.device.type == "cuda")
+    sizes = [1, 2, 4, 8, 10, 16, 20, 32] + [64, 128, 256] * (batch.images.device.type == "cuda")
     times = {size: [once(batch, size) for _ in range(repeats)] for size in sizes}
     return {
         size: (statistics.median(f for f, _ in found), statistics.median(b for _, b in found))

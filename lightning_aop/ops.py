@@ -33,7 +33,7 @@ def resize(
         mode="bilinear",
         align_corners=align_corners and not shrinks,
         antialias=shrinks,
-    )[:, 0]
+    ).squeeze(1)
 
 
 def min_max(maps: CoarseMaps) -> CoarseMaps:

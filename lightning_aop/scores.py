@@ -6,6 +6,7 @@ precision.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -29,12 +30,17 @@ Score: TypeAlias = Callable[[Float[Tensor, "b k"], Targets], _Scores]
 
 def full_precision(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return half precision as float32, and anything wider as it is."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.to(_wide(values.dtype))
+
+
+@lru_cache  # a pass asks several times
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def logit(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
     """Return the raw output of the class, unbounded."""
-    return full_precision(logits).gather(1, targets.long()[:, None])[:, 0]
+    return full_precision(logits).gather(1, targets.long()[:, None]).squeeze(1)
 
 
 def softmax(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_aop.checks import check_batch
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.cam import WGradCAM
 from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.ranked_mask import RankedMask
+from lightning_aop.model.isolation import isolated, unwrap
 from lightning_aop.model.layers import TargetLayerError
 from lightning_aop.ops import min_max, resize
 from lightning_aop.scores import Score, softmax
@@ -123,19 +124,21 @@ class AOP:
 
     def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
         """Return the refined maps [B, H, W] in [0, 1]."""
-        if isinstance(self.activation, ActivationMethod):
-            start = self.activation.activation_map(model, images, targets)
-        else:
-            start = self.activation.explain(model, images, targets)
-        maps = self.perturbation.refine(model, images, targets, self._filtered(start))
+        with isolated(unwrap(model)):  # once for both stages
+            if isinstance(self.activation, ActivationMethod):
+                start = self.activation.activation_map(model, images, targets)
+            else:
+                start = self.activation.explain(model, images, targets)
+            maps = self.perturbation.refine(model, images, targets, self._filtered(start))
         return min_max(maps) if self.stretch else maps
 
     def _filtered(self, maps: CoarseMaps) -> CoarseMaps:
         """Return λ · filter(M < θ) (Eq. 5)."""
+        threshold: float | Tensor
         if self.percentile:
             threshold = maps.flatten(1).quantile(self.threshold, dim=1)[:, None, None]
         else:
-            threshold = torch.tensor(self.threshold, device=maps.device, dtype=maps.dtype)
+            threshold = self.threshold
         return self.scale * torch.where(maps < threshold, 0.0, maps)
 
 
@@ -161,7 +164,7 @@ def sigcam(
         warmup: iterations, of 15 in all, with a lighter blur. The paper gives no values for it; none
             at all (0) has measured better.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
     return AOP(
         WGradCAM(target_layer, eval_batch_size),
@@ -189,7 +192,7 @@ def fast_sigcam(
         iterations: the dial between speed and quality.
         score: F_c of the second stage; the activation map always explains the logit.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
     return AOP(
         WGradCAM(target_layer, eval_batch_size),

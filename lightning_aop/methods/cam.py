@@ -29,7 +29,6 @@ from lightning_aop.model.layers import (
     find_feature_map,
     named_layer,
 )
-from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max, resize
 from lightning_aop.scores import logit
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
@@ -58,7 +57,7 @@ class ActivationMap(ABC):
         target_layer: the layer whose feature map is looked at: a name as in `model.named_modules()`,
             a module, or None for the last feature map before the classifier.
         eval_batch_size: the number of images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
         reshape: a function that turns the layer's output into feature maps [B, C, h, w]. Without it,
             maps with the channels last (Swin) and tokens (vision transformers; class and register
             tokens first) are known by the images' proportions.
@@ -94,7 +93,8 @@ class ActivationMap(ABC):
             maps, logits = [], []
             size = (x.shape[2], x.shape[3])
             with capture(classifier.model, name, size, reshape) as captured:
-                passes = (each.split(pass_size(self.eval_batch_size)) for each in (x, t))
+                at_once = classifier.pass_size(self.eval_batch_size, len(x), x)
+                passes = (each.split(at_once) for each in (x, t))
                 for part, classes in zip(*passes, strict=True):
                     evidence, scores = self._evidence(classifier, captured, part, classes)
                     maps.append(evidence.relu())

@@ -76,7 +76,7 @@ class CaptumAttribution:
         score: F_c; the logit, or `softmax` or `sigmoid`.
         seed: one seed gives one answer.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
 
     Raises:
         ImportError: captum is not installed.

@@ -8,7 +8,6 @@ from torch import nn
 from lightning_aop.checks import require_finite, require_positive
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
-from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import Baseline, GaussianBlur, total_variation
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
@@ -41,7 +40,7 @@ class EMP:
         baseline: the image without information.
         align_corners: the mask is upsampled with aligned corners.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
 
     iterations: int = 500
@@ -84,7 +83,7 @@ class EMP:
                 keep = enlarged.detach().requires_grad_()
                 through_model = torch.zeros_like(keep)
                 scores = []
-                for rows in everyone.split(pass_size(self.eval_batch_size)):
+                for rows in everyone.split(perturbed.size(len(x))):
                     score = perturbed.at(keep[rows], rows)
                     through_model += torch.autograd.grad(score.sum(), keep)[0]
                     scores.append(score.detach())

@@ -62,7 +62,7 @@ class ExcitationBackprop(ActivationMap):
         target_layer: the layer at which the signal is read: a name as in `model.named_modules()`, a
             module, or None for the last feature map before the classifier.
         eval_batch_size: the number of images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
         reshape: a function that turns the layer's output into feature maps [B, C, h, w], for layers
             of another shape, as in the class activation maps.
     """

@@ -1,7 +1,7 @@
 """What perturbation methods share: the class score of an image seen through a mask."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import Classifier
-from lightning_aop.model.passes import pass_size
+from lightning_aop.model.graphs import Work
+from lightning_aop.model.passes import slices
 from lightning_aop.ops import blend, resize
 from lightning_aop.scores import Score
 from lightning_aop.types import CoarseMaps, Images, Targets
@@ -17,7 +18,11 @@ from lightning_aop.types import CoarseMaps, Images, Targets
 
 @dataclass(frozen=True)
 class PerturbedScore:
-    """F_c(Φ(M)) of a batch against one baseline, evaluated in chunks."""
+    """F_c(Φ(M)) of a batch against one baseline, evaluated in chunks.
+
+    Attributes:
+        times: how often `values` will be asked, about.
+    """
 
     classifier: Classifier
     images: Images
@@ -25,28 +30,31 @@ class PerturbedScore:
     targets: Targets
     score: Score
     eval_batch_size: int | None
+    times: int = 1
 
-    def at(
-        self,
-        keep: Float[Tensor, "a h w"],
-        rows: Int[Tensor, " a"],
-        noisy: Callable[[Images], Images] | None = None,
-    ) -> Float[Tensor, " a"]:
-        """Return the score of images[rows] seen through the masks `keep`, differentiable.
+    def size(self, rows: int) -> int:
+        """Return how many of so many perturbed images go through the model in one pass."""
+        return self.classifier.pass_size(self.eval_batch_size, rows, self.images)
 
-        `noisy` adds noise to the perturbed images.
-        """
-        perturbed = blend(self.images[rows], self.baseline[rows], keep)
-        if noisy is not None:
-            perturbed = noisy(perturbed)
-        return self.classifier.scores(perturbed, self.targets[rows], self.score)
+    def at(self, keep: Float[Tensor, "a h w"], rows: Int[Tensor, " a"]) -> Float[Tensor, " a"]:
+        """Return the score of images[rows] seen through the masks `keep`, differentiable."""
+        return self._seen(self.images[rows], self.baseline[rows], self.targets[rows], keep)[0]
 
     def values(self, keep: Float[Tensor, "a h w"], rows: Int[Tensor, " a"]) -> Float[Tensor, " a"]:
         """Return the same without a graph, in chunks."""
-        size = pass_size(self.eval_batch_size)
         with torch.no_grad():
-            parts = zip(keep.split(size), rows.split(size), strict=True)
-            return torch.cat([self.at(masks, part) for masks, part in parts])
+            batch = self.images[rows], self.baseline[rows], self.targets[rows], keep
+            parts = slices(len(keep), self.size(len(keep)))
+            return torch.cat([self._values(*(each[part] for each in batch))[0] for part in parts])
+
+    @cached_property
+    def _values(self) -> Work:
+        return self.classifier.repeated(self._seen, self.times)
+
+    def _seen(
+        self, images: Images, baseline: Images, targets: Targets, keep: Float[Tensor, "a h w"]
+    ) -> tuple[Float[Tensor, " a"]]:
+        return (self.classifier.scores(blend(images, baseline, keep), targets, self.score),)
 
 
 def upsampled(

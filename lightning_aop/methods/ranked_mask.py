@@ -1,6 +1,7 @@
 """RankedMask: a ranking of the pixels, optimised for deletion and insertion at once."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 from lightning_aop.checks import require_finite, require_positive
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
-from lightning_aop.model.adapter import explaining
-from lightning_aop.model.passes import pass_size
-from lightning_aop.ops import Baseline, GaussianBlur, min_max
+from lightning_aop.model.adapter import Classifier, explaining
+from lightning_aop.model.passes import slices
+from lightning_aop.ops import Baseline, GaussianBlur, blend, min_max
 from lightning_aop.scores import Score, softmax, value
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
@@ -65,7 +66,7 @@ class RankedMask:
         align_corners: the mask is upsampled with aligned corners.
         seed: one seed gives one answer.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
 
     iterations: int = 9
@@ -107,29 +108,30 @@ class RankedMask:
     def refine(self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps) -> Maps:
         """Return the map of the last iterate, from R = start, at the images' size."""
         with explaining(model, images, targets, self.seed) as (classifier, x, t):
-            perturbed = PerturbedScore(
-                classifier, x, self.baseline(x), t, self.score, self.eval_batch_size
-            )
+            baseline = self.baseline(x)
+            perturbed = PerturbedScore(classifier, x, baseline, t, self.score, self.eval_batch_size)
             rows = torch.arange(len(x), device=x.device)
             whole = perturbed.values(torch.ones_like(x[:, 0]), rows)
             require_finite(whole, t, "the class score")
-            rows, sign = rows.repeat(2), torch.ones_like(whole).repeat(2)
+            sign = torch.ones_like(whole).repeat(2)
             sign[: len(x)] = -1
+            both = x.repeat(2, 1, 1, 1), baseline.repeat(2, 1, 1, 1), t.repeat(2), sign
+            parts = slices(len(sign), perturbed.size(len(sign)))
+            through_model = classifier.repeated(
+                partial(self._gradient, classifier), self.iterations * (len(sign) // len(parts))
+            )
             ranking = 1 - starting_mask(start, x, self.mask_size, self.align_corners)
             velocity, gained = torch.zeros_like(ranking), torch.zeros_like(whole)
             for shares, smooth in zip(self._shares(x), self._filters(x), strict=True):
                 ranking.requires_grad_()
                 kept = self._kept(ranking, shares)
                 enlarged = upsampled(kept, x, self.align_corners)
-                keep = enlarged.detach().requires_grad_()
-                through_model = torch.zeros_like(keep)
-                for part in torch.arange(len(rows), device=x.device).split(
-                    pass_size(self.eval_batch_size)
-                ):
-                    scores = sign[part] * perturbed.at(keep[part], rows[part])
-                    through_model += torch.autograd.grad(scores.sum(), keep)[0]
-                    gained.index_add_(0, rows[part], scores.detach().to(gained))
-                (slope,) = torch.autograd.grad(enlarged, ranking, through_model)
+                keep = enlarged.detach()
+                passes = [through_model(*(each[part] for each in (*both, keep))) for part in parts]
+                gradient, scores = map(torch.cat, zip(*passes, strict=True))
+                for gain in scores.to(gained).chunk(2):
+                    gained += gain
+                (slope,) = torch.autograd.grad(enlarged, ranking, gradient)
                 slope = slope - slope.mean(dim=(1, 2), keepdim=True)
                 slope = smooth @ slope @ smooth.T
                 largest = slope.abs().amax(dim=(1, 2), keepdim=True)
@@ -138,11 +140,26 @@ class RankedMask:
                 ranking = ranking.detach() + self.lr * velocity
             level = whole.abs().clamp_min(self.score_floor)
             if self.score is value:  # has no zero to fall to, nor a scale
-                nothing = perturbed.values(torch.zeros_like(x[:, 0]), rows[: len(x)])
+                nothing = perturbed.values(torch.zeros_like(x[:, 0]), rows)
                 level = (whole - nothing).abs()
             strength = 2 * gained / self.iterations / level
             maps = upsampled(min_max(ranking), x, self.align_corners).square()
             return maps * strength.clamp(0, 1)[:, None, None].to(maps)
+
+    def _gradient(
+        self,
+        classifier: Classifier,
+        images: Images,
+        baseline: Images,
+        targets: Targets,
+        sign: Float[Tensor, " a"],
+        keep: Float[Tensor, "a h w"],
+    ) -> tuple[Float[Tensor, "a h w"], Float[Tensor, " a"]]:
+        """Return the gradient of the terms for the masks, and the terms."""
+        keep = keep.detach().requires_grad_()
+        scores = classifier.scores(blend(images, baseline, keep), targets, self.score)
+        (gradient,) = torch.autograd.grad(scores, keep, sign.to(scores))
+        return gradient, sign * scores.detach()
 
     def _kept(
         self, ranking: Float[Tensor, "b n n"], shares: Float[Tensor, " 2"]
@@ -150,7 +167,8 @@ class RankedMask:
         """Return the masks 1 − m_a of all images, then m_b of all images."""
         cuts = ranking.detach().flatten(1).quantile(1 - shares, dim=1)
         top = torch.sigmoid((ranking - cuts[..., None, None]) / self.temperature)
-        return torch.cat([1 - top[0], top[1]])
+        removed, held = top.unbind()
+        return torch.cat([1 - removed, held])
 
     def _shares(self, like: Images) -> Float[Tensor, "n 2"]:
         """Return a and b of each iteration."""

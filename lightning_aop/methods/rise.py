@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_aop.checks import require_finite, require_positive
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import explaining
-from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max, resize
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import Images, Maps, Targets
@@ -37,7 +36,7 @@ class RISE:
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         seed: one seed gives one answer.
         eval_batch_size: masked images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
 
     masks: int = 4000
@@ -69,7 +68,7 @@ class RISE:
             # An image after the other for each mask, so that a pass has few masks to upsample.
             count, first = len(x), 0
             for part in torch.arange(self.masks * count, device=x.device).split(
-                pass_size(self.eval_batch_size)
+                classifier.pass_size(self.eval_batch_size, self.masks * count, x)
             ):
                 rows, mask = part % count, part // count - first // count
                 keep = masks.enlarged(first // count, (first + len(part) - 1) // count + 1)

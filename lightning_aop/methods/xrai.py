@@ -12,7 +12,6 @@ from lightning_aop.checks import require_finite, require_positive
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.superpixels import require_slic, superpixels
 from lightning_aop.model.adapter import Classifier, explaining
-from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import min_max
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import Images, Maps, Targets
@@ -178,7 +177,7 @@ class XRAI:
             in smaller images fewer in proportion, or none of their segments would be left.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
     """
 
     steps: int = 100
@@ -239,7 +238,7 @@ class XRAI:
         total = torch.zeros_like(images)
         scores = torch.empty(len(images) * points, device=images.device, dtype=images.dtype)
         for part in torch.arange(len(scores), device=images.device).split(
-            pass_size(self.eval_batch_size)
+            classifier.pass_size(self.eval_batch_size, len(scores), images)
         ):
             rows, point = part // points, part % points
             x, origin = images[rows], origins[rows, point][:, None, None, None]

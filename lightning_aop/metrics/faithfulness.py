@@ -38,7 +38,7 @@ class _FaithfulnessAUC(Metric, ABC):
         steps: the number of steps of each curve, if `pixels_per_step` is None.
         pixels_per_step: N of the protocol, 448 in the default at 224 × 224.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
         evaluations: per image, for all its curves together, for an estimate by `estimate_curves`, whose
             standard errors are `auc_errors`; None for the full curves.
         kwargs: torchmetrics' own arguments, such as `sync_on_compute`.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_aop.checks import require_finite, require_positive, require_tensors
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import Classifier, explaining
-from lightning_aop.model.passes import pass_size
+from lightning_aop.model.passes import slices
 from lightning_aop.ops import Baseline, GaussianBlur
 from lightning_aop.scores import Score, full_precision, logit, softmax
 from lightning_aop.types import Images, Maps, Targets
@@ -70,7 +70,7 @@ def deletion_curve(
             pixels at 224 × 224.
         pixels_per_step: N; all channels of a pixel move together.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
-            for 32, or fewer where memory runs out.
+            for what suits the device, or fewer where memory runs out.
 
     Raises:
         TypeError: images, maps or targets are no tensors.
@@ -232,11 +232,13 @@ class _Game:
     def play_both(
         self, chunk: int | None
     ) -> tuple[Float[Tensor, "b points"], Float[Tensor, "b points"]]:
-        """Return the full curves of deletion and of insertion."""
-        deletion = self.play(insert=False, steps=range(self.steps + 1), chunk=chunk)
-        between = deletion[:, :0]
-        if self.steps > 1:
-            between = self.play(insert=True, steps=range(1, self.steps), chunk=chunk)
+        """Return the full curves of deletion and of insertion, evaluated in one go."""
+        n = self.steps
+        taken = torch.cat([torch.arange(n + 1), torch.arange(1, n)]).to(self.images.device)
+        inserted = torch.arange(2 * n, device=self.images.device) > n
+        images = len(self.images)
+        found = self._scores(taken.expand(images, -1), inserted.expand(images, -1), chunk)
+        deletion, between = found[:, : n + 1], found[:, n + 1 :]
         return deletion, torch.cat([deletion[:, -1:], between, deletion[:, :1]], dim=1)
 
     def refine(
@@ -297,30 +299,43 @@ class _Game:
     ) -> Float[Tensor, "b m"]:
         """Return the scores after numbers of steps that may differ from image to image."""
         require_positive("deletion and insertion", eval_batch_size=wanted)
-        chunk = pass_size(wanted)
+        images, points = steps.shape
+        chunk = self.classifier.pass_size(wanted, images * points, self.images)
         moved = (steps * self.pixels_per_step).to(self.ranks)
         # Blocks of images × steps: no image is copied only to be perturbed.
-        at_once = max(min(8, chunk), chunk // moved.shape[1])
+        at_once = max(min(8, chunk), chunk // points)
+        seen = self.classifier.repeated(self._seen, images * points // chunk)
         parts = []
-        for some in torch.arange(len(moved), device=moved.device).split(at_once):
-            images, replaced, ranks = self.images[some], self.replaced[some], self.ranks[some]
-            scores = []
-            for below, inserted in zip(
-                *(each[some].T.split(chunk // len(some)) for each in (moved, insert)), strict=True
-            ):
-                hidden = (ranks < below[:, :, None, None]) != inserted[:, :, None, None]
-                # By 0 and 1 exactly the one or the other, in a fifth of the time of torch.where.
-                perturbed = torch.lerp(images, replaced, hidden.to(images)[:, :, None]).flatten(
-                    0, 1
-                )
-                targets = self.targets[some].repeat(len(below))
-                scores.append(
-                    self.classifier.scores(perturbed, targets, self.score).view(below.shape)
-                )
+        for some in slices(images, at_once):
+            block = self.images[some], self.replaced[some], self.ranks[some], self.targets[some]
+            below, inserted = moved[some].T, insert[some].T
+            scores = [
+                seen(*block, below[part], inserted[part])[0]
+                for part in slices(points, chunk // len(block[0]))
+            ]
             parts.append(torch.cat(scores).T)
         found = torch.cat(parts)
         require_finite(found, self.targets, "the class score of a perturbed image")
         return found
+
+    def _seen(
+        self,
+        images: Images,
+        replaced: Images,
+        ranks: Int[Tensor, "b h w"],
+        targets: Targets,
+        below: Int[Tensor, "s b"],
+        inserted: Bool[Tensor, "s b"],
+    ) -> tuple[Float[Tensor, "s b"]]:
+        """Return the scores after `below` pixels of each image were moved."""
+        hidden = (ranks < below[:, :, None, None]) != inserted[:, :, None, None]
+        # By 0 and 1 exactly the one or the other, in a fifth of the time of torch.where. Into memory in
+        # the order of the images, for the strides that it would choose cost a copy.
+        perturbed = images.new_empty(*below.shape, *images.shape[1:])
+        torch.lerp(images, replaced, hidden.to(images)[:, :, None], out=perturbed)
+        perturbed = perturbed.flatten(0, 1)
+        scores = self.classifier.scores(perturbed, targets.repeat(len(below)), self.score)
+        return (scores.view(below.shape),)
 
 
 def _variances(

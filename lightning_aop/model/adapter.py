@@ -7,21 +7,24 @@ finds is a model like any other: `adapter.model(module)` goes wherever a model g
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_aop.checks import check_batch
-from lightning_aop.errors import InvalidTypeError, InvalidValueError
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
+from lightning_aop.model.collectives import collectives_noticed
+from lightning_aop.model.graphs import Graphs, Work
 from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
-from lightning_aop.model.passes import pass_size
+from lightning_aop.model.passes import kept_bytes, pass_size, seconds
 from lightning_aop.scores import Score, full_precision
 from lightning_aop.types import Images, Targets
 
@@ -40,20 +43,30 @@ class AdapterError(InvalidValueError):
     """No way from images to logits was found."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Classifier:
     """The class scores F_c of a model, evaluated with its inputs checked and its outputs in float32.
 
     Made by `explaining`; `highest` is the largest target, known on the host, so that a class out of
     range is an error message and not a failed assertion on the device.
+
+    Attributes:
+        model: maps images to logits.
+        highest: the largest target.
+        graphs: the graphs of this explanation.
+        channels_last: the images go in with their channels last in memory. The weights stay as they are.
     """
 
     model: nn.Module
     highest: int
+    graphs: Graphs = field(default_factory=Graphs)
+    channels_last: bool = False
 
     def logits(self, images: Images) -> Float[Tensor, "b k"]:
         """Evaluate the model in its own dtype and return logits in float32 or wider."""
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         output = self.model(images if dtype is None else images.to(dtype))
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
@@ -74,6 +87,64 @@ class Classifier:
         """Return F_c of each image."""
         return score(self.logits(images), targets)
 
+    def pass_size(self, wanted: int | None, rows: int, images: Images) -> int:
+        """Return how many of so many images like these to take through the model in one pass.
+
+        Of more than go through at once anyway, an accelerator is shown a few, once for each model and
+        kind of images: what an image takes of the memory, and in half precision, which order of the
+        channels is faster.
+        """
+        return pass_size(wanted, rows, images, lambda: self._probed(images))
+
+    def _probed(self, images: Images) -> int | None:
+        """Return the bytes that an image takes in a pass, and choose the order of the channels.
+
+        None where a forward exchanges something: all processes need as many passes then, whatever
+        memory each of them has.
+        """
+        device = images.device.type
+        kind = images.shape[1:], images.dtype, torch.is_autocast_enabled(device)
+        known = _probes.setdefault(self.model, {})
+        if kind not in known:
+            two = images[:1].repeat(2, 1, 1, 1).requires_grad_()
+            exchanges: set[str] = set()
+            with torch.enable_grad(), collectives_noticed(exchanges):
+                taken = kept_bytes(lambda: self.logits(two), self.model) // 2
+            if exchanges:
+                known[kind] = None, False
+            else:
+                faster = self._is_half(device) and self._faster_channels_last(images)
+                known[kind] = taken, faster
+        found, self.channels_last = known[kind]
+        return found
+
+    def _is_half(self, device: str) -> bool:
+        half = (torch.float16, torch.bfloat16)
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device) in half
+        return any(p.dtype in half for p in self.model.parameters())
+
+    def _faster_channels_last(self, images: Images) -> bool:
+        """Time a pass in either order; a model that takes its features in one order only keeps it."""
+        some = images[:1].repeat(32, 1, 1, 1)
+        times = []
+        with torch.no_grad():
+            for order in (False, True):
+                tried = Classifier(self.model, self.highest, channels_last=order)
+                try:
+                    times.append(seconds(partial(tried.logits, some), images.device))
+                except RuntimeError:
+                    return False
+        return times[1] < 0.95 * times[0]
+
+    def repeated(self, work: Work, times: int) -> Work:
+        """Return some work on tensors alone as it is best done so many times in this explanation."""
+        return self.graphs.repeated(work, times)
+
+
+_probes: "WeakKeyDictionary[nn.Module, dict[object, tuple[int | None, bool]]]" = WeakKeyDictionary()
+"""By model and kind of images: the bytes of an image, and whether channels last are faster."""
+
 
 @contextmanager
 def explaining(
@@ -85,8 +156,6 @@ def explaining(
     made in inference mode; the caller's tensors are never written.
     """
     check_batch(images, targets)
-    if not callable(getattr(model, "forward", None)) or not isinstance(model, nn.Module):
-        raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     precision, model = precision_of(model), unwrap(model)
     with undisturbed(model, seed), precision:
         device = device_of(model)
@@ -94,7 +163,9 @@ def explaining(
         low, high = (int(value) for value in torch.stack(targets.aminmax()).tolist())
         if low < 0:
             raise InvalidValueError(f"targets must be class indices of 0 or more, got {low}")
-        yield Classifier(model, high), full_precision(images.detach().clone().to(device)), targets
+        with closing(Graphs.on(device)) as graphs:
+            x = full_precision(images.detach().clone().to(device))
+            yield Classifier(model, high, graphs), x, targets
 
 
 def predict(
@@ -103,7 +174,8 @@ def predict(
     """Return the model's logits in eval mode, leaving it undisturbed."""
     anything = torch.zeros(len(images), dtype=torch.long, device=images.device)
     with explaining(model, images, anything) as (classifier, x, _), torch.no_grad():
-        return torch.cat([classifier.logits(part) for part in x.split(pass_size(eval_batch_size))])
+        size = classifier.pass_size(eval_batch_size, len(x), x)
+        return torch.cat([classifier.logits(part) for part in x.split(size)])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["collectives_noticed", "is_sharded", "reshard"]
+__all__ = ["EXCHANGES", "collectives_noticed", "is_sharded", "reshard"]
 
-_EXCHANGES = ("c10d", "c10d_functional", "_c10d_functional")
+EXCHANGES = ("c10d", "c10d_functional", "_c10d_functional")
+"""The namespaces of the operations that exchange something."""
 
 
 class _Noticing(TorchDispatchMode):
@@ -21,7 +22,7 @@ class _Noticing(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func.namespace in _EXCHANGES:
+        if func.namespace in EXCHANGES:
             self.names.add(func.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -51,6 +52,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def _shards(model: nn.Module) -> Iterator[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return
     for module in model.modules():
         # By name: to import the class takes long, and who uses it has done so.
         if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):

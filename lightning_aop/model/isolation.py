@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
+from lightning_aop.errors import InvalidTypeError
 from lightning_aop.model.collectives import reshard
 from lightning_aop.model.state import Saved
 
@@ -74,6 +76,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     Open it once around all that is done to a model: it walks through all that hangs on it, and is free
     inside another for the same model. Large weights are copied only where something writes to them.
     """
+    if not callable(getattr(model, "forward", None)) or not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     # Of an adapted model the first module is the user's.
     if any(next(iter(model.modules()), model) in saved for saved in _open):
         yield
@@ -134,19 +138,28 @@ def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(isolated_rng(device_of(model), seed))
         modes = [(module, module.training) for module in model.modules()]
-        parameters = [(p, p.requires_grad) for p in model.parameters()]
+        parameters = [
+            (parameter, parameter.requires_grad)
+            for module, _ in modes
+            for parameter in module._parameters.values()
+            if parameter is not None
+        ]
         try:
-            for module, _ in modes:
-                # The attribute, not `.eval()`: an overridden `train` may do more than switch.
-                module.training = False
-            for parameter, _ in parameters:
-                parameter.requires_grad = False  # what a lazy layer's takes, too
+            for module, training in modes:
+                if training:
+                    # The attribute, not `.eval()`: an overridden `train` may do more than switch.
+                    module.training = False
+            for parameter, requires_grad in parameters:
+                if requires_grad:
+                    parameter.requires_grad = False  # what a lazy layer's takes, too
             yield
         finally:
             for module, training in modes:
-                module.training = training
+                if module.training is not training:
+                    module.training = training
             for parameter, requires_grad in parameters:
-                parameter.requires_grad = requires_grad
+                if parameter.requires_grad is not requires_grad:
+                    parameter.requires_grad = requires_grad
 
 
 @contextmanager
@@ -207,7 +220,7 @@ def hooked(module: nn.Module, hook: Callable[[Any, Any, Any], Any]) -> Removable
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter or buffer, the CPU if it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
 

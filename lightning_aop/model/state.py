@@ -88,7 +88,7 @@ class Saved:
         self._copies: list[np.ndarray[Any, Any]] = []
         self._generators: list[Callable[[], Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
-        self._storages: dict[int, tuple[torch.UntypedStorage, list[Any]]] = {}
+        self._storages: dict[int, tuple[torch.UntypedStorage, Tensor | None, list[Any]]] = {}
         self._lent: dict[int, _Lent] = {}  # by the tensor's identity
         self._pieces: list[_Piece] = []
         self._seen: dict[int, Any] = {}  # holds each object, so that its identity stays its own
@@ -103,11 +103,11 @@ class Saved:
         self._copies = [values.copy() for values in self._arrays]
         copied = []
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            for storage, tensors in self._storages.values():
+            for storage, alias, tensors in self._storages.values():
                 if lent := _lend(storage, tensors):
                     self._lent[id(tensors[0])] = lent
                 else:
-                    copied.append(storage)
+                    copied.append((storage, _all_of(storage, alias)))
             self._pieces += _pieces(copied)
 
     def restore(self) -> None:
@@ -185,7 +185,7 @@ class Saved:
 
     def devices(self) -> set[torch.device]:
         """Return the devices that the values are on."""
-        return {storage.device for storage, _ in self._storages.values()}
+        return {storage.device for storage, *_ in self._storages.values()}
 
     def __contains__(self, thing: object) -> bool:
         return self._seen.get(id(thing)) is thing
@@ -296,15 +296,18 @@ class Saved:
             return leads
         self._classes.append((tensor, type(tensor)))
         grad = tensor.grad if tensor.is_leaf else None
-        self._tensors.append((tensor, tensor.detach(), tensor.requires_grad, grad))
+        alias = tensor.detach()
+        self._tensors.append((tensor, alias, tensor.requires_grad, grad))
         if parts := _SPARSE.get(tensor.layout):
             return [*leads, *((part.__name__, part(tensor)) for part in parts)]
-        self._save_storage(tensor.untyped_storage(), tensor)
+        self._save_storage(tensor.untyped_storage(), tensor, alias)
         return leads
 
-    def _save_storage(self, storage: torch.UntypedStorage, holder: Any) -> None:
+    def _save_storage(
+        self, storage: torch.UntypedStorage, holder: Any, alias: Tensor | None = None
+    ) -> None:
         if storage.nbytes():
-            self._storages.setdefault(storage.data_ptr(), (storage, []))[1].append(holder)
+            self._storages.setdefault(storage.data_ptr(), (storage, alias, []))[2].append(holder)
 
     def _save_script(self, module: torch.jit.ScriptModule) -> Iterable[tuple[str, Any]]:
         """Save what a scripted module has in C++; lists and the like come as copies."""
@@ -555,51 +558,76 @@ def _uses(storage: torch.UntypedStorage) -> int:
     return count
 
 
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a value
+_PLAIN = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+
+
+def _all_of(storage: torch.UntypedStorage, alias: Tensor | None) -> Tensor:
+    """Return a flat tensor on all that a storage holds: a tensor on it, if that is all of it."""
+    if (
+        type(alias) is Tensor
+        and alias.dtype in _PLAIN
+        and alias.nbytes == storage.nbytes()
+        and alias.is_contiguous()
+        and not (alias.is_inference() or alias.is_neg())
+    ):
+        return alias if alias.ndim == 1 else alias.view(-1)
+    return _raw(storage, storage.nbytes())
+
+
+def _raw(storage: torch.UntypedStorage, size: int) -> Tensor:
+    dtype = torch.uint8 if size % 4 else torch.int32
+    bits: Tensor = torch.empty(0, dtype=dtype, device=storage.device)
+    bits.set_(storage)
+    return bits[: size // dtype.itemsize]
+
+
 class _Piece:
-    """Some storages of one device, and a copy of their bits."""
+    """Some storages of one device and dtype, and a copy of their bits."""
 
-    def __init__(self, storages: list[torch.UntypedStorage], dtype: torch.dtype) -> None:
-        self._storages = [(storage, storage.nbytes()) for storage in storages]
-        self._dtype = dtype
-        now = self._now()
+    def __init__(self, parts: list[tuple[torch.UntypedStorage, Tensor]]) -> None:
+        self._parts = [(storage, storage.nbytes(), values) for storage, values in parts]
+        values = [values for _, values in parts]
         try:
-            self._copy = torch.cat(now)
+            self._copy = _joined(values)
         except torch.OutOfMemoryError:
-            self._copy = torch.cat([bits.cpu() for bits in now])
-
-    def _now(self) -> list[Tensor]:
-        return [self._bits(storage, size) for storage, size in self._storages]
-
-    def _bits(self, storage: torch.UntypedStorage, size: int) -> Tensor:
-        if storage.nbytes() < size:
-            storage.resize_(size)
-        bits: Tensor = torch.empty(0, dtype=self._dtype, device=storage.device)
-        bits.set_(storage)
-        return bits[: size // self._dtype.itemsize]
+            self._copy = _joined([each.cpu() for each in values])
 
     def restore(self) -> None:
         """Write back the storages whose bits are others now."""
-        now = self._now()
+        for storage, size, _ in self._parts:
+            if storage.nbytes() < size:
+                storage.resize_(size)
+        now = [values for *_, values in self._parts]
         # One comparison for all of them first: elsewhere than on the CPU each waits for the device.
         cheap = len(now) > 1 and (len(self._copy) < 2**20 or not self._copy.is_cpu)
-        if cheap and torch.equal(torch.cat(now), self._copy):
+        if cheap and torch.equal(_joined(now), self._copy):
             return
-        before = self._copy.split([len(bits) for bits in now])
-        for bits, saved in zip(now, before, strict=True):
-            if not torch.equal(bits.to(saved.device), saved):
-                bits.copy_(saved)
+        before = self._copy.split([len(values) for values in now])
+        for (storage, size, values), saved in zip(self._parts, before, strict=True):
+            if not torch.equal(_joined([values]).to(saved.device), saved):
+                raw = _raw(storage, size)
+                raw.copy_(saved.view(raw.dtype))
 
 
-def _pieces(storages: Iterable[torch.UntypedStorage]) -> list[_Piece]:
-    """Put storages of one device together, as many as make a piece."""
-    parts: dict[tuple[torch.device, torch.dtype], list[list[torch.UntypedStorage]]] = {}
+def _joined(values: list[Tensor]) -> Tensor:
+    """Return the bits of tensors of one dtype, one after the other, as integers."""
+    joined = torch.cat(values)
+    return joined.view(_WHOLE[joined.itemsize])
+
+
+def _pieces(parts: Iterable[tuple[torch.UntypedStorage, Tensor]]) -> list[_Piece]:
+    """Put storages of one device and dtype together, as many as make a piece."""
+    found: dict[tuple[torch.device, torch.dtype], list[list[Any]]] = {}
     filled: dict[tuple[torch.device, torch.dtype], int] = {}
-    for storage in storages:
-        size = storage.nbytes()
-        kind = storage.device, torch.uint8 if size % 4 else torch.int32
+    for storage, values in parts:
+        size, kind = storage.nbytes(), (values.device, values.dtype)
         if filled.get(kind, _PIECE) + size > _PIECE:
-            parts.setdefault(kind, []).append([])
+            found.setdefault(kind, []).append([])
             filled[kind] = 0
-        parts[kind][-1].append(storage)
+        found[kind][-1].append((storage, values))
         filled[kind] += size
-    return [_Piece(part, dtype) for (_, dtype), found in parts.items() for part in found]
+    return [_Piece(part) for several in found.values() for part in several]

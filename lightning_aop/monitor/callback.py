@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -94,7 +94,7 @@ class _Run:
     budget: Budget
     warn: Warnings
     folder: RunFolder
-    passes: Passes = field(default_factory=Passes)
+    passes: Passes
     probe: Probe | None = None
     adapter: Adapter | None = None
     module: torch.nn.Module | None = None
@@ -196,6 +196,7 @@ class ExplanationMonitor(Callback):
             meant.
         full_precision: explain in float32 whatever the trainer's precision; by default in the
             trainer's, but for the parts that need more.
+        graphs: "auto" to replay passes as CUDA graphs where that is faster and gives the same, or False.
         sinks: who else gets every `Explanation` with its `Moment`, on every process: objects with
             `write(explanation, moment)`.
         name: tells several monitors of one Trainer apart: they log under `explain/NAME/…` and store in
@@ -223,6 +224,7 @@ class ExplanationMonitor(Callback):
         max_overhead: float | None = 0.1,
         store: bool = True,
         full_precision: bool = False,
+        graphs: Literal["auto", False] = "auto",
         logits: LogitsFunction | None = None,
         read_batch: ReadBatch | None = None,
         name: str | None = None,
@@ -247,6 +249,7 @@ class ExplanationMonitor(Callback):
         self.max_overhead = max_overhead
         self.store = store
         self.full_precision = full_precision
+        self.graphs = graphs
         self.logits, self.read_batch = logits, read_batch
         self.name = name
         self.sinks = sinks
@@ -277,6 +280,7 @@ class ExplanationMonitor(Callback):
             mean=self.mean,
             std=self.std,
             max_classes_per_image=self.max_classes_per_image,
+            graphs=self.graphs,
             logits=self.logits,
             read_batch=self.read_batch,
         )
@@ -440,6 +444,8 @@ class ExplanationMonitor(Callback):
             return f"name={self.name!r} must be made of letters, digits, '_', '-' and '.'"
         if self.max_overhead is not None and self.max_overhead <= 0:
             return f"max_overhead={self.max_overhead} must be above 0, such as 0.05 for a twentieth"
+        if self.graphs not in ("auto", False):
+            return f'graphs={self.graphs!r} must be "auto" or False'
         if isinstance(self.panels, str) or not self.panels or set(self.panels) - set(PANELS):
             return (
                 f"panels={self.panels!r} must be a list of some of {', '.join(map(repr, PANELS))}"
@@ -510,7 +516,11 @@ class ExplanationMonitor(Callback):
         own = "" if self._label is None else f"({self._label})"
         said = Warnings(warn, f"ExplanationMonitor{own}")
         run = _Run(
-            Judge(self.metrics, self.controls), Budget(self.max_overhead), said, RunFolder(said)
+            Judge(self.metrics, self.controls),
+            Budget(self.max_overhead),
+            said,
+            RunFolder(said),
+            Passes(graphs=self.graphs),
         )
         run.held |= {name: _WORST[name] for name in run.judge.names if name in _WORST}
         return run

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -94,6 +94,7 @@ def explain(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     max_classes_per_image: int = 3,
+    graphs: Literal["auto", False] = "auto",
     logits: LogitsFunction | None = None,
     read_batch: ReadBatch | None = None,
 ) -> Explanation:
@@ -122,6 +123,7 @@ def explain(
         mean: what the images were normalised with; by default what the dataset says.
         std: likewise.
         max_classes_per_image: the most positive classes of one multilabel image to explain.
+        graphs: "auto" to replay passes as CUDA graphs where that is faster and gives the same, or False.
         logits: `fn(module, images)` that returns logits [B, K], where they are not found.
         read_batch: `fn(batch)` that returns images and labels, where they are not found.
 
@@ -131,7 +133,7 @@ def explain(
     Raises:
         ValueError: no images, no labels or no logits were found, or they don't fit each other.
     """
-    device, passes = device_of(model), Passes()
+    device, passes = device_of(model), Passes(graphs=graphs)
     with (
         isolated_rng(device),
         torch.inference_mode(False),

@@ -468,6 +468,7 @@ def test_trainers_datasets_and_optimizers_are_left_alone() -> None:
     assert trainer.fit_loop.max_epochs == 7
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_state_on_a_gpu_is_put_back() -> None:
     model = Stateful(["buffer through .data", "parameter", "torch.Generator", "list"]).cuda()

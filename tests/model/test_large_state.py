@@ -344,6 +344,7 @@ def test_the_memory_of_100_million_parameters() -> None:
     assert 370 * 1024 < explained(True) < 420 * 1024
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("write", [nothing, in_place, through_data, by_foreach, by_optimizer])
 def test_on_a_gpu(write: Callable[[Any], Any]) -> None:

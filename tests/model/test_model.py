@@ -128,6 +128,7 @@ def test_half_precision(dtype: torch.dtype, net: nn.Module, batch: Any) -> None:
         assert method.explain(half, *batch).isfinite().all()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda(dtype: torch.dtype, net: nn.Module, batch: Any) -> None:

@@ -639,7 +639,7 @@ def test_the_loaders_own_generator_is_not_touched(tmp_path: Path) -> None:
 def test_other_precisions(precision: Any, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*does not have many workers|.*LeafSpec")
+        warnings.filterwarnings("ignore", ".*does not have many workers|.*LeafSpec|.*not used")
         run = trainer(tmp_path, ExplanationMonitor(probe=2), precision=precision, max_epochs=1)
         run.fit(Classifier(), *loaders())
     assert run.callback_metrics["explain/overall_auc"].isfinite()

@@ -431,6 +431,17 @@ def test_without_a_budget_nothing_is_left_out(tmp_path: Path) -> None:
     assert "explain/skipped" not in run.callback_metrics
 
 
+def test_graphs_are_wanted_or_not(tmp_path: Path) -> None:
+    wrong: Any = True
+    run = trainer(tmp_path, ExplanationMonitor(graphs=wrong))
+    with pytest.raises(MisconfigurationException, match='graphs=True must be "auto" or False'):
+        run.fit(Classifier(), *loaders())
+    for graphs in ("auto", False):
+        monitor = ExplanationMonitor(graphs=graphs, metrics=False)  # type: ignore[arg-type]
+        trainer(tmp_path, monitor, max_epochs=1).fit(Classifier(), *loaders())
+        assert monitor._state.passes.graphs == graphs
+
+
 @pytest.mark.parametrize("share", [0, -0.1])
 def test_a_budget_of_nothing_is_refused(share: float, tmp_path: Path) -> None:
     from pytorch_lightning.utilities.exceptions import MisconfigurationException

@@ -114,7 +114,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("error", UserWarning)  # an explanation that fails holds nothing
-    for message in (".*does not have many workers", ".*LeafSpec"):
+    for message in (".*does not have many workers", ".*LeafSpec", ".*available but not used"):
         warnings.filterwarnings("ignore", message)
     gc.collect()
     gc.freeze()  # what the imports made is not counted

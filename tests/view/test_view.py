@@ -472,6 +472,7 @@ class Copies(TorchDispatchMode):
         return out
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_the_same_and_is_copied_from_once() -> None:
     images, maps = pictures(3, (300, 260)), ramps(3, (300, 260))
