@@ -25,7 +25,7 @@ from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explain import Way, explain, explain_probe
 from lightning_aop.monitor.explanation import Explanation, Moment, MomentKind, mean_drift
 from lightning_aop.monitor.facts import Look, found_look
-from lightning_aop.monitor.judge import Judge
+from lightning_aop.monitor.judge import CONTROLS, Judge
 from lightning_aop.monitor.labels import ReadBatch
 from lightning_aop.monitor.lightning import (
     Callback,
@@ -60,7 +60,8 @@ from lightning_aop.view.grid import PANELS, Panel
 from lightning_aop.view.heat import displayable
 
 # What is logged where there is no value yet: nothing better than this is promised to who compares.
-_WORST = {"deletion_auc": 1.0, "insertion_auc": 0.0, "overall_auc": -1.0}
+_WORST = {"deletion_auc": 1.0, "insertion_auc": 0.0}
+_WORST |= {"overall_auc": -1.0, "overall_auc_normalised": -1.0}
 
 
 @dataclass
@@ -125,6 +126,9 @@ class ExplanationMonitor(Callback):
       map's overall AUC, on one colour scale for the whole run; more than 32 explanations continue in
       `explain/heatmaps-2` and so on;
     - `explain/deletion_auc`, `explain/insertion_auc`, `explain/overall_auc`: how faithful the maps are;
+    - `explain/overall_auc_normalised`: the same relative to the scores of the whole and of the blurred
+      image, so that it does not rise only because the model becomes sure;
+      `explain/overall_auc_undefined`: how many images have none;
     - `explain/overall_auc_random_map`, `explain/overall_auc_centre_gaussian`: the same for two maps that
       don't depend on the model, measured at the 1st, 2nd, 4th, 8th … explanation and held in between;
     - `explain/change`: the first map, the previous one and the current one side by side, for up to 16
@@ -172,9 +176,9 @@ class ExplanationMonitor(Callback):
             epoch, at every n-th validation. 1 by default, 0 for never.
         every_n_train_steps: explain whenever n more optimizer steps have been taken instead.
         metrics: what judges the maps, a metric with `update(model, images, maps, targets)` whose
-            `compute()` gives a value or a dictionary of values; by default `Faithfulness(steps=28)`,
-            56 model evaluations per explanation, as `Faithfulness(evaluations=56)` takes for a closer
-            estimate. False for none.
+            `compute()` gives a value or a dictionary of values; by default
+            `Faithfulness(steps=28, normalise=True)`, 56 model evaluations per explanation, as
+            `Faithfulness(evaluations=56)` takes for a closer estimate. False for none.
         controls: judge a random map and a centre gaussian too, where a metric is `Faithfulness` or
             `OverallAUC`: 112 evaluations per explanation when they are measured.
         panels: what stands beside each image: "overlay"; "map", the heat alone; "curves", its
@@ -478,7 +482,7 @@ class ExplanationMonitor(Callback):
             held = {
                 name: value
                 for name, value in state_dict.get("held", {}).items()
-                if self.controls or not name.startswith("overall_auc_")
+                if self.controls or name not in CONTROLS.values()
             }
             run.folder.take_up(state_dict)
         except Exception as error:

@@ -258,7 +258,7 @@ def _evaluations(method: SaliencyMethod, judge: Judge, maps: int, judged: int) -
     metric = judge.evaluations
     if each is None or metric is None:
         return None
-    return maps * each + judged * metric * (1 + CONTROLS * judge.controls_due)
+    return maps * each + judged * metric * (1 + len(CONTROLS) * judge.controls_due)
 
 
 def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Passes) -> Plan:

@@ -25,7 +25,8 @@ _CONTROLS: dict[str, SaliencyMethod] = {
 }
 
 
-CONTROLS = len(_CONTROLS)
+CONTROLS = {name: f"overall_auc_{name.replace(' ', '_')}" for name in _CONTROLS}
+"""The name that each control's overall AUC is logged by."""
 
 
 @dataclass
@@ -49,13 +50,13 @@ class Judge:
     def __str__(self) -> str:
         """Return the metric for the configuration of a run."""
         if self.metrics is True:
-            return f"Faithfulness(steps={_STEPS})"
+            return f"Faithfulness(steps={_STEPS}, normalise=True)"
         return str(self.metrics)
 
     def metric(self, score: Score, together: bool) -> Judging | None:
         """Return what judges the maps; `together` if several processes judge a share each."""
         if self.metrics is True:
-            return Faithfulness(score, steps=_STEPS, sync_on_compute=together)
+            return Faithfulness(score, steps=_STEPS, normalise=True, sync_on_compute=together)
         return None if self.metrics is False else self.metrics
 
     @property
@@ -71,13 +72,17 @@ class Judge:
     @property
     def names(self) -> set[str]:
         """The values that are there from the first explanation on, as far as that is known before."""
-        metric = Faithfulness() if self.metrics is True else self.metrics
+        metric = Faithfulness(normalise=True) if self.metrics is True else self.metrics
         if isinstance(metric, bool):
             return set()
-        kinds: dict[type, set[str]] = {
-            Faithfulness: {"deletion_auc", "insertion_auc", "overall_auc"}
-        }
-        return set().union(*(kinds.get(type(part), {_name(part)}) for part in _parts(metric)))
+        names: set[str] = set()
+        for part in _parts(metric):
+            if isinstance(part, Faithfulness):
+                names |= {"deletion_auc", "insertion_auc", "overall_auc"}
+                names |= {"overall_auc_normalised"} if part.normalise else set()
+            else:
+                names.add(_name(part))
+        return names
 
     @property
     def controls_due(self) -> bool:
@@ -97,7 +102,7 @@ class Judge:
     def scalars(self) -> dict[str, float]:
         """Return the overall AUC of the controls, as last measured, by the name that is logged."""
         return {
-            f"overall_auc_{name.replace(' ', '_')}": values["overall_auc"]
+            CONTROLS[name]: values["overall_auc"]
             for name, values in (self.lines or {}).items()
             if self.controls and "overall_auc" in values
         }

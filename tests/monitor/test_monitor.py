@@ -24,7 +24,13 @@ from torchvision.transforms import v2
 from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM
 from lightning_aop.history.store import History
 from lightning_aop.methods.controls import RandomMap
-from lightning_aop.metrics import DeletionAUC, Faithfulness, OverallAUC
+from lightning_aop.metrics import (
+    DeletionAUC,
+    Faithfulness,
+    OverallAUC,
+    auc,
+    deletion_insertion_curves,
+)
 from lightning_aop.monitor import panels, progress
 from lightning_aop.monitor.explanation import Explanation, Moment
 from lightning_aop.monitor.probe import Probe
@@ -216,6 +222,30 @@ def test_controls_are_judged_as_the_maps_are(tmp_path: Path) -> None:
     quiet = Watch(GradCAM("net.features"), probe=3, controls=False)
     (result,) = trainer(tmp_path, quiet).validate(model, loaders()[1], verbose=False)
     assert "explain/overall_auc_centre_gaussian" not in result
+
+
+def test_the_normalised_auc_stands_beside_the_plain_one(tmp_path: Path) -> None:
+    images, labels = torch.rand(3, 3, 32, 32), torch.arange(3)
+    images[:, :, 8:24, 8:24] += 3
+    model = Classifier()
+    with torch.no_grad():
+        model.net.head.weight *= 20
+    monitor = Watch(GradCAM("net.features"), probe=(images, labels), controls=False)
+    (result,) = trainer(tmp_path, monitor).validate(model, loaders()[1], verbose=False)
+    maps = GradCAM("net.features").explain(model, images, labels)
+    deletion, insertion = deletion_insertion_curves(
+        model, images, maps, labels, steps=28, normalise=True
+    )
+    found = (auc(insertion) - auc(deletion)).nanmean()
+    assert result["explain/overall_auc_normalised"] == pytest.approx(float(found), abs=1e-4)
+    assert result["explain/overall_auc_undefined"] == int(deletion[:, 0].isnan().sum()) == 2
+    unsure = Classifier()
+    with torch.no_grad():
+        unsure.net.head.weight *= 0  # no image has more of any class than its blur
+    monitor = Watch(GradCAM("net.features"), probe=(images, labels), controls=False)
+    (result,) = trainer(tmp_path, monitor).validate(unsure, loaders()[1], verbose=False)
+    assert result["explain/overall_auc_undefined"] == 3
+    assert result["explain/overall_auc_normalised"] == -1  # the worst, for who compares
 
 
 def test_controls_are_measured_ever_more_seldom(tmp_path: Path) -> None:
