@@ -316,7 +316,8 @@ def _record(line: bytes, images: int) -> tuple[Record, set[str]]:
     record = Record(**own)
     if max(record.images, default=0) >= images:
         raise InvalidValueError(f"is of image {max(record.images)}, there are {images}")
-    record.values.update({n: math.nan for n, v in record.values.items() if v is None})
+    for figures in (record.values, *record.controls.values()):
+        figures.update({n: math.nan for n, v in figures.items() if v is None})
     return record, found.keys() - known.keys()
 
 
