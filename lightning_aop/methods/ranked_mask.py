@@ -12,7 +12,7 @@ from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
 from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import Baseline, GaussianBlur, min_max
-from lightning_aop.scores import Score, softmax, value
+from lightning_aop.scores import Score, contrasts, softmax, value
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
 __all__ = ["RankedMask"]
@@ -41,8 +41,9 @@ class RankedMask:
 
     The map is R min-max normalised to [0, 1], squared (which emphasises the top and keeps the order),
     times its strength: twice the mean of [F_c(Φ(m_b)) − F_c(Φ(1 − m_a))] / F_c(x) over the iterations,
-    at most 1. Of a `value`, the difference that all of the image makes takes the place of F_c(x). A
-    ranking that the score doesn't follow, as of a class that the model all but excludes, stays faint.
+    at most 1. Of a `value`, the difference that all of the image makes takes the place of F_c(x), of a
+    `contrast()` that to the lowest of the iterations. A ranking that the score doesn't follow, as of a
+    class that the model all but excludes, stays faint.
 
     The orders are drawn from `seed`, the same for every image of a batch, so that no image depends
     on its batch. The two terms are those of iGOS++ (Khorram, Lawson and Li 2021).
@@ -117,6 +118,7 @@ class RankedMask:
             sign[: len(x)] = -1
             ranking = 1 - starting_mask(start, x, self.mask_size, self.align_corners)
             velocity, gained = torch.zeros_like(ranking), torch.zeros_like(whole)
+            lowest = whole.clone()
             for shares, smooth in zip(self._shares(x), self._filters(x), strict=True):
                 ranking.requires_grad_()
                 kept = self._kept(ranking, shares)
@@ -129,6 +131,9 @@ class RankedMask:
                     scores = sign[part] * perturbed.at(keep[part], rows[part])
                     through_model += torch.autograd.grad(scores.sum(), keep)[0]
                     gained.index_add_(0, rows[part], scores.detach().to(gained))
+                    if contrasts(self.score):
+                        raw = (sign[part] * scores.detach()).to(lowest)
+                        lowest.scatter_reduce_(0, rows[part], raw, "amin")
                 (slope,) = torch.autograd.grad(enlarged, ranking, through_model)
                 slope = slope - slope.mean(dim=(1, 2), keepdim=True)
                 slope = smooth @ slope @ smooth.T
@@ -140,6 +145,8 @@ class RankedMask:
             if self.score is value:  # has no zero to fall to, nor a scale
                 nothing = perturbed.values(torch.zeros_like(x[:, 0]), rows[: len(x)])
                 level = (whole - nothing).abs()
+            elif contrasts(self.score):  # likewise
+                level = (whole - lowest).clamp_min(self.score_floor)
             strength = 2 * gained / self.iterations / level
             maps = upsampled(min_max(ranking), x, self.align_corners).square()
             return maps * strength.clamp(0, 1)[:, None, None].to(maps)
