@@ -121,6 +121,7 @@ class Adapter:
         classes: K.
         plain: whether the module itself maps images to logits.
         names: what the K columns are, where they are no classes.
+        read: gets logits out of what the module gives for a number of images.
     """
 
     logits: LogitsFunction
@@ -129,6 +130,7 @@ class Adapter:
     classes: int
     plain: bool = False
     names: Sequence[str] | None = None
+    read: Callable[[Any, int], Tensor] | None = None
 
     def __call__(self, module: nn.Module, images: Images) -> Float[Tensor, "b k"]:
         """Return the logits of the module."""
@@ -282,6 +284,7 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
         meaning.classes,
         plain=way is _DIRECT and not form and logits is output,
         names=meaning.names,
+        read=meaning.read,
     )
 
 

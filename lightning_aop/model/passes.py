@@ -155,7 +155,7 @@ def count_evaluations(
     count = Evaluations()
 
     def forward(module: nn.Module, args: object, output: object) -> None:
-        images, tensors = _images_of(output)
+        images, tensors = images_of(output)
         count.forward += images
         counted: list[int] = []  # the output whose gradients are counted, of several
 
@@ -176,7 +176,7 @@ def count_evaluations(
         handle.remove()
 
 
-def _images_of(output: object) -> tuple[int, list[Tensor]]:
+def images_of(output: object) -> tuple[int, list[Tensor]]:
     """Return for how many images an output is, and its tensors."""
     tensors = list(_tensors(output))
     if isinstance(output, (list, tuple)) and output and isinstance(output[0], Mapping):

@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +25,9 @@ from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explain import Way, explain, explain_probe
 from lightning_aop.monitor.explanation import Explanation, Moment, MomentKind, mean_drift
 from lightning_aop.monitor.facts import Look, found_look
+from lightning_aop.monitor.failures import Failures, is_steady
 from lightning_aop.monitor.judge import CONTROLS, Judge
-from lightning_aop.monitor.labels import ReadBatch
+from lightning_aop.monitor.labels import ReadBatch, read_batch
 from lightning_aop.monitor.lightning import (
     Callback,
     LightningModule,
@@ -88,6 +89,7 @@ class _Run:
         images: how many it was of.
         explained: how many there were.
         alike: all processes do all the work, since the model's forward exchanges something.
+        failures: the worst samples of the last validation.
     """
 
     judge: Judge
@@ -109,6 +111,7 @@ class _Run:
     images: int = 0
     explained: int = 0
     alike: bool = False
+    failures: Failures = field(default_factory=lambda: Failures(0))
 
     def hold(self, values: dict[str, float]) -> dict[str, float]:
         """Return the values, and the last ones in place of those that are missing or not finite."""
@@ -138,7 +141,8 @@ class ExplanationMonitor(Callback):
     - `explain/drift`: how much the maps have changed since the previous explanation, 1 − their rank
       correlation: 0 for no change, 1 for no resemblance;
     - `explain/blank_maps`: how many maps show nothing, or NaN; they are labelled in the picture;
-    - `explain/seconds`: wall-clock time.
+    - `explain/seconds`: wall-clock time;
+    - `explain/failures`, with `failures=8`: the worst samples of the validation.
 
     `ModelCheckpoint(monitor="explain/overall_auc", mode="max")`, `EarlyStopping` and schedulers may rely
     on these metrics: a validation without an explanation keeps the last value, and the worst before
@@ -165,7 +169,9 @@ class ExplanationMonitor(Callback):
             validation ones); or a batch as a DataLoader gives it; or a dataset; or a function
             without arguments that returns a batch. Chosen once, and kept when a run is resumed.
         targets: which classes: "label" for the true ones, one explanation for each positive class of
-            a multilabel image; "predicted" for the likeliest; or a list of class indices, each
+            a multilabel image; "predicted" for the likeliest; "confused" for the label against the
+            prediction where they differ, both maps side by side, and the label elsewhere (the default
+            method then explains `scores.contrast(references=1)`); or a list of class indices, each
             explained for every image.
         target_layer: for the default method, the layer whose feature map it starts from: a name, a
             module, or None for the last one before the classifier.
@@ -179,6 +185,10 @@ class ExplanationMonitor(Callback):
             `compute()` gives a value or a dictionary of values; by default
             `Faithfulness(steps=28, normalise=True)`, 56 model evaluations per explanation, as
             `Faithfulness(evaluations=56)` takes for a closer estimate. False for none.
+        failures: show so many of the worst samples of each validation beside the probe, label against
+            prediction: those with the highest loss, those that were right at the validation before,
+            and those that are wrong with the most confidence. They are found by the logits that the
+            validation step computes, without any evaluation; none of them enters a metric.
         controls: judge a random map and a centre gaussian too, where a metric is `Faithfulness` or
             `OverallAUC`: 112 evaluations per explanation when they are measured.
         panels: what stands beside each image: "overlay"; "map", the heat alone; "curves", its
@@ -217,6 +227,7 @@ class ExplanationMonitor(Callback):
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         metrics: Metric | MetricCollection | bool = True,
+        failures: int = 0,
         controls: bool = True,
         panels: Sequence[Panel] = ("overlay",),
         class_names: Sequence[str] | None = None,
@@ -242,6 +253,7 @@ class ExplanationMonitor(Callback):
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps or 0
         self.metrics = metrics
+        self.failures = failures
         self.controls = controls
         self.panels = panels
         self.class_names = class_names
@@ -334,10 +346,30 @@ class ExplanationMonitor(Callback):
             self._fire(trainer, pl_module, "step")
         run.last_step = step
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to the validation, where its failures are to be shown."""
+        if self._follows(trainer):
+            self._attempt(pl_module, lambda: self._listen(trainer, pl_module))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the worst samples of the batch."""
+        if self._follows(trainer):
+            self._attempt(pl_module, lambda: self._see(trainer, outputs, batch, dataloader_idx))
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen validations, never in the sanity check."""
         if trainer.sanity_checking or not self._enabled:
             return
+        if self._follows(trainer):
+            self._attempt(pl_module, lambda: self._choose(trainer))
         self._state.validations += 1
         due = trainer.state.fn != "fit" or self._due(trainer)
         explained = due and self._fire(trainer, pl_module, "epoch")
@@ -399,6 +431,12 @@ class ExplanationMonitor(Callback):
             parts.append(f"the page is {run.folder.folder / 'report.html'}")
         return "\n  ".join(["; ".join(parts), *run.warn.told])
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no hook on the module of a validation that was broken off."""
+        self._state.failures.stop()
+
     @property
     def _enabled(self) -> bool:
         return bool(self.every_n_epochs or self.every_n_train_steps)
@@ -426,10 +464,14 @@ class ExplanationMonitor(Callback):
             )
         if isinstance(self.probe, int) and self.probe < 1:
             return f"probe={self.probe} must be at least 1 sample"
-        if isinstance(self.targets, str) and self.targets not in ("label", "predicted"):
+        choices = ("label", "predicted", "confused")
+        if isinstance(self.targets, str) and self.targets not in choices:
             return (
-                f"targets={self.targets!r} must be 'label', 'predicted' or a list of class indices"
+                f"targets={self.targets!r} must be 'label', 'predicted', 'confused' or a list of class "
+                "indices"
             )
+        if self.failures < 0:
+            return f"failures={self.failures} must be a number of samples, 0 for none"
         if self.max_classes_per_image < 1:
             return f"max_classes_per_image={self.max_classes_per_image} must be at least 1"
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
@@ -471,7 +513,7 @@ class ExplanationMonitor(Callback):
         run = self._state
         state = {} if run.probe is None else run.probe.state()
         state |= {"explained": run.judge.explained, "controls": run.judge.lines}
-        return state | {"held": run.held} | run.folder.state()
+        return state | {"held": run.held} | run.folder.state() | run.failures.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the probe and the history of the run that is resumed."""
@@ -485,6 +527,7 @@ class ExplanationMonitor(Callback):
                 if self.controls or name not in CONTROLS.values()
             }
             run.folder.take_up(state_dict)
+            run.failures.take_up(state_dict)
         except Exception as error:
             run.warn(
                 "what the checkpoint says of the monitor can't be read, it begins anew. "
@@ -508,6 +551,7 @@ class ExplanationMonitor(Callback):
         run = _Run(
             Judge(self.metrics, self.controls), Budget(self.max_overhead), said, RunFolder(said)
         )
+        run.failures = Failures(self.failures)
         run.held |= {name: _WORST[name] for name in run.judge.names if name in _WORST}
         return run
 
@@ -543,7 +587,8 @@ class ExplanationMonitor(Callback):
                 with ExitStack() as stack:
                     # What fails on one process must not leave the others waiting.
                     processes.together(lambda: stack.enter_context(isolated(pl_module)))
-                    explanation = self._explain(trainer, pl_module, processes)
+                    shown = run.failures.now if kind == "epoch" else []
+                    explanation, failed = self._explain(trainer, pl_module, processes, bool(shown))
                 before: list[Earlier] = []  # for the one process that draws
 
                 def drift_since() -> list[float | None]:
@@ -564,6 +609,8 @@ class ExplanationMonitor(Callback):
                 if trainer.is_global_zero:
                     self._write(run.folder, explanation, moment)
                     self._write(self._pictures(trainer, before), explanation, moment)
+                    if failed is not None:
+                        self._write_failures(trainer, failed, moment)
                 for sink in self.sinks:
                     self._write(sink, explanation, moment)
         except Exception as error:
@@ -585,9 +632,12 @@ class ExplanationMonitor(Callback):
         return True
 
     def _explain(
-        self, trainer: Trainer, pl_module: LightningModule, processes: Processes
-    ) -> Explanation:
-        """Return the maps and the metrics of the probe as the model is now, the same everywhere."""
+        self, trainer: Trainer, pl_module: LightningModule, processes: Processes, failures: bool
+    ) -> tuple[Explanation, Explanation | None]:
+        """Return the maps and the metrics of the probe as the model is now, the same everywhere.
+
+        Where there are failures, their maps as well.
+        """
         run = self._state
         if run.module is not pl_module:  # new, or another than the one that was fitted
             self._prepare(trainer, pl_module, processes)
@@ -614,7 +664,70 @@ class ExplanationMonitor(Callback):
             explanation = explain_probe(
                 run.model, run.probe, self._way, run.judge, processes, run.passes, run.warn, begin
             )
-        return replace(explanation, look=self._look(trainer)[0])
+            failed = self._explain_failures(processes) if failures else None
+        look = self._look(trainer)[0]
+        failed = None if failed is None else replace(failed, look=look)
+        return replace(explanation, look=look), failed
+
+    def _explain_failures(self, processes: Processes) -> Explanation | None:
+        """Return the maps of the failures; what goes wrong costs no other."""
+        run = self._state
+        assert run.model is not None
+        way, judge = replace(self._way, targets="confused"), Judge(False, controls=False)
+        try:
+            found = (run.model, run.failures.probe, way, judge, processes, run.passes, run.warn)
+            return explain_probe(*found, lambda evaluations, seconds: None)
+        except Exception as error:
+            run.warn(f"the failures could not be explained. {type(error).__name__}: {error}")
+            return None
+
+    def _write_failures(self, trainer: Trainer, failed: Explanation, moment: Moment) -> None:
+        run = self._state
+        tag, headings = "failures", run.failures.headings
+        self._write(
+            replace(self._pictures(trainer, []), tag=tag, headings=headings), failed, moment
+        )
+        if moment.fitting:
+            try:
+                run.folder.write_failures(run.failures.record(failed, moment))
+            except Exception as error:
+                run.warn(f"the failures could not be stored. {type(error).__name__}: {error}")
+
+    # The validation of the user's, whose failures are shown.
+
+    def _follows(self, trainer: Trainer) -> bool:
+        return bool(self.failures) and self._enabled and not trainer.sanity_checking
+
+    def _attempt(self, pl_module: LightningModule, work: Callable[[], None]) -> None:
+        """Do what must not disturb a validation."""
+        run = self._state
+        try:
+            with isolated_rng(device_of(pl_module)):
+                work()
+        except Exception as error:
+            run.failures.stop()
+            run.warn(f"failures are not followed here. {type(error).__name__}: {error}")
+
+    def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = self._state
+        if run.module is not pl_module:
+            processes = Processes(run.alike)
+            with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+                processes.together(lambda: stack.enter_context(isolated(pl_module)))
+                self._prepare(trainer, pl_module, processes)
+        assert run.adapter is not None
+        assert run.probe is not None
+        run.failures.begin(run.adapter, pl_module, run.probe.images.shape[1:])
+
+    def _see(self, trainer: Trainer, outputs: Any, batch: Any, loader: int) -> None:
+        reading = read_batch(batch, None, self.read_batch, self.class_names)
+        steady = is_steady(trainer.val_dataloaders, loader)
+        self._state.failures.see(reading, outputs, loader, Processes(), steady)
+
+    def _choose(self, trainer: Trainer) -> None:
+        run = self._state
+        if trouble := run.failures.choose(moment_of(trainer, "epoch").title, Processes()):
+            run.warn(trouble)
 
     def _description(self, trainer: Trainer) -> str:
         """Return what is explained, and how, as far as it was found and not given."""

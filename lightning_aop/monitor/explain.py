@@ -32,7 +32,15 @@ from lightning_aop.monitor.lightning import inform, to_device, warn
 from lightning_aop.monitor.probe import Drawn, Probe, TargetChoice, collect
 from lightning_aop.monitor.processes import Processes
 from lightning_aop.monitor.progress import Begin, progress_bar
-from lightning_aop.scores import Score, of_all_classes, sigmoid, softmax
+from lightning_aop.scores import (
+    Score,
+    contrast,
+    contrasts,
+    logit,
+    of_all_classes,
+    sigmoid,
+    softmax,
+)
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 from lightning_aop.view.grid import Panel
 
@@ -65,10 +73,13 @@ class Way:
         """Return the method; the default one does without a layer where none is named or found."""
         if self.method is not None:
             return self.method
+        if self.targets == "confused" and score is softmax:
+            score = contrast(references=1)
         default = fast_sigcam(self.target_layer, score=score)
         if self.target_layer is not None:
             return default
-        return replace(default, activation=OrBlank(WGradCAM(), warn))
+        start = WGradCAM(score=score if contrasts(score) else logit)
+        return replace(default, activation=OrBlank(start, warn))
 
 
 @dataclass
@@ -266,12 +277,14 @@ def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Pass
     logits = passes.within_memory(lambda: predict(model, images), len(images))[0].cpu()
     rows, targets = probe.pairs(way.targets, logits, way.max_classes_per_image)
     labelled = len(rows)
-    if probe.multilabel and way.targets == "label":
+    if probe.multilabel and way.targets in ("label", "confused"):
         # Judged are the labelled classes only, which stay the same from epoch to epoch.
         wrong = probe.false_positives(of_all_classes(way.score_for(probe), logits).float())
         rows, targets = (torch.cat(both) for both in zip((rows, targets), wrong, strict=True))
     finite = logits.isfinite().all(dim=1)[rows]
     judged = (torch.arange(len(rows)) < labelled) & finite
+    if way.targets == "confused" and probe.labels is not None and not probe.multilabel:
+        judged &= targets == probe.labels[rows]  # likewise
     return Plan(rows, targets, finite, judged, logits, way.score_for(probe))
 
 

@@ -34,7 +34,7 @@ from lightning_aop.types import Images
 ProbeSource: TypeAlias = (
     int | Tensor | Sequence[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Any]
 )
-TargetChoice: TypeAlias = Literal["label", "predicted"] | Sequence[int]
+TargetChoice: TypeAlias = Literal["label", "predicted", "confused"] | Sequence[int]
 
 MaskReader: TypeAlias = Callable[[int, Sequence[int]], Tensor]
 """From the number of a sample, and some classes, to their masks [classes, H, W]."""
@@ -164,21 +164,28 @@ class Probe:
     ) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
         """Return which image and which class each explanation is for.
 
-        `logits` are the model's for `images`: they decide for "predicted".
+        `logits` are the model's for `images`: they decide for "predicted" and "confused".
         """
+        predicted = logits.argmax(dim=1).cpu()
         if isinstance(targets, str) and targets == "predicted":
-            return torch.arange(len(self.images)), logits.argmax(dim=1).cpu()
+            return torch.arange(len(self.images)), predicted
         if not isinstance(targets, str):
             rows = torch.arange(len(self.images)).repeat_interleave(len(targets))
             return rows, torch.tensor(list(targets)).repeat(len(self.images))
         if self.labels is None:
             raise InvalidValueError(
-                "targets='label' needs labels, an integer tensor [B] or a multi-hot one [B, K], and "
-                "the probe has none: pass probe=(images, labels), or targets='predicted'"
+                f"targets={targets!r} needs labels, an integer tensor [B] or a multi-hot one [B, K], "
+                "and the probe has none: pass probe=(images, labels), or targets='predicted'"
             )
         if self.labels.ndim == 1:
             rows = (self.labels >= 0).nonzero()[:, 0]
-            return rows, self.labels[rows].long()
+            classes = self.labels[rows].long()
+            if targets == "label":
+                return rows, classes
+            # The label, and where it is another what the model says instead.
+            both = torch.stack([classes, predicted[rows]], dim=1)
+            kept = torch.stack([torch.ones_like(rows).bool(), both[:, 0] != both[:, 1]], dim=1)
+            return rows[:, None].expand(-1, 2)[kept], both[kept]
         positive = self.labels > 0.5
         positive &= positive.cumsum(dim=1) <= max_classes_per_image
         rows, classes = positive.nonzero(as_tuple=True)
