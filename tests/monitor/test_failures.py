@@ -274,8 +274,7 @@ CELLS = [
 
 @pytest.mark.filterwarnings("ignore:.*precision")
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_training_is_what_it_was(cell: Cell, tmp_path: Path, record_property: Any) -> None:
-    record_property("cell", cell.name)
+def test_training_is_what_it_was(cell: Cell, tmp_path: Path) -> None:
     monitor = cell.monitor()
     without = train(cell, tmp_path / "without", None)
     assert_same(without, train(cell, tmp_path / "with", monitor))
