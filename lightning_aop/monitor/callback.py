@@ -139,7 +139,8 @@ class ExplanationMonitor(Callback):
     - `explain/pointing_game`, `explain/energy_in_mask`: where the data has masks, how often the
       maximum of a map lies on the object, and which share of the heat; means over the classes;
     - `explain/drift`: how much the maps have changed since the previous explanation, 1 − their rank
-      correlation: 0 for no change, 1 for no resemblance;
+      correlation: 0 for no change, 1 for no resemblance; `explain/drift_floor`: the same for two seeds
+      of the method at the same weights, measured as rarely as the controls: no drift is smaller;
     - `explain/blank_maps`: how many maps show nothing, or NaN; they are labelled in the picture;
     - `explain/seconds`: wall-clock time;
     - `explain/failures`, with `failures=8`: the worst samples of the validation.
@@ -166,8 +167,9 @@ class ExplanationMonitor(Callback):
     Args:
         method: how to explain; `fast_sigcam()` by default, 39 model evaluations per explanation.
         probe: which images: a number of validation samples (training samples where there are no
-            validation ones); or a batch as a DataLoader gives it; or a dataset; or a function
-            without arguments that returns a batch. Chosen once, and kept when a run is resumed.
+            validation ones), or a list of their indices, or `Stratified(per_class=2)` for as many of
+            each class; or a batch as a DataLoader gives it; or a dataset; or a function without
+            arguments that returns a batch. Chosen once, and kept when a run is resumed.
         targets: which classes: "label" for the true ones, one explanation for each positive class of
             a multilabel image; "predicted" for the likeliest; "confused" for the label against the
             prediction where they differ, both maps side by side, and the label elsewhere (the default
@@ -190,7 +192,8 @@ class ExplanationMonitor(Callback):
             and those that are wrong with the most confidence. They are found by the logits that the
             validation step computes, without any evaluation; none of them enters a metric.
         controls: judge a random map and a centre gaussian too, where a metric is `Faithfulness` or
-            `OverallAUC`: 112 evaluations per explanation when they are measured.
+            `OverallAUC`: 112 evaluations per explanation when they are measured. False spares the floor
+            of the drift, too.
         panels: what stands beside each image: "overlay"; "map", the heat alone; "curves", its
             deletion and insertion.
         class_names: names by class index; by default the dataset's `classes`, or the index.
@@ -571,6 +574,7 @@ class ExplanationMonitor(Callback):
         run, started = self._state, time.perf_counter()
         processes = Processes(run.alike)
         moment = moment_of(trainer, kind)
+        run.judge.drifts = self.store and moment.fitting
         logged = False
         try:
             with (
@@ -796,9 +800,8 @@ class ExplanationMonitor(Callback):
         values["seconds"] = time.perf_counter() - started
         if self.max_overhead is not None:
             values["skipped"] = float(budget.skipped)
-            budget.pay(
-                values["seconds"], self._state.judge.seconds if explanation.controls else 0.0
-            )
+            extra = bool(explanation.controls) or "drift_floor" in values
+            budget.pay(values["seconds"], self._state.judge.seconds if extra else 0.0)
             values["overhead"] = budget.overhead
         return replace(explanation, values=values)
 

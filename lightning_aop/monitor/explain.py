@@ -1,5 +1,6 @@
 """Explain a batch, or a probe: no Trainer, no logging, on one process or on several."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_aop.history.store import stored
 from lightning_aop.methods.aop import OrBlank, fast_sigcam
 from lightning_aop.methods.cam import WGradCAM
+from lightning_aop.metrics.similarity import rank_correlation
 from lightning_aop.model.adapter import LogitsFunction, find_adapter, predict
 from lightning_aop.model.isolation import (
     device_of,
@@ -25,7 +28,16 @@ from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.explanation import Explanation, Plan
 from lightning_aop.monitor.facts import Look, class_count, found_look
 from lightning_aop.monitor.facts import class_names as known_names
-from lightning_aop.monitor.judge import CONTROLS, Judge, Judging, computed, located, synced, updated
+from lightning_aop.monitor.judge import (
+    CONTROLS,
+    Judge,
+    Judging,
+    computed,
+    located,
+    synced,
+    updated,
+    with_another_seed,
+)
 from lightning_aop.monitor.labels import ReadBatch
 from lightning_aop.monitor.labels import read_batch as find_labels
 from lightning_aop.monitor.lightning import inform, to_device, warn
@@ -247,6 +259,8 @@ def explain_probe(
     controls: dict[str, dict[str, float]] = {}
     maps = images.new_zeros(0, *images.shape[2:], dtype=torch.float32)
     curves = images.new_zeros(0, 2, 2, dtype=torch.float32)
+    if judge.controls_due:
+        judge.seconds = 0.0
     if len(possible):
         worked = processes.together(lambda: _within_memory(work, len(mine), passes, warn))
         maps = workers.gather(worked.maps.float(), len(possible))
@@ -256,6 +270,11 @@ def explain_probe(
             if judge.controls_due:
                 batch = pictures[judged], targets[judged]
                 controls = _controls(judge, metric, model, batch, workers, processes, passes, warn)
+        other = with_another_seed(method) if judge.controls_due and judge.drifts else None
+        if other is not None:
+            again = partial(other.explain, model)
+            floor = partial(_floor, again, pictures, targets, worked.maps, len(possible))
+            values |= floor(judge, workers, processes, passes, warn)
     maps, curves = (_with_nan(found, plan.finite) for found in (maps, curves))
     masks, known = probe.masks_of(plan.rows, plan.targets)
     known &= plan.finite
@@ -269,7 +288,8 @@ def _evaluations(method: SaliencyMethod, judge: Judge, maps: int, judged: int) -
     metric = judge.evaluations
     if each is None or metric is None:
         return None
-    return maps * each + judged * metric * (1 + len(CONTROLS) * judge.controls_due)
+    again = judge.controls_due and judge.drifts and with_another_seed(method) is not None
+    return maps * each * (1 + again) + judged * metric * (1 + len(CONTROLS) * judge.controls_due)
 
 
 def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Passes) -> Plan:
@@ -331,7 +351,41 @@ def _controls(
         warn(f"no metrics of the controls. {type(error).__name__}: {error}")
         return {}
     finally:
-        judge.seconds = time.perf_counter() - started
+        judge.seconds += time.perf_counter() - started
+
+
+def _floor(
+    again: Callable[[Images, Targets], Maps],
+    images: Images,
+    targets: Targets,
+    maps: Maps,
+    count: int,
+    judge: Judge,
+    workers: Processes,
+    processes: Processes,
+    passes: Passes,
+    warn: Callable[[str], None],
+) -> dict[str, float]:
+    """Return how much maps differ by their random numbers alone, a failure costs this only."""
+    started = time.perf_counter()
+
+    def work() -> Float[Tensor, "mine 1 1"]:
+        first, second = (
+            stored(each.cpu()) for each in (maps, passes.in_parts(again, images, targets))
+        )
+        differ = 1 - rank_correlation(first.double(), second.double())
+        blank = first.flatten(1).amax(dim=1) == first.flatten(1).amin(dim=1)
+        return differ.masked_fill(blank, torch.nan)[:, None, None].to(images.device, torch.float32)
+
+    try:
+        mine = processes.together(lambda: passes.within_memory(work, len(images))[0])
+        found = float(workers.gather(mine, count).nanmean())
+        return {"drift_floor": found} if math.isfinite(found) else {}
+    except Exception as error:
+        warn(f"no floor of the drift. {type(error).__name__}: {error}")
+        return {}
+    finally:
+        judge.seconds += time.perf_counter() - started
 
 
 def _with_nan(maps: Float[Tensor, "f h w"], finite: Bool[Tensor, " p"]) -> Float[Tensor, "p h w"]:

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,8 @@ from lightning_aop.metrics import EnergyPointingGame, Faithfulness, OverallAUC, 
 from lightning_aop.model.passes import Passes
 from lightning_aop.scores import Score
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
+
+T = TypeVar("T")
 
 Judging: TypeAlias = Metric | MetricCollection
 
@@ -38,7 +40,8 @@ class Judge:
         controls: measure the controls, where a metric is `Faithfulness` or `OverallAUC`.
         explained: explanations so far.
         lines: the metrics of the controls, as last measured.
-        seconds: how long the controls took when last measured.
+        seconds: how long the controls, and the floor of the drift, took when last measured.
+        drifts: maps are compared with those of the explanation before.
     """
 
     metrics: Judging | bool = True
@@ -46,6 +49,7 @@ class Judge:
     explained: int = 0
     lines: dict[str, dict[str, float]] | None = None
     seconds: float = 0.0
+    drifts: bool = False
 
     def __str__(self) -> str:
         """Return the metric for the configuration of a run."""
@@ -124,6 +128,19 @@ class Judge:
             for name, control in _CONTROLS.items()
             if judges
         }
+
+
+def with_another_seed(method: T) -> T | None:
+    """Return the method with other random numbers, None where none of its parts has a seed."""
+    if not is_dataclass(method) or isinstance(method, type):
+        return None
+    changes: dict[str, Any] = {}
+    for each in fields(method):
+        part = getattr(method, each.name)
+        other = part + 1 if each.name == "seed" and type(part) is int else with_another_seed(part)
+        if each.init and other is not None:
+            changes[each.name] = other
+    return replace(method, **changes) if changes else None
 
 
 def updated(

@@ -1,8 +1,10 @@
+import copy
 import csv
 import io
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -15,14 +17,15 @@ from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from scipy.stats import spearmanr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
-from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM
-from lightning_aop.history.store import History
+from lightning_aop import ExplanationMonitor, GradCAM, RankedMask, WGradCAM, fast_sigcam
+from lightning_aop.history.store import History, stored
 from lightning_aop.methods.controls import RandomMap
 from lightning_aop.metrics import (
     DeletionAUC,
@@ -34,7 +37,7 @@ from lightning_aop.metrics import (
 from lightning_aop.monitor import panels, progress
 from lightning_aop.monitor.explanation import Explanation, Moment
 from lightning_aop.monitor.probe import Probe
-from lightning_aop.scores import sigmoid
+from lightning_aop.scores import logit, sigmoid
 from lightning_aop.view.grid import heatmap_grid
 
 pytestmark = [
@@ -262,6 +265,39 @@ def test_controls_are_measured_ever_more_seldom(tmp_path: Path) -> None:
     shown = [float(r["explain/overall_auc_random_map"]) for r in rows]
     expected = [measured[n] for n in (0, 1, 1, 2, 2, 2)]
     assert shown == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_drift_has_a_floor_of_two_seeds(tmp_path: Path) -> None:
+    images, labels = torch.rand(3, 3, 32, 32), torch.arange(3)
+    images[:, :, 8:24, 8:24] += 3
+    method = fast_sigcam("net.features", iterations=3, score=logit)
+    logger = CSVLogger(tmp_path)
+    model = Classifier()
+    with torch.no_grad():
+        model.net.head.weight *= 20
+    start = copy.deepcopy(model)
+    monitor = Watch(method, probe=(images, labels), metrics=False)
+    trainer(tmp_path, monitor, logger=logger, max_epochs=4).fit(model, *loaders())
+    records = History.load(Path(logger.log_dir) / "explanations").records
+    measured = ["drift_floor" in record.values for record in records]
+    assert measured == [True, True, False, True, False]
+    one = stored(method.explain(start, images, labels)).flatten(1).double()
+    perturbation = replace(cast("RankedMask", method.perturbation), seed=1)
+    two = replace(method, perturbation=perturbation).explain(start, images, labels)
+    alike = [spearmanr(a, b).statistic for a, b in zip(one, stored(two).flatten(1), strict=True)]
+    assert records[0].values["drift_floor"] == pytest.approx(1 - np.mean(alike), abs=1e-5)
+    assert records[0].values["drift_floor"] > 0.001
+    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["explain/seconds"]]
+    shown = [float(row["explain/drift_floor"]) for row in rows]
+    held = [records[n].values["drift_floor"] for n in (0, 1, 1, 3, 3)]
+    assert shown == pytest.approx(held, abs=1e-6)
+    quiet = Watch(method, probe=(images, labels), metrics=False, controls=False)
+    for other in (Watch(GradCAM("net.features"), probe=2, metrics=False), quiet):
+        run = trainer(tmp_path, other, max_epochs=1)
+        run.fit(Classifier(), *loaders())
+        assert "explain/drift" in run.callback_metrics
+        assert "explain/drift_floor" not in run.callback_metrics
 
 
 class OwnAUC(OverallAUC):
