@@ -62,7 +62,7 @@ from lightning_aop.view.heat import displayable
 
 # What is logged where there is no value yet: nothing better than this is promised to who compares.
 _WORST = {"deletion_auc": 1.0, "insertion_auc": 0.0}
-_WORST |= {"overall_auc": -1.0, "overall_auc_normalised": -1.0}
+_WORST |= {"overall_auc": -1.0, "overall_auc_normalised": -1.0, "grid_pointing": 0.0}
 
 
 @dataclass
@@ -191,6 +191,10 @@ class ExplanationMonitor(Callback):
             prediction: those with the highest loss, those that were right at the validation before,
             and those that are wrong with the most confidence. They are found by the logits that the
             validation step computes, without any evaluation; none of them enters a metric.
+        grid_pointing: tile four images of the probe in one, of different classes that the model gives
+            scores above 0.5, and log which share of the heat of each class lies in the right quarter,
+            `explain/grid_pointing`: 0.25 is chance. It takes four explanations of images of twice the
+            size, and is left out, with a warning, where the model takes one size only.
         controls: judge a random map and a centre gaussian too, where a metric is `Faithfulness` or
             `OverallAUC`: 112 evaluations per explanation when they are measured. False spares the floor
             of the drift, too.
@@ -231,6 +235,7 @@ class ExplanationMonitor(Callback):
         every_n_train_steps: int | None = None,
         metrics: Metric | MetricCollection | bool = True,
         failures: int = 0,
+        grid_pointing: bool = False,
         controls: bool = True,
         panels: Sequence[Panel] = ("overlay",),
         class_names: Sequence[str] | None = None,
@@ -257,6 +262,7 @@ class ExplanationMonitor(Callback):
         self.every_n_train_steps = every_n_train_steps or 0
         self.metrics = metrics
         self.failures = failures
+        self.grid_pointing = grid_pointing
         self.controls = controls
         self.panels = panels
         self.class_names = class_names
@@ -552,7 +558,10 @@ class ExplanationMonitor(Callback):
         own = "" if self._label is None else f"({self._label})"
         said = Warnings(warn, f"ExplanationMonitor{own}")
         run = _Run(
-            Judge(self.metrics, self.controls), Budget(self.max_overhead), said, RunFolder(said)
+            Judge(self.metrics, self.controls, grid=self.grid_pointing),
+            Budget(self.max_overhead),
+            said,
+            RunFolder(said),
         )
         run.failures = Failures(self.failures)
         run.held |= {name: _WORST[name] for name in run.judge.names if name in _WORST}

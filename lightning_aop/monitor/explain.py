@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from lightning_aop.history.store import stored
 from lightning_aop.methods.aop import OrBlank, fast_sigcam
 from lightning_aop.methods.cam import WGradCAM
+from lightning_aop.metrics.grid import GridPointing
 from lightning_aop.metrics.similarity import rank_correlation
 from lightning_aop.model.adapter import LogitsFunction, find_adapter, predict
 from lightning_aop.model.isolation import (
@@ -279,6 +280,8 @@ def explain_probe(
     masks, known = probe.masks_of(plan.rows, plan.targets)
     known &= plan.finite
     values |= located(maps[known], masks[known], plan.targets[known], plan.logits.shape[1])
+    if judge.grid and probe.labels is not None and not probe.multilabel:
+        values |= _grid(model, probe, images, method, plan.score, processes, passes, warn)
     return Explanation.of(probe, plan, maps, curves, values, controls)
 
 
@@ -386,6 +389,37 @@ def _floor(
         return {}
     finally:
         judge.seconds += time.perf_counter() - started
+
+
+def _grid(
+    model: nn.Module,
+    probe: Probe,
+    images: Images,
+    method: SaliencyMethod,
+    score: Score,
+    processes: Processes,
+    passes: Passes,
+    warn: Callable[[str], None],
+) -> dict[str, float]:
+    """Return the share of the heat in the right quarter, nothing where four images can't be tiled."""
+    assert probe.labels is not None
+    labelled = probe.labels >= 0
+    batch = images[labelled.to(images.device)], probe.labels[labelled].long()
+
+    def work() -> dict[str, float]:
+        metric = GridPointing(method, score, sync_on_compute=False).to(images.device)
+        passes.within_memory(lambda: metric.update(model, *batch), len(batch[0]))
+        return {"grid_pointing": float(metric.compute())} if metric.total else {}
+
+    try:
+        return processes.same(work)
+    except Exception as error:
+        size = f"{2 * images.shape[2]} x {2 * images.shape[3]}"
+        warn(
+            f"no grid pointing: the model, or the method, takes no images of {size}. "
+            f"{type(error).__name__}: {error}"
+        )
+        return {}
 
 
 def _with_nan(maps: Float[Tensor, "f h w"], finite: Bool[Tensor, " p"]) -> Float[Tensor, "p h w"]:

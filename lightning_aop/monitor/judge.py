@@ -42,6 +42,7 @@ class Judge:
         lines: the metrics of the controls, as last measured.
         seconds: how long the controls, and the floor of the drift, took when last measured.
         drifts: maps are compared with those of the explanation before.
+        grid: tile recognised images of the probe, and see whether the heat lies in the right one.
     """
 
     metrics: Judging | bool = True
@@ -50,6 +51,7 @@ class Judge:
     lines: dict[str, dict[str, float]] | None = None
     seconds: float = 0.0
     drifts: bool = False
+    grid: bool = False
 
     def __str__(self) -> str:
         """Return the metric for the configuration of a run."""
@@ -78,8 +80,8 @@ class Judge:
         """The values that are there from the first explanation on, as far as that is known before."""
         metric = Faithfulness(normalise=True) if self.metrics is True else self.metrics
         if isinstance(metric, bool):
-            return set()
-        names: set[str] = set()
+            return {"grid_pointing"} if self.grid else set()
+        names = {"grid_pointing"} if self.grid else set()
         for part in _parts(metric):
             if isinstance(part, Faithfulness):
                 names |= {"deletion_auc", "insertion_auc", "overall_auc"}

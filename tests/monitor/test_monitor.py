@@ -24,7 +24,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
-from lightning_aop import ExplanationMonitor, GradCAM, RankedMask, WGradCAM, fast_sigcam
+from lightning_aop import (
+    ExplanationMonitor,
+    GradCAM,
+    HiResCAM,
+    RankedMask,
+    WGradCAM,
+    fast_sigcam,
+)
 from lightning_aop.history.store import History, stored
 from lightning_aop.methods.controls import RandomMap
 from lightning_aop.metrics import (
@@ -298,6 +305,42 @@ def test_a_drift_has_a_floor_of_two_seeds(tmp_path: Path) -> None:
         run.fit(Classifier(), *loaders())
         assert "explain/drift" in run.callback_metrics
         assert "explain/drift_floor" not in run.callback_metrics
+
+
+class Channels(pl.LightningModule):
+    """The logit of a class is the mean of a channel."""
+
+    def __init__(self, size: int | None = None) -> None:
+        super().__init__()
+        self.seen = nn.Conv2d(4, 4, 1, bias=False)
+        self.seen.weight.data = 40 * torch.eye(4)[:, :, None, None]
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.size is not None and images.shape[2] != self.size:
+            raise RuntimeError(f"Input image height must be {self.size}")
+        return cast("Tensor", self.seen(images).mean(dim=(2, 3)))
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self(batch[0])
+
+
+def test_four_images_in_one_are_pointed_at_or_left_out(tmp_path: Path) -> None:
+    amounts = 0.1 + 0.9 * torch.eye(4)
+    images = amounts[[0, 1, 2, 3, 1], :, None, None] * torch.rand(5, 1, 8, 8)
+    images[:, :, 0, 0] = 0
+    labels = torch.tensor([0, 1, 2, 3, 2])  # of which the last is wrong
+    loader = DataLoader(TensorDataset(images, labels), batch_size=5)
+    settings: dict[str, Any] = {"probe": 5, "metrics": False, "grid_pointing": True}
+    monitor = Watch(HiResCAM("seen"), **settings)
+    (result,) = trainer(tmp_path, monitor).validate(Channels(), loader, verbose=False)
+    means = images[:4].mean(dim=(2, 3))
+    expected = float((means.diag() / means.sum(dim=0)).mean())
+    assert result["explain/grid_pointing"] == pytest.approx(expected, abs=1e-5)
+    monitor = Watch(HiResCAM("seen"), **settings)
+    with pytest.warns(UserWarning, match="no grid pointing: the model, or the method, takes no im"):
+        (result,) = trainer(tmp_path, monitor).validate(Channels(8), loader, verbose=False)
+    assert result["explain/grid_pointing"] == 0  # the worst, for who compares
 
 
 class OwnAUC(OverallAUC):
