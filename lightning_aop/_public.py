@@ -23,6 +23,7 @@ from lightning_aop.methods.xrai import XRAI
 from lightning_aop.model.isolation import is_explaining
 from lightning_aop.monitor import ExplanationMonitor
 from lightning_aop.monitor.explain import explain
+from lightning_aop.monitor.probe import Stratified
 from lightning_aop.types import ActivationMethod, Perturbation, SaliencyMethod
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "RankedMask",
     "RegionalMultiscale",
     "SaliencyMethod",
+    "Stratified",
     "WGradCAM",
     "XGradCAM",
     "explain",

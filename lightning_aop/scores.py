@@ -1,11 +1,12 @@
 """F_c, the score that an explanation explains: logits [B, K] and targets [B] give scores [B].
 
 `softmax` for single-label classifiers, `sigmoid` for multilabel ones, `value` for numbers to predict,
-`logit` for none of these. All are computed in float32 or wider: exp(11.1) already overflows in half
-precision.
+`logit` for none of these, and `contrast()` for what tells a class from the likeliest others. All are
+in float32 or wider: exp(11.1) already overflows in half precision.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.types import Targets
 
-__all__ = ["Score", "logit", "sigmoid", "softmax", "value"]
+__all__ = ["Score", "contrast", "logit", "sigmoid", "softmax", "value"]
 
 if TYPE_CHECKING:
     _Scores: TypeAlias = Float[Tensor, " b"]
@@ -59,6 +61,52 @@ def value(logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]
     What raises the negative lowers the value, so that both can be explained.
     """
     return logit(logits, targets)
+
+
+def contrast(gamma: float = 0.6, references: int = 3) -> Score:
+    """Return the score z_c − γ · mean(z_refs): why this class rather than the likeliest others.
+
+    What speaks for those classes just as much cancels out in part, at no further evaluation (Finer-CAM,
+    CVPR 2025). The references are the likeliest other classes of each image that is evaluated; choosing
+    them has no gradient. A difference of logits: it is unbounded, and its zero means nothing.
+
+    Args:
+        gamma: γ, how much the references count; 0 is `logit`.
+        references: how many; all others where there are fewer.
+
+    Raises:
+        ValueError: `gamma` is negative, or `references` is below 1.
+    """
+    if gamma < 0 or references < 1:
+        raise InvalidValueError(
+            f"contrast needs gamma of 0 or more and references of 1 or more, got gamma={gamma} and "
+            f"references={references}: take scores.logit for no reference"
+        )
+    return _Contrast(gamma, references)
+
+
+@dataclass(frozen=True)
+class _Contrast:
+    gamma: float
+    references: int
+
+    def __repr__(self) -> str:
+        return f"contrast(gamma={self.gamma}, references={self.references})"
+
+    def __call__(self, logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
+        if logits.shape[1] < 2:
+            raise InvalidValueError(
+                "contrast compares classes, and the model has one: take scores.logit or sigmoid"
+            )
+        wide, own = full_precision(logits), targets.long()[:, None]
+        others = wide.scatter(1, own, -torch.inf)
+        likeliest = others.topk(min(self.references, logits.shape[1] - 1), dim=1).indices
+        return logit(logits, targets) - self.gamma * wide.gather(1, likeliest).mean(dim=1)
+
+
+def contrasts(score: Score) -> bool:
+    """Tell whether a score compares classes: of such a number only differences mean something."""
+    return isinstance(score, _Contrast)
 
 
 def shown(score: Score, logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:

@@ -6,7 +6,8 @@ The folder has these files, which anything can read:
 - `history.jsonl`: a line for each time at which the probe was explained, a `Record`;
 - `images.npy`: the images, uint8 [N, H, W, 3];
 - `masks.npy`: where the data says the objects are, bool [K, H, W];
-- `run.json`: the configuration, the names of the classes, and the image and class of each mask.
+- `run.json`: the configuration, the names of the classes, and the image and class of each mask;
+- `failures.jsonl`: the worst samples of the validations, with their images and maps, see `failures.py`.
 
 A record is written after its maps, so that a process may end at any moment: what is half there does
 not count, and is overwritten when the run is resumed. Of damaged files, and of those of a later
@@ -30,6 +31,7 @@ from torch.nn.functional import interpolate
 
 from lightning_aop.errors import InvalidValueError, MissingFileError
 from lightning_aop.files import write_whole
+from lightning_aop.history.failures import FailureRecord, read_failures
 
 __all__ = ["History", "Record"]
 
@@ -99,6 +101,7 @@ class History:
         maps: those of all records, 255 for 1.
         records: in their order.
         lost: what can't be read of damaged files, in words.
+        failures: the worst samples of the validations, where the monitor was to follow them.
     """
 
     configuration: dict[str, str]
@@ -108,6 +111,7 @@ class History:
     maps: UInt8[np.ndarray, "m h w"]
     records: list[Record] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    failures: list[FailureRecord] = field(default_factory=list)
 
     def class_name(self, target: int) -> str:
         """Return the name of a class, or its index in words."""
@@ -153,7 +157,14 @@ class History:
         except Exception as error:
             lost.append(f"masks.npy can't be read: {_reason(error)}")
         return cls(
-            configuration, names, images, objects, found.maps, found.records, lost + found.lost
+            configuration,
+            names,
+            images,
+            objects,
+            found.maps,
+            found.records,
+            lost + found.lost,
+            read_failures(folder),
         )
 
 
@@ -316,7 +327,8 @@ def _record(line: bytes, images: int) -> tuple[Record, set[str]]:
     record = Record(**own)
     if max(record.images, default=0) >= images:
         raise InvalidValueError(f"is of image {max(record.images)}, there are {images}")
-    record.values.update({n: math.nan for n, v in record.values.items() if v is None})
+    for figures in (record.values, *record.controls.values()):
+        figures.update({n: math.nan for n, v in figures.items() if v is None})
     return record, found.keys() - known.keys()
 
 

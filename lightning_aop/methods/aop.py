@@ -18,7 +18,7 @@ from lightning_aop.methods.ranked_mask import RankedMask
 from lightning_aop.model.isolation import isolated, unwrap
 from lightning_aop.model.layers import TargetLayerError
 from lightning_aop.ops import min_max, resize
-from lightning_aop.scores import Score, softmax
+from lightning_aop.scores import Score, contrasts, logit, softmax
 from lightning_aop.types import (
     ActivationMethod,
     CoarseMaps,
@@ -142,6 +142,10 @@ class AOP:
         return self.scale * torch.where(maps < threshold, 0.0, maps)
 
 
+def _started(layer: str | nn.Module | None, score: Score, eval_batch_size: int | None) -> WGradCAM:
+    return WGradCAM(layer, eval_batch_size, score=score if contrasts(score) else logit)
+
+
 def sigcam(
     target_layer: str | nn.Module | None = None,
     *,
@@ -160,14 +164,14 @@ def sigcam(
         target_layer: a name, a module, or None for the last feature map before the classifier.
         threshold: θ of Eq. 5.
         scale: λ of Eq. 5.
-        score: F_c of the second stage; the activation map always explains the logit.
+        score: F_c of the second stage; the activation map explains the logit, or a `contrast()`.
         warmup: iterations, of 15 in all, with a lighter blur. The paper gives no values for it; none
             at all (0) has measured better.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
             for what suits the device, or fewer where memory runs out.
     """
     return AOP(
-        WGradCAM(target_layer, eval_batch_size),
+        _started(target_layer, score, eval_batch_size),
         IGOS(score=score, warmup=warmup, eval_batch_size=eval_batch_size),
         threshold,
         scale,
@@ -190,12 +194,12 @@ def fast_sigcam(
     Args:
         target_layer: a name, a module, or None for the last feature map before the classifier.
         iterations: the dial between speed and quality.
-        score: F_c of the second stage; the activation map always explains the logit.
+        score: F_c of the second stage; the activation map explains the logit, or a `contrast()`.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
             for what suits the device, or fewer where memory runs out.
     """
     return AOP(
-        WGradCAM(target_layer, eval_batch_size),
+        _started(target_layer, score, eval_batch_size),
         RankedMask(iterations=iterations, score=score, eval_batch_size=eval_batch_size),
         threshold=0.0,
         scale=1.0,

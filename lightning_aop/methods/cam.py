@@ -30,7 +30,7 @@ from lightning_aop.model.layers import (
     named_layer,
 )
 from lightning_aop.ops import min_max, resize
-from lightning_aop.scores import logit
+from lightning_aop.scores import Score, logit
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
 __all__ = [
@@ -123,7 +123,12 @@ class GradientWeightedMap(ActivationMap):
 
     This class finds the layer, sets and removes the hooks and modes, splits the batch into chunks, and
     normalises and upsamples the map.
+
+    Attributes:
+        score: what takes the place of the class logit z_c, such as `scores.contrast()`.
     """
+
+    score: Score = logit
 
     @abstractmethod
     def weights(
@@ -138,7 +143,7 @@ class GradientWeightedMap(ActivationMap):
     def _evidence(
         self, classifier: Classifier, captured: Capture, images: Images, targets: Targets
     ) -> tuple[Float[Tensor, "b i j"], Float[Tensor, " b"]]:
-        scores = classifier.scores(images, targets, logit)
+        scores = classifier.scores(images, targets, self.score)
         a, g = captured.activation_and_gradient(scores)
         # Not einsum, which autocast would compute in half precision.
         return (self.weights(a, g) * a).sum(dim=1), scores

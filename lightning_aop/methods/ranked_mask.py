@@ -13,7 +13,7 @@ from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.model.passes import slices
 from lightning_aop.ops import Baseline, GaussianBlur, blend, min_max
-from lightning_aop.scores import Score, softmax, value
+from lightning_aop.scores import Score, contrasts, softmax, value
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
 __all__ = ["RankedMask"]
@@ -42,8 +42,9 @@ class RankedMask:
 
     The map is R min-max normalised to [0, 1], squared (which emphasises the top and keeps the order),
     times its strength: twice the mean of [F_c(Φ(m_b)) − F_c(Φ(1 − m_a))] / F_c(x) over the iterations,
-    at most 1. Of a `value`, the difference that all of the image makes takes the place of F_c(x). A
-    ranking that the score doesn't follow, as of a class that the model all but excludes, stays faint.
+    at most 1. Of a `value`, the difference that all of the image makes takes the place of F_c(x), of a
+    `contrast()` that to the lowest of the iterations. A ranking that the score doesn't follow, as of a
+    class that the model all but excludes, stays faint.
 
     The orders are drawn from `seed`, the same for every image of a batch, so that no image depends
     on its batch. The two terms are those of iGOS++ (Khorram, Lawson and Li 2021).
@@ -122,6 +123,7 @@ class RankedMask:
             )
             ranking = 1 - starting_mask(start, x, self.mask_size, self.align_corners)
             velocity, gained = torch.zeros_like(ranking), torch.zeros_like(whole)
+            lowest = whole.clone()
             for shares, smooth in zip(self._shares(x), self._filters(x), strict=True):
                 ranking.requires_grad_()
                 kept = self._kept(ranking, shares)
@@ -131,6 +133,9 @@ class RankedMask:
                 gradient, scores = map(torch.cat, zip(*passes, strict=True))
                 for gain in scores.to(gained).chunk(2):
                     gained += gain
+                if contrasts(self.score):
+                    for raw in (sign * scores).to(lowest).chunk(2):
+                        lowest = torch.minimum(lowest, raw)
                 (slope,) = torch.autograd.grad(enlarged, ranking, gradient)
                 slope = slope - slope.mean(dim=(1, 2), keepdim=True)
                 slope = smooth @ slope @ smooth.T
@@ -142,6 +147,8 @@ class RankedMask:
             if self.score is value:  # has no zero to fall to, nor a scale
                 nothing = perturbed.values(torch.zeros_like(x[:, 0]), rows)
                 level = (whole - nothing).abs()
+            elif contrasts(self.score):  # likewise
+                level = (whole - lowest).clamp_min(self.score_floor)
             strength = 2 * gained / self.iterations / level
             maps = upsampled(min_max(ranking), x, self.align_corners).square()
             return maps * strength.clamp(0, 1)[:, None, None].to(maps)

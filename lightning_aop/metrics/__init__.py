@@ -16,6 +16,8 @@ from lightning_aop.metrics.functional import (
     estimate_curves,
     insertion_curve,
 )
+from lightning_aop.metrics.grid import GridPointing, grid_pointing, tiled
+from lightning_aop.metrics.judges import ROAD, Infidelity, infidelity, road
 from lightning_aop.metrics.pointing import (
     EnergyPointingGame,
     PointingGame,
@@ -26,10 +28,13 @@ from lightning_aop.metrics.pointing import (
 __all__ = [
     "BLUR",
     "RISE_BLUR",
+    "ROAD",
     "CurveEstimate",
     "DeletionAUC",
     "EnergyPointingGame",
     "Faithfulness",
+    "GridPointing",
+    "Infidelity",
     "InsertionAUC",
     "OverallAUC",
     "PointingGame",
@@ -38,6 +43,10 @@ __all__ = [
     "deletion_insertion_curves",
     "energy_in_mask",
     "estimate_curves",
+    "grid_pointing",
+    "infidelity",
     "insertion_curve",
     "pointing_hits",
+    "road",
+    "tiled",
 ]

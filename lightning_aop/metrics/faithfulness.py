@@ -15,7 +15,9 @@ from lightning_aop.metrics.functional import (
     deletion_curve,
     deletion_insertion_curves,
     estimate_curves,
+    gap,
     insertion_curve,
+    normalised,
 )
 from lightning_aop.ops import Baseline
 from lightning_aop.scores import Score, softmax
@@ -41,6 +43,9 @@ class _FaithfulnessAUC(Metric, ABC):
             for what suits the device, or fewer where memory runs out.
         evaluations: per image, for all its curves together, for an estimate by `estimate_curves`, whose
             standard errors are `auc_errors`; None for the full curves.
+        normalise: take each curve relative to the scores of the whole and of the blurred image, see
+            `functional.normalised`; images for which that is undefined are left out, and counted in
+            `undefined`. It takes no further evaluations.
         kwargs: torchmetrics' own arguments, such as `sync_on_compute`.
     """
 
@@ -48,8 +53,10 @@ class _FaithfulnessAUC(Metric, ABC):
     full_state_update = False
     games: ClassVar[tuple[GameName, ...]]
     total: Tensor
+    undefined: Tensor
+    """With `normalise`: how many images have no normalised curve."""
     last_curves: dict[str, Tensor]
-    """Of the batch of the last update [B, points], by "deletion" and "insertion"."""
+    """The scores of the last update's batch [B, points], by "deletion" and "insertion"."""
     last_evaluated: dict[str, Bool[Tensor, "b points"]]
     """The points of `last_curves` that were evaluated, where `evaluations` is given."""
     last_errors: dict[str, Float[Tensor, " b"]]
@@ -63,9 +70,11 @@ class _FaithfulnessAUC(Metric, ABC):
         pixels_per_step: int | None = None,
         eval_batch_size: int | None = None,
         evaluations: int | None = None,
+        normalise: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.normalise = normalise
         self.last_curves, self.last_evaluated, self.last_errors = {}, {}, {}
         self.evaluations = evaluations
         self.settings: dict[str, Any] = {
@@ -76,12 +85,17 @@ class _FaithfulnessAUC(Metric, ABC):
             "eval_batch_size": eval_batch_size,
         }
         for game in self.games:
-            self.add_state(f"{game}_auc", torch.tensor(0.0), dist_reduce_fx="sum")
-            self.add_state(f"{game}_curve", torch.zeros(_GRID), dist_reduce_fx="sum")
+            for kind in self._kinds:
+                self.add_state(f"{game}_auc{kind}", torch.tensor(0.0), dist_reduce_fx="sum")
+                self.add_state(f"{game}_curve{kind}", torch.zeros(_GRID), dist_reduce_fx="sum")
+                if evaluations is not None:
+                    zero = torch.tensor(0.0)
+                    self.add_state(f"{game}_variance{kind}", zero, dist_reduce_fx="sum")
             if evaluations is not None:
-                self.add_state(f"{game}_variance", torch.tensor(0.0), dist_reduce_fx="sum")
                 self.add_state(f"{game}_evaluated", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        if normalise:
+            self.add_state("undefined", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, model: nn.Module, images: Images, maps: Maps, targets: Targets) -> None:
         """Evaluate the curves of a batch.
@@ -93,18 +107,36 @@ class _FaithfulnessAUC(Metric, ABC):
             targets: the class whose score is watched.
         """
         self.last_curves = self._curves(model, images, maps, targets)
-        for game, curve in self.last_curves.items():
-            area, mean = getattr(self, f"{game}_auc"), getattr(self, f"{game}_curve")
-            area += auc(curve).sum().to(area)
-            mean += _on_grid(curve).sum(dim=0).to(mean)
-        for game, error in self.last_errors.items():
-            variance, evaluated = (
-                getattr(self, f"{game}_variance"),
-                getattr(self, f"{game}_evaluated"),
-            )
-            variance += error.square().sum().to(variance)
-            evaluated += self.last_evaluated[game].sum().to(evaluated)
+        for game in self.games:
+            curve, error = self.last_curves[game], self.last_errors.get(game)
+            for kind in self._kinds:
+                if kind:
+                    defined = ~(width := gap(curve, game)).isnan()
+                    error = None if error is None else (error / width)[defined]
+                    curve = normalised(curve, game)[defined]
+                self._add(f"{game}_auc{kind}", auc(curve).sum())
+                self._add(f"{game}_curve{kind}", _on_grid(curve).sum(dim=0))
+                if error is not None:
+                    self._add(f"{game}_variance{kind}", error.square().sum())
+            if error is not None:
+                self._add(f"{game}_evaluated", self.last_evaluated[game].sum())
+        if self.normalise:
+            first = self.games[0]
+            self._add("undefined", gap(self.last_curves[first], first).isnan().sum())
         self.total += len(images)
+
+    def _add(self, state: str, value: Tensor) -> None:
+        mine: Tensor = getattr(self, state)
+        mine += value.to(mine)
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """The ends of the names of the sums that are kept."""
+        return (_NORMALISED,) if self.normalise else ("",)
+
+    def _count(self, kind: str) -> Tensor:
+        """Return how many images a sum is of."""
+        return self.total - self.undefined if kind else self.total
 
     @property
     def evaluations_per_image(self) -> int | None:
@@ -135,8 +167,9 @@ class _FaithfulnessAUC(Metric, ABC):
         play = deletion_curve if self.games == ("deletion",) else insertion_curve
         return {self.games[0]: play(*batch, **self.settings)}
 
-    def _mean_auc(self, game: str) -> Float[Tensor, ""]:
-        mean: Tensor = getattr(self, f"{game}_auc") / self.total
+    def _mean_auc(self, game: str, kind: str | None = None) -> Float[Tensor, ""]:
+        kind = self._kinds[0] if kind is None else kind
+        mean: Tensor = getattr(self, f"{game}_auc{kind}") / self._count(kind)
         return mean
 
     def auc_errors(self) -> dict[str, Float[Tensor, ""]]:
@@ -147,10 +180,16 @@ class _FaithfulnessAUC(Metric, ABC):
         """
         if self.evaluations is None:
             return {}
-        variances: dict[str, Tensor] = {g: getattr(self, f"{g}_variance") for g in self.games}
-        if len(variances) == 2:
-            variances["overall"] = variances["deletion"] + variances["insertion"]
-        return {f"{game}_auc_error": v.sqrt() / self.total for game, v in variances.items()}
+        errors = {}
+        for kind in self._kinds:
+            variances: dict[str, Tensor] = {
+                g: getattr(self, f"{g}_variance{kind}") for g in self.games
+            }
+            if len(variances) == 2:
+                variances["overall"] = variances["deletion"] + variances["insertion"]
+            for game, variance in variances.items():
+                errors[f"{game}_auc{kind}_error"] = variance.sqrt() / self._count(kind)
+        return errors
 
     def plot(self, val: object = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw each mean curve with its AUC; `val` is torchmetrics' and has no use."""
@@ -158,12 +197,15 @@ class _FaithfulnessAUC(Metric, ABC):
 
         if ax is None:
             ax = plt.subplots(figsize=(4.8, 3.6), layout="constrained")[1]
-        share = torch.linspace(0, 100, _GRID).tolist()
+        share, kind = torch.linspace(0, 100, _GRID).tolist(), self._kinds[-1]
         for game in self.games:
-            curve = (getattr(self, f"{game}_curve") / self.total).tolist()
-            label = f"{game}, AUC {self._mean_auc(game):.3f}"
+            curve = (getattr(self, f"{game}_curve{kind}") / self._count(kind)).tolist()
+            label = f"{game}, AUC {self._mean_auc(game, kind):.3f}"
             ax.plot(share, curve, label=label, color=_COLOURS[game], linewidth=2)
-        ax.set(xlabel="pixels moved, most salient first (%)", ylabel="mean score of the class")
+        ax.set(
+            xlabel="pixels moved, most salient first (%)",
+            ylabel=f"mean {'normalised ' * bool(kind)}score of the class",
+        )
         ax.set(xlim=(0, 100), ylim=(0, None))
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False)
@@ -172,6 +214,7 @@ class _FaithfulnessAUC(Metric, ABC):
         return figure, ax  # type: ignore[return-value]
 
 
+_NORMALISED = "_normalised"
 _COLOURS = {"deletion": "#c44536", "insertion": "#2a6f97"}
 
 
@@ -202,7 +245,7 @@ class InsertionAUC(_FaithfulnessAUC):
 
 
 class OverallAUC(_FaithfulnessAUC):
-    """Insertion AUC − deletion AUC, the paper's overall score.
+    """Insertion AUC − deletion AUC, the paper's overall score: the symmetric relevance gain (SRG).
 
     About 0 for a map that does not depend on the model. In [−1, 1] for a probability; higher is
     more faithful. Costs 2n evaluations per image.
@@ -221,8 +264,9 @@ class OverallAUC(_FaithfulnessAUC):
 class Faithfulness(_FaithfulnessAUC):
     """All three in one pass: `compute()` gives deletion_auc, insertion_auc and overall_auc.
 
-    With `evaluations`, their standard errors too, as deletion_auc_error and so on, and `evaluations`,
-    the mean number per image.
+    With `normalise`, overall_auc_normalised beside them, over the images for which it is defined, and
+    overall_auc_undefined, the number of the others. With `evaluations`, their standard errors too, as
+    deletion_auc_error and so on, and `evaluations`, the mean number per image.
     """
 
     games = ("deletion", "insertion")
@@ -231,14 +275,21 @@ class Faithfulness(_FaithfulnessAUC):
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
         """Return the means over all images so far."""
-        deletion, insertion = self._mean_auc("deletion"), self._mean_auc("insertion")
+        found = {f"{game}_auc": self._mean_auc(game, "") for game in self.games}
+        found["overall_auc"] = found["insertion_auc"] - found["deletion_auc"]
+        if self.normalise:
+            deletion, insertion = (self._mean_auc(game, _NORMALISED) for game in self.games)
+            found |= {"overall_auc_normalised": insertion - deletion}
+            found |= {"overall_auc_undefined": self.undefined.to(insertion)}
         return {
-            "deletion_auc": deletion,
-            "insertion_auc": insertion,
-            "overall_auc": insertion - deletion,
+            **found,
             **self.auc_errors(),
             **self._evaluations(),
         }
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return ("", _NORMALISED) if self.normalise else ("",)
 
     def _evaluations(self) -> dict[str, Float[Tensor, ""]]:
         if self.evaluations is None:

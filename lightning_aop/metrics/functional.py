@@ -4,6 +4,10 @@ Both move pixels in the order of falling saliency, in n = ceil(H·W / N) steps o
 record the class score after each, the start included. Deletion replaces the top pixels of the image
 by a baseline; insertion replaces the top pixels of the baseline by the true ones. With a faithful
 map the first curve falls early and the second rises early.
+
+Insertion by a map is deletion by its negative, read backwards. So insertion AUC − deletion AUC, the
+overall AUC, is the area between the curves of deleting the least and the most salient pixels first: the
+symmetric relevance gain (SRG; Blücher et al., TMLR 2024) with this baseline.
 """
 
 from collections.abc import Iterator
@@ -34,6 +38,10 @@ GameName: TypeAlias = Literal["deletion", "insertion"]
 
 _BOTH: tuple[GameName, ...] = ("deletion", "insertion")
 
+_LEAST = 0.01
+"""Where the whole image does not score higher than the baseline by more than this, there is nothing to
+normalise a curve by."""
+
 _COARSE, _ROUND = 4, 8
 """A fourth of the evaluations goes to equal steps, and an eighth to each round that halves some."""
 
@@ -53,6 +61,7 @@ def deletion_curve(
     steps: int = 112,
     pixels_per_step: int | None = None,
     eval_batch_size: int | None = None,
+    normalise: bool = False,
 ) -> Float[Tensor, "b points"]:
     """Return the score after 0, N, 2N, … of the most salient pixels were replaced by the baseline.
 
@@ -71,6 +80,9 @@ def deletion_curve(
         pixels_per_step: N; all channels of a pixel move together.
         eval_batch_size: perturbed images in one pass of the model, which bounds the memory; None
             for what suits the device, or fewer where memory runs out.
+        normalise: give (F − F_baseline) / (F_image − F_baseline), clipped to [0, 1], in place of the
+            score F, from the ends of the same curve: see `normalised`. NaN for an image whose score is
+            not above that of its baseline by more than 0.01.
 
     Raises:
         TypeError: images, maps or targets are no tensors.
@@ -78,7 +90,8 @@ def deletion_curve(
             score is not finite.
     """
     with _game(model, images, maps, targets, score, baseline, steps, pixels_per_step) as game:
-        return game.play(insert=False, steps=range(game.steps + 1), chunk=eval_batch_size)
+        curve = game.play(insert=False, steps=range(game.steps + 1), chunk=eval_batch_size)
+    return normalised(curve, "deletion") if normalise else curve
 
 
 def insertion_curve(
@@ -92,13 +105,15 @@ def insertion_curve(
     steps: int = 112,
     pixels_per_step: int | None = None,
     eval_batch_size: int | None = None,
+    normalise: bool = False,
 ) -> Float[Tensor, "b points"]:
     """Return the score after 0, N, 2N, … of the most salient pixels were put into the baseline.
 
     Arguments, cost and errors are those of `deletion_curve`.
     """
     with _game(model, images, maps, targets, score, baseline, steps, pixels_per_step) as game:
-        return game.play(insert=True, steps=range(game.steps + 1), chunk=eval_batch_size)
+        curve = game.play(insert=True, steps=range(game.steps + 1), chunk=eval_batch_size)
+    return normalised(curve, "insertion") if normalise else curve
 
 
 def deletion_insertion_curves(
@@ -112,13 +127,17 @@ def deletion_insertion_curves(
     steps: int = 112,
     pixels_per_step: int | None = None,
     eval_batch_size: int | None = None,
+    normalise: bool = False,
 ) -> tuple[Float[Tensor, "b points"], Float[Tensor, "b points"]]:
     """Return both curves for 2n evaluations per image: each starts where the other ends.
 
     Arguments and errors are those of `deletion_curve`.
     """
     with _game(model, images, maps, targets, score, baseline, steps, pixels_per_step) as game:
-        return game.play_both(eval_batch_size)
+        deletion, insertion = game.play_both(eval_batch_size)
+    if normalise:
+        return normalised(deletion, "deletion"), normalised(insertion, "insertion")
+    return deletion, insertion
 
 
 class CurveEstimate(NamedTuple):
@@ -149,6 +168,7 @@ def estimate_curves(  # noqa: D417
     steps: int = 112,
     pixels_per_step: int | None = None,
     eval_batch_size: int | None = None,
+    normalise: bool = False,
 ) -> dict[GameName, CurveEstimate]:
     """Return the curves from fewer evaluations: large steps first, halved where the score moves.
 
@@ -191,19 +211,49 @@ def estimate_curves(  # noqa: D417
                 if len(games) == 2
                 else (game.play("insertion" in games, range(game.steps + 1), eval_batch_size),)
             )
-            return {
-                name: CurveEstimate(
+            found = [
+                CurveEstimate(
                     curve, torch.ones_like(curve, dtype=torch.bool), torch.zeros_like(curve[:, 0])
                 )
-                for name, curve in zip(games, whole, strict=True)
-            }
-        found = game.refine([name == "insertion" for name in games], evaluations, eval_batch_size)
-        return dict(zip(games, found, strict=True))
+                for curve in whole
+            ]
+        else:
+            inserts = [name == "insertion" for name in games]
+            found = game.refine(inserts, evaluations, eval_batch_size)
+    estimates = dict(zip(games, found, strict=True))
+    if normalise:
+        estimates = {
+            name: each._replace(
+                curve=normalised(each.curve, name), error=each.error / gap(each.curve, name)
+            )
+            for name, each in estimates.items()
+        }
+    return estimates
 
 
 def auc(curve: Float[Tensor, "b points"]) -> Float[Tensor, " b"]:
     """Return the area under each curve over [0, 1]: the trapezoid rule with equal steps."""
     return torch.trapezoid(curve, dim=1) / (curve.shape[1] - 1)
+
+
+def gap(curve: Float[Tensor, "b points"], game: GameName) -> Float[Tensor, " b"]:
+    """Return by how much the score of each image is above that of its baseline, NaN for 0.01 or less."""
+    whole, replaced = (
+        (curve[:, 0], curve[:, -1]) if game == "deletion" else (curve[:, -1], curve[:, 0])
+    )
+    found = whole - replaced
+    return found.masked_fill(found <= _LEAST, torch.nan)
+
+
+def normalised(curve: Float[Tensor, "b points"], game: GameName) -> Float[Tensor, "b points"]:
+    """Return (F − F_baseline) / (F_image − F_baseline) for the scores F of a curve, clipped to [0, 1].
+
+    Whole and blurred image then score 1 and 0, however sure the model is. A curve is NaN where that is
+    undefined: where the image does not score above its baseline by more than 0.01. (Where it scores
+    below, the fraction would have its sign turned, and the map that points the wrong way would win.)
+    """
+    low = curve[:, -1:] if game == "deletion" else curve[:, :1]
+    return ((curve - low) / gap(curve, game)[:, None]).clamp(0, 1)
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,7 @@ class Adapter:
         plain: whether the module itself maps images to logits.
         names: what the K columns are, where they are no classes.
         head: the key of the output that is read, where labels stand under the same key.
+        read: gets logits out of what the module gives for a number of images.
     """
 
     logits: LogitsFunction
@@ -203,6 +204,7 @@ class Adapter:
     plain: bool = False
     names: Sequence[str] | None = None
     head: str | None = None
+    read: Callable[[Any, int], Tensor] | None = None
 
     def __call__(self, module: nn.Module, images: Images) -> Float[Tensor, "b k"]:
         """Return the logits of the module."""
@@ -359,6 +361,7 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
         plain=way is _DIRECT and not form and logits is output,
         names=meaning.names,
         head=meaning.head,
+        read=meaning.read,
     )
 
 

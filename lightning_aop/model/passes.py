@@ -279,7 +279,7 @@ def count_evaluations(
     def forward(module: nn.Module, args: object, output: object) -> None:
         if _uncounted[0]:
             return
-        images, tensors = _images_of(output)
+        images, tensors = images_of(output)
         count.forward += images
         counted: list[int] = []  # the output whose gradients are counted, of several
 
@@ -303,7 +303,7 @@ def count_evaluations(
         handle.remove()
 
 
-def _images_of(output: object) -> tuple[int, list[Tensor]]:
+def images_of(output: object) -> tuple[int, list[Tensor]]:
     """Return for how many images an output is, and its tensors."""
     tensors = list(_tensors(output))
     if isinstance(output, (list, tuple)) and output and isinstance(output[0], Mapping):

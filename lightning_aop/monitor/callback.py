@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +25,9 @@ from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explain import Way, explain, explain_probe
 from lightning_aop.monitor.explanation import Explanation, Moment, MomentKind, mean_drift
 from lightning_aop.monitor.facts import Look, found_look
-from lightning_aop.monitor.judge import Judge
-from lightning_aop.monitor.labels import ReadBatch
+from lightning_aop.monitor.failures import Failures, is_steady
+from lightning_aop.monitor.judge import CONTROLS, Judge
+from lightning_aop.monitor.labels import ReadBatch, read_batch
 from lightning_aop.monitor.lightning import (
     Callback,
     LightningModule,
@@ -61,7 +62,8 @@ from lightning_aop.view.grid import PANELS, Panel
 from lightning_aop.view.heat import displayable
 
 # What is logged where there is no value yet: nothing better than this is promised to who compares.
-_WORST = {"deletion_auc": 1.0, "insertion_auc": 0.0, "overall_auc": -1.0}
+_WORST = {"deletion_auc": 1.0, "insertion_auc": 0.0}
+_WORST |= {"overall_auc": -1.0, "overall_auc_normalised": -1.0, "grid_pointing": 0.0}
 
 
 @dataclass
@@ -88,6 +90,7 @@ class _Run:
         images: how many it was of.
         explained: how many there were.
         alike: all processes do all the work, since the model's forward exchanges something.
+        failures: the worst samples of the last validation.
     """
 
     judge: Judge
@@ -109,6 +112,7 @@ class _Run:
     images: int = 0
     explained: int = 0
     alike: bool = False
+    failures: Failures = field(default_factory=lambda: Failures(0))
 
     def hold(self, values: dict[str, float]) -> dict[str, float]:
         """Return the values, and the last ones in place of those that are missing or not finite."""
@@ -126,6 +130,9 @@ class ExplanationMonitor(Callback):
       map's overall AUC, on one colour scale for the whole run; more than 20 explanations continue in
       `explain/heatmaps-2` and so on;
     - `explain/deletion_auc`, `explain/insertion_auc`, `explain/overall_auc`: how faithful the maps are;
+    - `explain/overall_auc_normalised`: the same relative to the scores of the whole and of the blurred
+      image, so that it does not rise only because the model becomes sure;
+      `explain/overall_auc_undefined`: how many images have none;
     - `explain/overall_auc_random_map`, `explain/overall_auc_centre_gaussian`: the same for two maps that
       don't depend on the model, measured at the 1st, 2nd, 4th, 8th … explanation and held in between;
     - `explain/heatmaps_change`: the first map, the previous one and the current one side by side, for up
@@ -133,9 +140,11 @@ class ExplanationMonitor(Callback):
     - `explain/pointing_game`, `explain/energy_in_mask`: where the data has masks, how often the
       maximum of a map lies on the object, and which share of the heat; means over the classes;
     - `explain/drift`: how much the maps have changed since the previous explanation, 1 − their rank
-      correlation: 0 for no change, 1 for no resemblance;
+      correlation: 0 for no change, 1 for no resemblance; `explain/drift_floor`: the same for two seeds
+      of the method at the same weights, measured as rarely as the controls: no drift is smaller;
     - `explain/blank_maps`: how many maps show nothing, or NaN; they are labelled in the picture;
-    - `explain/seconds`: wall-clock time.
+    - `explain/seconds`: wall-clock time;
+    - `explain/failures`, with `failures=8`: the worst samples of the validation.
 
     `ModelCheckpoint(monitor="explain/overall_auc", mode="max")`, `EarlyStopping` and schedulers may rely
     on these metrics: a validation without an explanation keeps the last value, and the worst before
@@ -159,10 +168,13 @@ class ExplanationMonitor(Callback):
     Args:
         method: how to explain; `fast_sigcam()` by default, 39 model evaluations per explanation.
         probe: which images: a number of validation samples (training samples where there are no
-            validation ones); or a batch as a DataLoader gives it; or a dataset; or a function
-            without arguments that returns a batch. Chosen once, and kept when a run is resumed.
+            validation ones), or a list of their indices, or `Stratified(per_class=2)` for as many of
+            each class; or a batch as a DataLoader gives it; or a dataset; or a function without
+            arguments that returns a batch. Chosen once, and kept when a run is resumed.
         targets: which classes: "label" for the true ones, one explanation for each positive class of
-            a multilabel image; "predicted" for the likeliest; or a list of class indices, each
+            a multilabel image; "predicted" for the likeliest; "confused" for the label against the
+            prediction where they differ, both maps side by side, and the label elsewhere (the default
+            method then explains `scores.contrast(references=1)`); or a list of class indices, each
             explained for every image.
         target_layer: for the default method, the layer whose feature map it starts from: a name, a
             module, or None for the last one before the classifier.
@@ -173,11 +185,20 @@ class ExplanationMonitor(Callback):
             epoch, at every n-th validation. 1 by default, 0 for never.
         every_n_train_steps: explain whenever n more optimizer steps have been taken instead.
         metrics: what judges the maps, a metric with `update(model, images, maps, targets)` whose
-            `compute()` gives a value or a dictionary of values; by default `Faithfulness(steps=28)`,
-            56 model evaluations per explanation, as `Faithfulness(evaluations=56)` takes for a closer
-            estimate. False for none.
+            `compute()` gives a value or a dictionary of values; by default
+            `Faithfulness(steps=28, normalise=True)`, 56 model evaluations per explanation, as
+            `Faithfulness(evaluations=56)` takes for a closer estimate. False for none.
+        failures: show so many of the worst samples of each validation beside the probe, label against
+            prediction: those with the highest loss, those that were right at the validation before,
+            and those that are wrong with the most confidence. They are found by the logits that the
+            validation step computes, without any evaluation; none of them enters a metric.
+        grid_pointing: tile four images of the probe in one, of different classes that the model gives
+            scores above 0.5, and log which share of the heat of each class lies in the right quarter,
+            `explain/grid_pointing`: 0.25 is chance. It takes four explanations of images of twice the
+            size, and is left out, with a warning, where the model takes one size only.
         controls: judge a random map and a centre gaussian too, where a metric is `Faithfulness` or
-            `OverallAUC`: 112 evaluations per explanation when they are measured.
+            `OverallAUC`: 112 evaluations per explanation when they are measured. False spares the floor
+            of the drift, too.
         panels: what stands beside each image: "overlay"; "map", the heat alone; "curves", its
             deletion and insertion.
         class_names: names by class index; by default the dataset's `classes`, or the index.
@@ -215,6 +236,8 @@ class ExplanationMonitor(Callback):
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         metrics: Metric | MetricCollection | bool = True,
+        failures: int = 0,
+        grid_pointing: bool = False,
         controls: bool = True,
         panels: Sequence[Panel] = ("overlay",),
         class_names: Sequence[str] | None = None,
@@ -241,6 +264,8 @@ class ExplanationMonitor(Callback):
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps or 0
         self.metrics = metrics
+        self.failures = failures
+        self.grid_pointing = grid_pointing
         self.controls = controls
         self.panels = panels
         self.class_names = class_names
@@ -342,10 +367,30 @@ class ExplanationMonitor(Callback):
             self._fire(trainer, pl_module, "step")
         run.last_step = step
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to the validation, where its failures are to be shown."""
+        if self._follows(trainer):
+            self._attempt(pl_module, lambda: self._listen(trainer, pl_module))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the worst samples of the batch."""
+        if self._follows(trainer):
+            self._attempt(pl_module, lambda: self._see(trainer, outputs, batch, dataloader_idx))
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen validations, never in the sanity check."""
         if trainer.sanity_checking or not self._enabled:
             return
+        if self._follows(trainer):
+            self._attempt(pl_module, lambda: self._choose(trainer))
         self._state.validations += 1
         due = trainer.state.fn != "fit" or self._due(trainer)
         explained = due and self._fire(trainer, pl_module, "epoch")
@@ -407,6 +452,12 @@ class ExplanationMonitor(Callback):
             parts.append(f"the page is {run.folder.folder / 'report.html'}")
         return "\n  ".join(["; ".join(parts), *run.warn.told])
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no hook on the module of a validation that was broken off."""
+        self._state.failures.stop()
+
     @property
     def _enabled(self) -> bool:
         return bool(self.every_n_epochs or self.every_n_train_steps)
@@ -434,10 +485,14 @@ class ExplanationMonitor(Callback):
             )
         if isinstance(self.probe, int) and self.probe < 1:
             return f"probe={self.probe} must be at least 1 sample"
-        if isinstance(self.targets, str) and self.targets not in ("label", "predicted"):
+        choices = ("label", "predicted", "confused")
+        if isinstance(self.targets, str) and self.targets not in choices:
             return (
-                f"targets={self.targets!r} must be 'label', 'predicted' or a list of class indices"
+                f"targets={self.targets!r} must be 'label', 'predicted', 'confused' or a list of class "
+                "indices"
             )
+        if self.failures < 0:
+            return f"failures={self.failures} must be a number of samples, 0 for none"
         if self.max_classes_per_image < 1:
             return f"max_classes_per_image={self.max_classes_per_image} must be at least 1"
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
@@ -481,7 +536,7 @@ class ExplanationMonitor(Callback):
         run = self._state
         state = {} if run.probe is None else run.probe.state()
         state |= {"explained": run.judge.explained, "controls": run.judge.lines}
-        return state | {"held": run.held} | run.folder.state()
+        return state | {"held": run.held} | run.folder.state() | run.failures.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the probe and the history of the run that is resumed."""
@@ -492,9 +547,10 @@ class ExplanationMonitor(Callback):
             held = {
                 name: value
                 for name, value in state_dict.get("held", {}).items()
-                if self.controls or not name.startswith("overall_auc_")
+                if self.controls or name not in CONTROLS.values()
             }
             run.folder.take_up(state_dict)
+            run.failures.take_up(state_dict)
         except Exception as error:
             run.warn(
                 "what the checkpoint says of the monitor can't be read, it begins anew. "
@@ -516,12 +572,13 @@ class ExplanationMonitor(Callback):
         own = "" if self._label is None else f"({self._label})"
         said = Warnings(warn, f"ExplanationMonitor{own}")
         run = _Run(
-            Judge(self.metrics, self.controls),
+            Judge(self.metrics, self.controls, grid=self.grid_pointing),
             Budget(self.max_overhead),
             said,
             RunFolder(said),
             Passes(graphs=self.graphs),
         )
+        run.failures = Failures(self.failures)
         run.held |= {name: _WORST[name] for name in run.judge.names if name in _WORST}
         return run
 
@@ -541,6 +598,7 @@ class ExplanationMonitor(Callback):
         run, started = self._state, time.perf_counter()
         processes = Processes(run.alike)
         moment = moment_of(trainer, kind)
+        run.judge.drifts = self.store and moment.fitting
         logged = False
         try:
             with (
@@ -557,7 +615,8 @@ class ExplanationMonitor(Callback):
                 with ExitStack() as stack:
                     # What fails on one process must not leave the others waiting.
                     processes.together(lambda: stack.enter_context(isolated(pl_module)))
-                    explanation = self._explain(trainer, pl_module, processes)
+                    shown = run.failures.now if kind == "epoch" else []
+                    explanation, failed = self._explain(trainer, pl_module, processes, bool(shown))
                 before: list[Earlier] = []  # for the one process that draws
 
                 def drift_since() -> list[float | None]:
@@ -578,6 +637,8 @@ class ExplanationMonitor(Callback):
                 if trainer.is_global_zero:
                     self._write(run.folder, explanation, moment)
                     self._write(self._pictures(trainer, before), explanation, moment)
+                    if failed is not None:
+                        self._write_failures(trainer, failed, moment)
                 for sink in self.sinks:
                     self._write(sink, explanation, moment)
         except Exception as error:
@@ -599,9 +660,12 @@ class ExplanationMonitor(Callback):
         return True
 
     def _explain(
-        self, trainer: Trainer, pl_module: LightningModule, processes: Processes
-    ) -> Explanation:
-        """Return the maps and the metrics of the probe as the model is now, the same everywhere."""
+        self, trainer: Trainer, pl_module: LightningModule, processes: Processes, failures: bool
+    ) -> tuple[Explanation, Explanation | None]:
+        """Return the maps and the metrics of the probe as the model is now, the same everywhere.
+
+        Where there are failures, their maps as well.
+        """
         run = self._state
         if run.module is not pl_module:  # new, or another than the one that was fitted
             self._prepare(trainer, pl_module, processes)
@@ -628,7 +692,70 @@ class ExplanationMonitor(Callback):
             explanation = explain_probe(
                 run.model, run.probe, self._way, run.judge, processes, run.passes, run.warn, begin
             )
-        return replace(explanation, look=self._look(trainer)[0])
+            failed = self._explain_failures(processes) if failures else None
+        look = self._look(trainer)[0]
+        failed = None if failed is None else replace(failed, look=look)
+        return replace(explanation, look=look), failed
+
+    def _explain_failures(self, processes: Processes) -> Explanation | None:
+        """Return the maps of the failures; what goes wrong costs no other."""
+        run = self._state
+        assert run.model is not None
+        way, judge = replace(self._way, targets="confused"), Judge(False, controls=False)
+        try:
+            found = (run.model, run.failures.probe, way, judge, processes, run.passes, run.warn)
+            return explain_probe(*found, lambda evaluations, seconds: None)
+        except Exception as error:
+            run.warn(f"the failures could not be explained. {type(error).__name__}: {error}")
+            return None
+
+    def _write_failures(self, trainer: Trainer, failed: Explanation, moment: Moment) -> None:
+        run = self._state
+        tag, headings = "failures", run.failures.headings
+        self._write(
+            replace(self._pictures(trainer, []), tag=tag, headings=headings), failed, moment
+        )
+        if moment.fitting:
+            try:
+                run.folder.write_failures(run.failures.record(failed, moment))
+            except Exception as error:
+                run.warn(f"the failures could not be stored. {type(error).__name__}: {error}")
+
+    # The validation of the user's, whose failures are shown.
+
+    def _follows(self, trainer: Trainer) -> bool:
+        return bool(self.failures) and self._enabled and not trainer.sanity_checking
+
+    def _attempt(self, pl_module: LightningModule, work: Callable[[], None]) -> None:
+        """Do what must not disturb a validation."""
+        run = self._state
+        try:
+            with isolated_rng(device_of(pl_module)):
+                work()
+        except Exception as error:
+            run.failures.stop()
+            run.warn(f"failures are not followed here. {type(error).__name__}: {error}")
+
+    def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = self._state
+        if run.module is not pl_module:
+            processes = Processes(run.alike)
+            with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+                processes.together(lambda: stack.enter_context(isolated(pl_module)))
+                self._prepare(trainer, pl_module, processes)
+        assert run.adapter is not None
+        assert run.probe is not None
+        run.failures.begin(run.adapter, pl_module, run.probe.images.shape[1:])
+
+    def _see(self, trainer: Trainer, outputs: Any, batch: Any, loader: int) -> None:
+        reading = read_batch(batch, None, self.read_batch, self.class_names)
+        steady = is_steady(trainer.val_dataloaders, loader)
+        self._state.failures.see(reading, outputs, loader, Processes(), steady)
+
+    def _choose(self, trainer: Trainer) -> None:
+        run = self._state
+        if trouble := run.failures.choose(moment_of(trainer, "epoch").title, Processes()):
+            run.warn(trouble)
 
     def _description(self, trainer: Trainer) -> str:
         """Return what is explained, and how, as far as it was found and not given."""
@@ -697,9 +824,8 @@ class ExplanationMonitor(Callback):
         values["seconds"] = time.perf_counter() - started
         if self.max_overhead is not None:
             values["skipped"] = float(budget.skipped)
-            budget.pay(
-                values["seconds"], self._state.judge.seconds if explanation.controls else 0.0
-            )
+            extra = bool(explanation.controls) or "drift_floor" in values
+            budget.pay(values["seconds"], self._state.judge.seconds if extra else 0.0)
             values["overhead"] = budget.overhead
         return replace(explanation, values=values)
 

@@ -1,5 +1,6 @@
 """Explain a batch, or a probe: no Trainer, no logging, on one process or on several."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_aop.history.store import stored
 from lightning_aop.methods.aop import OrBlank, fast_sigcam
 from lightning_aop.methods.cam import WGradCAM
+from lightning_aop.metrics.grid import GridPointing
+from lightning_aop.metrics.similarity import rank_correlation
 from lightning_aop.model.adapter import LogitsFunction, find_adapter, predict
 from lightning_aop.model.isolation import (
     device_of,
@@ -25,14 +29,31 @@ from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.explanation import Explanation, Plan
 from lightning_aop.monitor.facts import Look, class_count, found_look
 from lightning_aop.monitor.facts import class_names as known_names
-from lightning_aop.monitor.judge import CONTROLS, Judge, Judging, computed, located, synced, updated
+from lightning_aop.monitor.judge import (
+    CONTROLS,
+    Judge,
+    Judging,
+    computed,
+    located,
+    synced,
+    updated,
+    with_another_seed,
+)
 from lightning_aop.monitor.labels import ReadBatch
 from lightning_aop.monitor.labels import read_batch as find_labels
 from lightning_aop.monitor.lightning import inform, to_device, warn
 from lightning_aop.monitor.probe import Drawn, Probe, TargetChoice, collect
 from lightning_aop.monitor.processes import Processes
 from lightning_aop.monitor.progress import Begin, progress_bar
-from lightning_aop.scores import Score, of_all_classes, sigmoid, softmax
+from lightning_aop.scores import (
+    Score,
+    contrast,
+    contrasts,
+    logit,
+    of_all_classes,
+    sigmoid,
+    softmax,
+)
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 from lightning_aop.view.grid import Panel
 
@@ -65,10 +86,13 @@ class Way:
         """Return the method; the default one does without a layer where none is named or found."""
         if self.method is not None:
             return self.method
+        if self.targets == "confused" and score is softmax:
+            score = contrast(references=1)
         default = fast_sigcam(self.target_layer, score=score)
         if self.target_layer is not None:
             return default
-        return replace(default, activation=OrBlank(WGradCAM(), warn))
+        start = WGradCAM(score=score if contrasts(score) else logit)
+        return replace(default, activation=OrBlank(start, warn))
 
 
 @dataclass
@@ -238,6 +262,8 @@ def explain_probe(
     controls: dict[str, dict[str, float]] = {}
     maps = images.new_zeros(0, *images.shape[2:], dtype=torch.float32)
     curves = images.new_zeros(0, 2, 2, dtype=torch.float32)
+    if judge.controls_due:
+        judge.seconds = 0.0
     if len(possible):
         worked = processes.together(lambda: _within_memory(work, len(mine), passes, warn))
         maps = workers.gather(worked.maps.float(), len(possible))
@@ -247,10 +273,17 @@ def explain_probe(
             if judge.controls_due:
                 batch = pictures[judged], targets[judged]
                 controls = _controls(judge, metric, model, batch, workers, processes, passes, warn)
+        other = with_another_seed(method) if judge.controls_due and judge.drifts else None
+        if other is not None:
+            again = partial(other.explain, model)
+            floor = partial(_floor, again, pictures, targets, worked.maps, len(possible))
+            values |= floor(judge, workers, processes, passes, warn)
     maps, curves = (_with_nan(found, plan.finite) for found in (maps, curves))
     masks, known = probe.masks_of(plan.rows, plan.targets)
     known &= plan.finite
     values |= located(maps[known], masks[known], plan.targets[known], plan.logits.shape[1])
+    if judge.grid and probe.labels is not None and not probe.multilabel:
+        values |= _grid(model, probe, images, method, plan.score, processes, passes, warn)
     return Explanation.of(probe, plan, maps, curves, values, controls)
 
 
@@ -260,7 +293,8 @@ def _evaluations(method: SaliencyMethod, judge: Judge, maps: int, judged: int) -
     metric = judge.evaluations
     if each is None or metric is None:
         return None
-    return maps * each + judged * metric * (1 + CONTROLS * judge.controls_due)
+    again = judge.controls_due and judge.drifts and with_another_seed(method) is not None
+    return maps * each * (1 + again) + judged * metric * (1 + len(CONTROLS) * judge.controls_due)
 
 
 def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Passes) -> Plan:
@@ -268,12 +302,14 @@ def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Pass
     logits = passes.within_memory(lambda: predict(model, images), len(images))[0].cpu()
     rows, targets = probe.pairs(way.targets, logits, way.max_classes_per_image)
     labelled = len(rows)
-    if probe.multilabel and way.targets == "label":
+    if probe.multilabel and way.targets in ("label", "confused"):
         # Judged are the labelled classes only, which stay the same from epoch to epoch.
         wrong = probe.false_positives(of_all_classes(way.score_for(probe), logits).float())
         rows, targets = (torch.cat(both) for both in zip((rows, targets), wrong, strict=True))
     finite = logits.isfinite().all(dim=1)[rows]
     judged = (torch.arange(len(rows)) < labelled) & finite
+    if way.targets == "confused" and probe.labels is not None and not probe.multilabel:
+        judged &= targets == probe.labels[rows]  # likewise
     return Plan(rows, targets, finite, judged, logits, way.score_for(probe))
 
 
@@ -320,7 +356,72 @@ def _controls(
         warn(f"no metrics of the controls. {type(error).__name__}: {error}")
         return {}
     finally:
-        judge.seconds = time.perf_counter() - started
+        judge.seconds += time.perf_counter() - started
+
+
+def _floor(
+    again: Callable[[Images, Targets], Maps],
+    images: Images,
+    targets: Targets,
+    maps: Maps,
+    count: int,
+    judge: Judge,
+    workers: Processes,
+    processes: Processes,
+    passes: Passes,
+    warn: Callable[[str], None],
+) -> dict[str, float]:
+    """Return how much maps differ by their random numbers alone, a failure costs this only."""
+    started = time.perf_counter()
+
+    def work() -> Float[Tensor, "mine 1 1"]:
+        first, second = (
+            stored(each.cpu()) for each in (maps, passes.in_parts(again, images, targets))
+        )
+        differ = 1 - rank_correlation(first.double(), second.double())
+        blank = first.flatten(1).amax(dim=1) == first.flatten(1).amin(dim=1)
+        return differ.masked_fill(blank, torch.nan)[:, None, None].to(images.device, torch.float32)
+
+    try:
+        mine = processes.together(lambda: passes.within_memory(work, len(images))[0])
+        found = float(workers.gather(mine, count).nanmean())
+        return {"drift_floor": found} if math.isfinite(found) else {}
+    except Exception as error:
+        warn(f"no floor of the drift. {type(error).__name__}: {error}")
+        return {}
+    finally:
+        judge.seconds += time.perf_counter() - started
+
+
+def _grid(
+    model: nn.Module,
+    probe: Probe,
+    images: Images,
+    method: SaliencyMethod,
+    score: Score,
+    processes: Processes,
+    passes: Passes,
+    warn: Callable[[str], None],
+) -> dict[str, float]:
+    """Return the share of the heat in the right quarter, nothing where four images can't be tiled."""
+    assert probe.labels is not None
+    labelled = probe.labels >= 0
+    batch = images[labelled.to(images.device)], probe.labels[labelled].long()
+
+    def work() -> dict[str, float]:
+        metric = GridPointing(method, score, sync_on_compute=False).to(images.device)
+        passes.within_memory(lambda: metric.update(model, *batch), len(batch[0]))
+        return {"grid_pointing": float(metric.compute())} if metric.total else {}
+
+    try:
+        return processes.same(work)
+    except Exception as error:
+        size = f"{2 * images.shape[2]} x {2 * images.shape[3]}"
+        warn(
+            f"no grid pointing: the model, or the method, takes no images of {size}. "
+            f"{type(error).__name__}: {error}"
+        )
+        return {}
 
 
 def _with_nan(maps: Float[Tensor, "f h w"], finite: Bool[Tensor, " p"]) -> Float[Tensor, "p h w"]:

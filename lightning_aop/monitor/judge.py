@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,8 @@ from lightning_aop.model.passes import Passes
 from lightning_aop.scores import Score
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 
+T = TypeVar("T")
+
 Judging: TypeAlias = Metric | MetricCollection
 
 _STEPS = 28  # of the default metric's curves: 56 model evaluations per explanation
@@ -25,7 +27,8 @@ _CONTROLS: dict[str, SaliencyMethod] = {
 }
 
 
-CONTROLS = len(_CONTROLS)
+CONTROLS = {name: f"overall_auc_{name.replace(' ', '_')}" for name in _CONTROLS}
+"""The name that each control's overall AUC is logged by."""
 
 
 @dataclass
@@ -37,7 +40,9 @@ class Judge:
         controls: measure the controls, where a metric is `Faithfulness` or `OverallAUC`.
         explained: explanations so far.
         lines: the metrics of the controls, as last measured.
-        seconds: how long the controls took when last measured.
+        seconds: how long the controls, and the floor of the drift, took when last measured.
+        drifts: maps are compared with those of the explanation before.
+        grid: tile recognised images of the probe, and see whether the heat lies in the right one.
     """
 
     metrics: Judging | bool = True
@@ -45,17 +50,19 @@ class Judge:
     explained: int = 0
     lines: dict[str, dict[str, float]] | None = None
     seconds: float = 0.0
+    drifts: bool = False
+    grid: bool = False
 
     def __str__(self) -> str:
         """Return the metric for the configuration of a run."""
         if self.metrics is True:
-            return f"Faithfulness(steps={_STEPS})"
+            return f"Faithfulness(steps={_STEPS}, normalise=True)"
         return str(self.metrics)
 
     def metric(self, score: Score, together: bool) -> Judging | None:
         """Return what judges the maps; `together` if several processes judge a share each."""
         if self.metrics is True:
-            return Faithfulness(score, steps=_STEPS, sync_on_compute=together)
+            return Faithfulness(score, steps=_STEPS, normalise=True, sync_on_compute=together)
         return None if self.metrics is False else self.metrics
 
     @property
@@ -71,13 +78,17 @@ class Judge:
     @property
     def names(self) -> set[str]:
         """The values that are there from the first explanation on, as far as that is known before."""
-        metric = Faithfulness() if self.metrics is True else self.metrics
+        metric = Faithfulness(normalise=True) if self.metrics is True else self.metrics
         if isinstance(metric, bool):
-            return set()
-        kinds: dict[type, set[str]] = {
-            Faithfulness: {"deletion_auc", "insertion_auc", "overall_auc"}
-        }
-        return set().union(*(kinds.get(type(part), {_name(part)}) for part in _parts(metric)))
+            return {"grid_pointing"} if self.grid else set()
+        names = {"grid_pointing"} if self.grid else set()
+        for part in _parts(metric):
+            if isinstance(part, Faithfulness):
+                names |= {"deletion_auc", "insertion_auc", "overall_auc"}
+                names |= {"overall_auc_normalised"} if part.normalise else set()
+            else:
+                names.add(_name(part))
+        return names
 
     @property
     def controls_due(self) -> bool:
@@ -97,7 +108,7 @@ class Judge:
     def scalars(self) -> dict[str, float]:
         """Return the overall AUC of the controls, as last measured, by the name that is logged."""
         return {
-            f"overall_auc_{name.replace(' ', '_')}": values["overall_auc"]
+            CONTROLS[name]: values["overall_auc"]
             for name, values in (self.lines or {}).items()
             if self.controls and "overall_auc" in values
         }
@@ -119,6 +130,19 @@ class Judge:
             for name, control in _CONTROLS.items()
             if judges
         }
+
+
+def with_another_seed(method: T) -> T | None:
+    """Return the method with other random numbers, None where none of its parts has a seed."""
+    if not is_dataclass(method) or isinstance(method, type):
+        return None
+    changes: dict[str, Any] = {}
+    for each in fields(method):
+        part = getattr(method, each.name)
+        other = part + 1 if each.name == "seed" and type(part) is int else with_another_seed(part)
+        if each.init and other is not None:
+            changes[each.name] = other
+    return replace(method, **changes) if changes else None
 
 
 def updated(

@@ -22,7 +22,9 @@ _DRAWN = 320
 _CHANGES = 16
 
 
-def draw_probe(explanation: Explanation, *, title: str) -> Iterator[Picture]:
+def draw_probe(
+    explanation: Explanation, *, title: str, headings: Sequence[str] | None = None
+) -> Iterator[Picture]:
     """Draw each explanation with its class, score and overall AUC, and its mask's outline if known.
 
     Under a single-label picture stands also what the model would have said where it is wrong. The
@@ -30,6 +32,11 @@ def draw_probe(explanation: Explanation, *, title: str) -> Iterator[Picture]:
     most 0.5) and false positives are told apart, and the classes that are not drawn are listed.
 
     Of more than 320 explanations as many are drawn, from all pictures alike, as the title says.
+
+    Args:
+        explanation: what was found.
+        title: when.
+        headings: a text below each image of the probe; then all maps of an image stand together.
 
     Yields:
         As many pictures as are needed: one shows at most 20 explanations, but all of one probe picture.
@@ -40,8 +47,10 @@ def draw_probe(explanation: Explanation, *, title: str) -> Iterator[Picture]:
         title = f"{title} · {_DRAWN} of {count} explanations"
     probe, rows, look = explanation.probe, explanation.rows, explanation.look
     names, panels = look.names, look.panels
-    order = rows.argsort(stable=True) if probe.multilabel else torch.arange(len(rows))
-    pages = _pages(rows[order].tolist(), together=probe.multilabel)
+    # Both maps of an image that was confused belong together, too.
+    together = probe.multilabel or headings is not None or _are_confused(explanation)
+    order = rows.argsort(stable=True) if together else torch.arange(len(rows))
+    pages = _pages(rows[order].tolist(), together)
     for number, page in enumerate(pages):
         part = explanation.only(order[page])
         layout: dict[str, Any] = {
@@ -51,8 +60,11 @@ def draw_probe(explanation: Explanation, *, title: str) -> Iterator[Picture]:
             "narrow": True,
         }
         layout["title"] = title if len(pages) == 1 else f"{title} · {number + 1} of {len(pages)}"
-        if probe.multilabel:
+        if together:
             layout["groups"] = part.rows.tolist()
+        if headings is not None:
+            layout["headings"] = [headings[row] for row in part.rows.unique_consecutive().tolist()]
+        elif probe.multilabel:
             layout["headings"] = _headings(part, names)
         if probe.masks is not None:
             layout["outlines"] = part.masks
@@ -61,6 +73,17 @@ def draw_probe(explanation: Explanation, *, title: str) -> Iterator[Picture]:
         captions = (_multilabel_captions if probe.multilabel else _captions)(part, names)
         images = probe.images[part.rows].to(part.maps.device)
         yield heatmap_grid(images, part.maps, captions, **layout)
+
+
+def _are_confused(explanation: Explanation) -> bool:
+    """Tell whether images have a second map, of what the model says in place of the label."""
+    rows = explanation.rows
+    second = rows[1:] == rows[:-1]
+    said = explanation.targets[1:] == explanation.predicted[1:].cpu()
+    first = explanation.targets[:-1] != explanation.predicted[:-1].cpu()
+    alone = len(rows) - int(second.sum()) == len(rows.unique())
+    at_most_two = not bool((second[1:] & second[:-1]).any())
+    return alone and at_most_two and bool(second.any()) and bool((said & first)[second].all())
 
 
 def _first_of_each(rows: Int[Tensor, " p"]) -> Int[Tensor, " d"]:

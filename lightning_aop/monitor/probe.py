@@ -17,13 +17,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
+from lightning_aop.checks import require_positive
 from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.model.adapter import Adapter
 from lightning_aop.monitor.facts import Fact, class_names
@@ -31,10 +33,47 @@ from lightning_aop.monitor.labels import Reading, fit_labels, read_batch
 from lightning_aop.monitor.reading import Collate, Stream, read_samples
 from lightning_aop.types import Images
 
+
+@dataclass(frozen=True)
+class Stratified:
+    """A probe with as many samples of each class: the first ones of the dataset.
+
+    The labels are read from the dataset's `targets` or `labels` (class indices or multi-hot), or from
+    the second tensor of a `TensorDataset`; no sample is read for it.
+
+    Attributes:
+        per_class: how many; all of a class that has fewer. An image of several classes counts for each.
+    """
+
+    per_class: int = 2
+
+    def __post_init__(self) -> None:
+        require_positive("Stratified", per_class=self.per_class)
+
+    def indices(self, dataset: Any) -> list[int]:
+        """Return which samples of a dataset are taken.
+
+        Raises:
+            ValueError: the dataset doesn't say its labels.
+        """
+        labels = _labels_of(dataset)
+        if labels is None:
+            raise InvalidValueError(
+                f"Stratified needs the labels of all samples, and {type(dataset).__name__} has neither "
+                "targets nor labels that say them: name the samples, probe=[12, 97, …]"
+            )
+        if labels.ndim == 1:
+            classes = [labels == index for index in labels.unique() if index >= 0]
+        else:
+            classes = [*(labels > 0.5).T]
+        chosen = {i for each in classes for i in each.nonzero()[: self.per_class, 0].tolist()}
+        return sorted(chosen)
+
+
 ProbeSource: TypeAlias = (
-    int | Tensor | Sequence[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Any]
+    int | Stratified | Tensor | Sequence[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Any]
 )
-TargetChoice: TypeAlias = Literal["label", "predicted"] | Sequence[int]
+TargetChoice: TypeAlias = Literal["label", "predicted", "confused"] | Sequence[int]
 
 MaskReader: TypeAlias = Callable[[int, Sequence[int]], Tensor]
 """From the number of a sample, and some classes, to their masks [classes, H, W]."""
@@ -164,21 +203,28 @@ class Probe:
     ) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
         """Return which image and which class each explanation is for.
 
-        `logits` are the model's for `images`: they decide for "predicted".
+        `logits` are the model's for `images`: they decide for "predicted" and "confused".
         """
+        predicted = logits.argmax(dim=1).cpu()
         if isinstance(targets, str) and targets == "predicted":
-            return torch.arange(len(self.images)), logits.argmax(dim=1).cpu()
+            return torch.arange(len(self.images)), predicted
         if not isinstance(targets, str):
             rows = torch.arange(len(self.images)).repeat_interleave(len(targets))
             return rows, torch.tensor(list(targets)).repeat(len(self.images))
         if self.labels is None:
             raise InvalidValueError(
-                "targets='label' needs labels, an integer tensor [B] or a multi-hot one [B, K], and "
-                "the probe has none: pass probe=(images, labels), or targets='predicted'"
+                f"targets={targets!r} needs labels, an integer tensor [B] or a multi-hot one [B, K], "
+                "and the probe has none: pass probe=(images, labels), or targets='predicted'"
             )
         if self.labels.ndim == 1:
             rows = (self.labels >= 0).nonzero()[:, 0]
-            return rows, self.labels[rows].long()
+            classes = self.labels[rows].long()
+            if targets == "label":
+                return rows, classes
+            # The label, and where it is another what the model says instead.
+            both = torch.stack([classes, predicted[rows]], dim=1)
+            kept = torch.stack([torch.ones_like(rows).bool(), both[:, 0] != both[:, 1]], dim=1)
+            return rows[:, None].expand(-1, 2)[kept], both[kept]
         positive = self.labels > 0.5
         positive &= positive.cumsum(dim=1) <= max_classes_per_image
         rows, classes = positive.nonzero(as_tuple=True)
@@ -304,11 +350,11 @@ def collect(source: ProbeSource, loaders: Any) -> Collected:
     """Return a batch for the probe. Datasets and random states are left as they were.
 
     Args:
-        source: a number of samples to take from the loaders; or a batch; or a dataset, used whole;
-            or a function that returns a batch.
+        source: a number of samples to take from the loaders, or which, by their indices or as
+            `Stratified`; or a batch; or a dataset, used whole; or a function that returns a batch.
         loaders: a DataLoader, or several in a list, dictionary or CombinedLoader: the first counts.
     """
-    if isinstance(source, int):
+    if _takes_from_loader(source):
         return first_samples(_first_loader(loaders), source)
     if isinstance(source, (Tensor, Mapping, tuple, list)):
         return Collected(source)
@@ -320,6 +366,28 @@ def collect(source: ProbeSource, loaders: Any) -> Collected:
             f"{type(source).__name__}"
         )
     return replace(_read(_pictures(source), len(source), default_collate), limit=None)
+
+
+def _takes_from_loader(source: Any) -> TypeGuard[int | Stratified | Sequence[int]]:
+    listed = isinstance(source, (list, tuple)) and len(source) > 0
+    indices = listed and all(isinstance(each, (int, np.integer)) for each in source)
+    return indices or isinstance(source, (int, Stratified))
+
+
+def _labels_of(dataset: Any) -> Tensor | None:
+    """Return the labels of all samples where a dataset, or one that it wraps, has them."""
+    for layer, subsets in _layers(dataset):
+        tensors = layer.tensors[1:2] if isinstance(layer, TensorDataset) else ()
+        for found in (getattr(layer, "targets", None), getattr(layer, "labels", None), *tensors):
+            try:
+                labels = torch.as_tensor(found)
+            except (TypeError, ValueError, RuntimeError):
+                continue
+            if labels.ndim in (1, 2) and len(labels) == len(layer):
+                for indices in reversed([*subsets]):
+                    labels = labels[torch.as_tensor(list(indices))]
+                return labels if len(labels) == len(dataset) else None
+    return None
 
 
 def _layers(dataset: Any) -> Iterator[tuple[Any, list[Sequence[int]]]]:
@@ -360,8 +428,10 @@ def _masks_below(
     return read(index, classes)
 
 
-def first_samples(loader: Any, count: int) -> Collected:
+def first_samples(loader: Any, count: int | Stratified | Sequence[int]) -> Collected:
     """Return the first samples of the loader's dataset as one batch, without iterating the loader.
+
+    Or those that are named by their indices, or `Stratified`.
 
     Its workers, sampler and generator are not used, so that their state stays what it was. All
     samples are taken if there are fewer than `count`. Of a loader without a dataset, it is the first
@@ -374,8 +444,22 @@ def first_samples(loader: Any, count: int) -> Collected:
                 f"a {type(loader).__name__} has no dataset to take {count} samples from: pass the "
                 "probe itself, probe=(images, labels)"
             )
+        if not isinstance(count, int):
+            raise InvalidValueError(
+                f"a {type(loader).__name__} has no dataset with indices: pass a number as probe"
+            )
         return _read(Stream(loader), count, _as_it_is, ready=True)
     pictures = _pictures(dataset)
+    if isinstance(count, Stratified):
+        count = count.indices(dataset)
+    if not isinstance(count, int):
+        count = [int(index) for index in count]
+        size = len(pictures) if isinstance(pictures, Sized) else 0
+        if outside := [index for index in count if not 0 <= index < size]:
+            raise InvalidValueError(
+                f"probe must name samples in 0..{size - 1}, got {outside}: those of the validation "
+                "dataset count from 0, and have to be found by their index"
+            )
     collate = default_collate
     if pictures is dataset:
         collate = getattr(loader, "collate_fn", None) or default_collate
@@ -385,14 +469,19 @@ def first_samples(loader: Any, count: int) -> Collected:
 
 
 def _read(
-    dataset: Any, count: int, collate: Collate, loader: Any = None, ready: bool = False
+    dataset: Any,
+    count: int | Sequence[int],
+    collate: Collate,
+    loader: Any = None,
+    ready: bool = False,
 ) -> Collected:
     """Read a batch and its masks where that leaves no mark."""
     note = partial(_masks_of_batch, _mask_reader(dataset), count)
     batch, masks = read_samples(
         dataset, count, collate=collate, loader=loader, ready=ready, note=note
     )
-    return Collected(batch, count, None if masks is None else _KnownMasks(masks))
+    limit = count if isinstance(count, int) else len(count)
+    return Collected(batch, limit, None if masks is None else _KnownMasks(masks))
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -402,21 +491,24 @@ def _as_it_is(batch: Any) -> Any:
 _Masks: TypeAlias = dict[tuple[int, tuple[int, ...]], Tensor]
 
 
-def _masks_of_batch(read: MaskReader | None, count: int, batch: Any) -> _Masks | str | None:
+def _masks_of_batch(
+    read: MaskReader | None, count: int | Sequence[int], batch: Any
+) -> _Masks | str | None:
     """Return the masks of what a batch is labelled with, or why they could not be read."""
     if read is None:
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is all said again where the batch has arrived
-            probe = Probe.from_batch(batch, count)
+            probe = Probe.from_batch(batch, count if isinstance(count, int) else len(count))
     except Exception:
         return None
     if probe.masks is not None:
         return None
     labelled = [(row, probe.classes_of(row)) for row in range(len(probe.images))]
+    places = range(len(labelled)) if isinstance(count, int) else count
     try:
-        return {(row, tuple(some)): read(row, some) for row, some in labelled if some}
+        return {(row, tuple(some)): read(places[row], some) for row, some in labelled if some}
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -447,7 +539,7 @@ def _first_loader(loaders: Any) -> Any:
 
 def source_of(probe: ProbeSource, loaders: Any) -> Any:
     """Return the dataset that the probe comes from, None for a batch of the user's own."""
-    if not isinstance(probe, int):
+    if not _takes_from_loader(probe):
         return probe if isinstance(probe, Dataset) else None
     try:
         return getattr(_first_loader(loaders), "dataset", None)

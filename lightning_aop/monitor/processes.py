@@ -110,6 +110,14 @@ class Processes:
             dist.all_gather_object(facts, fact)
         return any(facts)
 
+    def all(self, mine: T) -> list[T]:
+        """Return what each process has, in their order."""
+        found = [mine] * self.size
+        if self.size > 1:
+            with _answering():
+                dist.all_gather_object(found, mine)
+        return found
+
     def share(self, count: int) -> Int[Tensor, " mine"]:
         """Return which of `count` pieces of work are this process's: every size-th."""
         return torch.arange(self.rank, count, self.size)

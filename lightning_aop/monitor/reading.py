@@ -16,7 +16,7 @@ import stat
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, queues
@@ -50,7 +50,7 @@ class Stream(IterableDataset[Any]):
 
 def read_samples(
     dataset: Any,
-    count: int,
+    count: int | Sequence[int],
     *,
     collate: Collate,
     loader: Any = None,
@@ -61,7 +61,7 @@ def read_samples(
 
     Args:
         dataset: with a length and indices, or one to iterate.
-        count: how many samples; all, if there are fewer.
+        count: how many samples; all, if there are fewer. Or which, by their indices.
         collate: makes a batch of samples.
         loader: whose way of starting workers is used.
         ready: a sample of the dataset is a batch already, and the first one is taken.
@@ -76,13 +76,16 @@ def read_samples(
             f"{_name(dataset)} reads from a {type(shared).__name__}, and what the probe took from it "
             f"would be missing in training: {_INSTEAD}"
         )
+    indices: Sequence[int] | None = None
+    if not isinstance(count, int):
+        indices, count = count, len(count)
     workers = int(getattr(loader, "num_workers", 0))
     settings: dict[str, Any] = {"collate_fn": _Packed(collate, note)}
     settings["batch_size"] = None if ready else count
     if not hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
         dataset = Stream(dataset)
     if not isinstance(dataset, IterableDataset):
-        settings["sampler"] = range(min(1 if ready else count, len(dataset)))
+        settings["sampler"] = indices or range(min(1 if ready else count, len(dataset)))
     with isolated_rng(seed=0):
         if context := _context(loader):
             start = _Started(getattr(loader, "worker_init_fn", None))

@@ -1,8 +1,10 @@
 """The folder of a run: the maps and metrics of its explanations, the page and the animation."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -10,7 +12,10 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from lightning_aop.files import write_whole
 from lightning_aop.history.animation import write_animation
+from lightning_aop.history.failures import NAME as FAILURES
+from lightning_aop.history.failures import FailureRecord, line_of, lines_of
 from lightning_aop.history.report import add_to_report, write_report
 from lightning_aop.history.store import HistoryWriter, Readable, Record, readable, stored
 from lightning_aop.metrics.similarity import rank_correlation
@@ -34,6 +39,7 @@ class RunFolder:
         self._writer: HistoryWriter | None = None
         self._earlier: tuple[Path, int] | None = None  # the folder and the records of a checkpoint
         self._paged = False  # the page is there, and holds all records
+        self._failures: tuple[Path | None, int] = (None, 0)  # their file, and its records
 
     @property
     def folder(self) -> Path | None:
@@ -45,12 +51,17 @@ class RunFolder:
         """Return what `take_up` needs in a checkpoint."""
         if self._writer is None:
             return {}
-        return {"folder": str(self._writer.folder), "records": self._writer.records}
+        return {
+            "folder": str(self._writer.folder),
+            "records": self._writer.records,
+            "failures": self._failures[1],
+        }
 
     def take_up(self, state: Mapping[str, Any]) -> None:
         """Go on with the history of the run that is resumed."""
         if "folder" in state:
             self._earlier = Path(state["folder"]), int(state["records"])
+            self._failures = self._earlier[0] / FAILURES, int(state.get("failures", 0))
 
     def open(self, wanted: Path, images: int, begun: Callable[[Path], HistoryWriter]) -> None:
         """Make the folder, unless it is there; beside one that is damaged, go on with what is whole.
@@ -174,6 +185,26 @@ class RunFolder:
             self._warn(f"the page could not be written. {type(error).__name__}: {error}")
         else:
             self._paged = True
+
+    def write_failures(self, record: FailureRecord) -> None:
+        """Add a record of the failures; an image is stored once.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        if self._writer is None:
+            return
+        path, (earlier, count) = self._writer.folder / FAILURES, self._failures
+        lines = lines_of(earlier)[:count] if earlier is not None else []
+        known = {name for line in lines for name in json.loads(line)["images"]}
+        new = {name: url for name, url in record.images.items() if name not in known}
+        line = line_of(replace(record, images=new))
+        if earlier == path and len(lines_of(path)) == count:
+            with path.open("ab") as file:
+                file.write(line)
+        else:  # of another run, or of what came after the checkpoint
+            write_whole(path, b"".join([*lines, line]))
+        self._failures = path, len(lines) + 1
 
     def finish(self) -> None:
         """Make an animation of the maps.

@@ -59,6 +59,8 @@ class Pictures:
         before: the first and the previous maps.
         prefix: of the tags, such as "explain/".
         warn: is called with a sentence for the user.
+        tag: of the grids.
+        headings: a text for each image of the probe.
     """
 
     loggers: Sequence[object]
@@ -66,13 +68,15 @@ class Pictures:
     before: Sequence[Earlier]
     prefix: str
     warn: Callable[[str, str], None]
+    tag: str = "heatmaps"
+    headings: Sequence[str] | None = None
     fails: ClassVar[str] = "the heatmaps could not be drawn"
 
     def write(self, explanation: Explanation, moment: Moment) -> None:
         """Draw the explanation, and what has changed, and log both."""
-        for number, page in enumerate(draw_probe(explanation, title=moment.title), start=1):
-            tag = "heatmaps" if number == 1 else f"heatmaps-{number}"
-            self._log(tag, page, moment)
+        pages = draw_probe(explanation, title=moment.title, headings=self.headings)
+        for number, page in enumerate(pages, start=1):
+            self._log(self.tag if number == 1 else f"{self.tag}-{number}", page, moment)
         change = draw_change(explanation, self.before, title=moment.title)
         if change is not None:
             self._log("heatmaps_change", change, moment)  # sorted after "heatmaps"

@@ -1,8 +1,10 @@
+import copy
 import csv
 import io
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -15,20 +17,34 @@ from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from scipy.stats import spearmanr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
-from lightning_aop import ExplanationMonitor, GradCAM, WGradCAM
-from lightning_aop.history.store import History
+from lightning_aop import (
+    ExplanationMonitor,
+    GradCAM,
+    HiResCAM,
+    RankedMask,
+    WGradCAM,
+    fast_sigcam,
+)
+from lightning_aop.history.store import History, stored
 from lightning_aop.methods.controls import RandomMap
-from lightning_aop.metrics import DeletionAUC, Faithfulness, OverallAUC
+from lightning_aop.metrics import (
+    DeletionAUC,
+    Faithfulness,
+    OverallAUC,
+    auc,
+    deletion_insertion_curves,
+)
 from lightning_aop.monitor import panels, progress
 from lightning_aop.monitor.explanation import Explanation, Moment
 from lightning_aop.monitor.probe import Probe
-from lightning_aop.scores import sigmoid
+from lightning_aop.scores import logit, sigmoid
 from lightning_aop.view.grid import heatmap_grid
 
 pytestmark = [
@@ -239,6 +255,30 @@ def test_tensorboard_shows_the_controls_in_the_chart_of_the_auc(tmp_path: Path) 
         assert names == {"deletion_auc", "insertion_auc"}
 
 
+def test_the_normalised_auc_stands_beside_the_plain_one(tmp_path: Path) -> None:
+    images, labels = torch.rand(3, 3, 32, 32), torch.arange(3)
+    images[:, :, 8:24, 8:24] += 3
+    model = Classifier()
+    with torch.no_grad():
+        model.net.head.weight *= 20
+    monitor = Watch(GradCAM("net.features"), probe=(images, labels), controls=False)
+    (result,) = trainer(tmp_path, monitor).validate(model, loaders()[1], verbose=False)
+    maps = GradCAM("net.features").explain(model, images, labels)
+    deletion, insertion = deletion_insertion_curves(
+        model, images, maps, labels, steps=28, normalise=True
+    )
+    found = (auc(insertion) - auc(deletion)).nanmean()
+    assert result["explain/overall_auc_normalised"] == pytest.approx(float(found), abs=1e-4)
+    assert result["explain/overall_auc_undefined"] == int(deletion[:, 0].isnan().sum()) == 2
+    unsure = Classifier()
+    with torch.no_grad():
+        unsure.net.head.weight *= 0  # no image has more of any class than its blur
+    monitor = Watch(GradCAM("net.features"), probe=(images, labels), controls=False)
+    (result,) = trainer(tmp_path, monitor).validate(unsure, loaders()[1], verbose=False)
+    assert result["explain/overall_auc_undefined"] == 3
+    assert result["explain/overall_auc_normalised"] == -1  # the worst, for who compares
+
+
 def test_controls_are_measured_ever_more_seldom(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     run = trainer(tmp_path, Watch(GradCAM("net.features"), probe=2), logger=logger, max_epochs=5)
@@ -253,6 +293,75 @@ def test_controls_are_measured_ever_more_seldom(tmp_path: Path) -> None:
     shown = [float(r["explain/overall_auc_random_map"]) for r in rows]
     expected = [measured[n] for n in (0, 1, 1, 2, 2, 2)]
     assert shown == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_drift_has_a_floor_of_two_seeds(tmp_path: Path) -> None:
+    images, labels = torch.rand(3, 3, 32, 32), torch.arange(3)
+    images[:, :, 8:24, 8:24] += 3
+    method = fast_sigcam("net.features", iterations=3, score=logit)
+    logger = CSVLogger(tmp_path)
+    model = Classifier()
+    with torch.no_grad():
+        model.net.head.weight *= 20
+    start = copy.deepcopy(model)
+    monitor = Watch(method, probe=(images, labels), metrics=False)
+    trainer(tmp_path, monitor, logger=logger, max_epochs=4).fit(model, *loaders())
+    records = History.load(Path(logger.log_dir) / "explanations").records
+    measured = ["drift_floor" in record.values for record in records]
+    assert measured == [True, True, False, True, False]
+    one = stored(method.explain(start, images, labels)).flatten(1).double()
+    perturbation = replace(cast("RankedMask", method.perturbation), seed=1)
+    two = replace(method, perturbation=perturbation).explain(start, images, labels)
+    alike = [spearmanr(a, b).statistic for a, b in zip(one, stored(two).flatten(1), strict=True)]
+    assert records[0].values["drift_floor"] == pytest.approx(1 - np.mean(alike), abs=1e-5)
+    assert records[0].values["drift_floor"] > 0.001
+    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["explain/seconds"]]
+    shown = [float(row["explain/drift_floor"]) for row in rows]
+    held = [records[n].values["drift_floor"] for n in (0, 1, 1, 3, 3)]
+    assert shown == pytest.approx(held, abs=1e-6)
+    quiet = Watch(method, probe=(images, labels), metrics=False, controls=False)
+    for other in (Watch(GradCAM("net.features"), probe=2, metrics=False), quiet):
+        run = trainer(tmp_path, other, max_epochs=1)
+        run.fit(Classifier(), *loaders())
+        assert "explain/drift" in run.callback_metrics
+        assert "explain/drift_floor" not in run.callback_metrics
+
+
+class Channels(pl.LightningModule):
+    """The logit of a class is the mean of a channel."""
+
+    def __init__(self, size: int | None = None) -> None:
+        super().__init__()
+        self.seen = nn.Conv2d(4, 4, 1, bias=False)
+        self.seen.weight.data = 40 * torch.eye(4)[:, :, None, None]
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.size is not None and images.shape[2] != self.size:
+            raise RuntimeError(f"Input image height must be {self.size}")
+        return cast("Tensor", self.seen(images).mean(dim=(2, 3)))
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self(batch[0])
+
+
+def test_four_images_in_one_are_pointed_at_or_left_out(tmp_path: Path) -> None:
+    amounts = 0.1 + 0.9 * torch.eye(4)
+    images = amounts[[0, 1, 2, 3, 1], :, None, None] * torch.rand(5, 1, 8, 8)
+    images[:, :, 0, 0] = 0
+    labels = torch.tensor([0, 1, 2, 3, 2])  # of which the last is wrong
+    loader = DataLoader(TensorDataset(images, labels), batch_size=5)
+    settings: dict[str, Any] = {"probe": 5, "metrics": False, "grid_pointing": True}
+    monitor = Watch(HiResCAM("seen"), **settings)
+    (result,) = trainer(tmp_path, monitor).validate(Channels(), loader, verbose=False)
+    means = images[:4].mean(dim=(2, 3))
+    expected = float((means.diag() / means.sum(dim=0)).mean())
+    assert result["explain/grid_pointing"] == pytest.approx(expected, abs=1e-5)
+    monitor = Watch(HiResCAM("seen"), **settings)
+    with pytest.warns(UserWarning, match="no grid pointing: the model, or the method, takes no im"):
+        (result,) = trainer(tmp_path, monitor).validate(Channels(8), loader, verbose=False)
+    assert result["explain/grid_pointing"] == 0  # the worst, for who compares
 
 
 class OwnAUC(OverallAUC):

@@ -3,7 +3,7 @@
 import multiprocessing
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from lightning_aop.monitor.probe import Probe, collect, source_of
+from lightning_aop.monitor.probe import Probe, Stratified, collect, source_of
 
 IMAGES = torch.rand(3, 3, 6, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([2, 0, 1])
@@ -261,3 +261,70 @@ def test_images_of_a_subclass_are_plain_in_the_probe() -> None:
     probe = Probe.from_batch((images, torch.tensor([0, 1])))
     assert type(probe.images) is Tensor
     assert torch.equal(probe.images, torch.Tensor(images))
+
+
+class Numbered(Dataset[Any]):
+    """Each image and its masks say which sample they are of."""
+
+    def __init__(self, targets: Any) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.full((3, 8, 8), float(index)), torch.as_tensor(self.targets[index])
+
+    def input_masks(self, index: int, classes: Sequence[int]) -> Tensor:
+        masks = torch.zeros(len(classes), 8, 8).bool()
+        masks[:, index % 8] = True
+        return masks
+
+
+def marks(source: Any, loader: Any) -> list[int]:
+    return [int(each[0, 0, 0]) for each in collect(source, loader).batch[0]]
+
+
+def test_samples_are_named_by_their_index_with_their_masks() -> None:
+    loader = DataLoader(Numbered([0, 1, 2, 0, 1, 2, 0, 1]), batch_size=2)
+    found = collect([6, 1, 3], loader)
+    assert [int(image[0, 0, 0]) for image in found.batch[0]] == [6, 1, 3]
+    assert found.read_masks is not None
+    probe = Probe.from_batch(found.batch).with_masks(found.read_masks)
+    assert probe.masks is not None
+    assert [int(mask.any(dim=1).nonzero()[0]) for mask in probe.masks] == [6, 1, 3]
+    below = DataLoader(Subset(Numbered([0, 1, 2, 0]), [3, 1]))
+    assert marks([1, 0], below) == [1, 3]
+    for wrong in ([8], [-1, 2]):
+        with pytest.raises(ValueError, match=r"probe must name samples in 0\.\.7, got"):
+            collect(wrong, loader)
+    with pytest.raises(ValueError, match="has no dataset with indices"):
+        collect([1], range(3))
+
+
+def test_a_stratified_probe_has_as_many_of_each_class() -> None:
+    classes = [0, 0, 0, 2, 1, 0, 2, 2, -1]
+    tensors = TensorDataset(
+        torch.arange(9.0).view(9, 1, 1, 1).expand(9, 3, 8, 8), torch.tensor(classes)
+    )
+    for data in (Numbered(classes), Numbered(np.array(classes)), tensors):
+        assert marks(Stratified(2), DataLoader(data)) == [0, 1, 3, 4, 6]
+        assert marks(Stratified(1), DataLoader(data)) == [0, 3, 4]
+    subset = Subset(Subset(Numbered(classes), [8, 7, 6, 5, 4, 3]), [1, 2, 3, 4, 5])
+    assert marks(Stratified(1), DataLoader(subset)) == [7, 5, 4]
+    several = Numbered(torch.tensor([[1, 0], [1, 1], [0, 0], [0, 1]]))
+    assert marks(Stratified(1), DataLoader(several)) == [0, 1]
+    with pytest.raises(
+        ValueError, match=r"Unsaid has neither targets nor labels .* probe=\[12, 97"
+    ):
+        collect(Stratified(), DataLoader(Unsaid([0, 1])))
+    with pytest.raises(ValueError, match="per_class must be above 0"):
+        Stratified(0)
+
+
+class Unsaid(Numbered):
+    def __init__(self, targets: Any) -> None:
+        self.hidden = targets
+
+    def __len__(self) -> int:
+        return len(self.hidden)

@@ -1,0 +1,310 @@
+"""Judges with other assumptions than deletion and insertion: ROAD and infidelity.
+
+ROAD (Rong et al., *A Consistent and Efficient Evaluation Strategy for Attribution Methods*, ICML 2022)
+removes pixels by noisy linear imputation: each becomes the weighted mean of its neighbours, so that what
+was removed can't be read off the shape of the hole. Infidelity (Yeh et al., *On the (In)fidelity and
+Sensitivity of Explanations*, NeurIPS 2019) asks whether the heat of a region says by how much the score
+falls without it. Unlike the others it judges the values of a map, not only their order.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.errors import InvalidValueError
+from lightning_aop.metrics.functional import BLUR, saliency_ranks
+from lightning_aop.model.adapter import Classifier, explaining
+from lightning_aop.model.passes import pass_size
+from lightning_aop.ops import Baseline
+from lightning_aop.scores import Score, full_precision, softmax
+from lightning_aop.types import Images, Maps, Targets
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""The shares of the pixels that ROAD removes."""
+
+_NEIGHBOURS = torch.tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]) / 12
+_CLOSE = 1e-4  # the largest error of the imputation's equations, beside what they are equal to
+_LIMIT = 2000  # iterations
+
+
+def impute(images: Images, missing: Bool[Tensor, "b h w"]) -> Images:
+    """Return the images with every missing pixel the weighted mean of its eight neighbours.
+
+    Neighbours to the sides weigh 1/6, diagonal ones 1/12; those beyond the border don't count. The
+    equations of all missing pixels are solved at once, by conjugate gradients.
+
+    Raises:
+        ValueError: of an image nothing is left.
+    """
+    if bool(missing.flatten(1).all(dim=1).any()):
+        raise InvalidValueError("nothing is left of an image to impute the rest from: remove less")
+    known = full_precision(images).masked_fill(missing[:, None], 0.0)
+    gaps = missing[:, None].to(known)
+    count, channels = known.shape[:2]
+
+    def around(values: Tensor) -> Tensor:
+        flat = values.flatten(0, 1)[:, None]
+        kernel = _NEIGHBOURS.to(values)[None, None]
+        return F.conv2d(flat, kernel, padding=1).view_as(values)
+
+    weight = around(torch.ones_like(known[:1, :1]))
+
+    def times(values: Tensor) -> Tensor:
+        return gaps * (weight * values - around(values))
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(dim=(2, 3), keepdim=True)
+
+    with torch.autocast(images.device.type, enabled=False):
+        wanted = gaps * around(known)
+        found = torch.zeros_like(known)
+        residual, direction = wanted.clone(), wanted.clone()
+        square = dot(residual, residual)
+        enough = _CLOSE**2 * square
+        for _ in range(_LIMIT):
+            if not bool((square > enough).any()):
+                break
+            image = times(direction)
+            step = torch.where(square > enough, square / dot(direction, image), 0.0)
+            found += step * direction
+            residual -= step * image
+            before, square = square, dot(residual, residual)
+            direction = residual + torch.where(before > 0, square / before, 0.0) * direction
+    return (known + gaps * found).view(count, channels, *known.shape[2:]).to(images.dtype)
+
+
+def road(
+    model: nn.Module,
+    images: Images,
+    maps: Maps,
+    targets: Targets,
+    *,
+    score: Score = softmax,
+    shares: Sequence[float] = SHARES,
+    noise: float = 0.01,
+    seed: int = 0,
+    eval_batch_size: int | None = None,
+) -> Float[Tensor, " b"]:
+    """Return half of how much more of the score is left where the least salient pixels are removed.
+
+    A mean over the shares that are removed; about 0 for a map without knowledge, higher is better.
+    Half of it, as grad-cam's ROADCombined has it. Cost: 2 evaluations for each share.
+
+    Args:
+        model: maps images to logits [B, K].
+        images: a batch as the model takes it.
+        maps: saliency of each image; only its order counts. Ties go in row-major order.
+        targets: the class whose score is watched.
+        score: F_c; `softmax`, or `sigmoid` for a multilabel model.
+        shares: which parts of the pixels are removed, each above 0 and below 1.
+        noise: the standard deviation of what is added to imputed pixels, in units of the image.
+        seed: of the noise, the same for every image.
+        eval_batch_size: images in one pass of the model; None for 32, or fewer where memory runs out.
+    """
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise InvalidValueError(f"shares must lie between 0 and 1, got {list(shares)}: as {SHARES}")
+    with explaining(model, images, targets) as (classifier, x, t), torch.no_grad():
+        ranks = saliency_ranks(maps.detach().to(x.device))
+        pixels = ranks[0].numel()
+        generator = torch.Generator().manual_seed(seed)
+        grain = noise * torch.randn(x.shape[1:], generator=generator).to(x)
+        total = torch.zeros(len(x), device=x.device)
+        for share in shares:
+            removed = round(share * pixels)
+            for sign, missing in ((-1, ranks < removed), (1, ranks >= pixels - removed)):
+                perturbed = impute(x, missing) + grain * missing[:, None]
+                total += sign * _scores(classifier, perturbed, t, score, eval_batch_size)
+        require_finite(total, t, "the class score of an imputed image")
+        return total / (2 * len(shares))
+
+
+def infidelity(
+    model: nn.Module,
+    images: Images,
+    maps: Maps,
+    targets: Targets,
+    *,
+    score: Score = softmax,
+    baseline: Baseline = BLUR,
+    samples: int = 64,
+    seed: int = 0,
+    eval_batch_size: int | None = None,
+) -> Float[Tensor, " b"]:
+    """Return the mean squared error of the heat of random squares as the fall of the score without them.
+
+    mean_S (β Σ_{p ∈ S} map_p − [F(x) − F(x without S)])², with the best β of 0 or more, since maps have
+    no unit. In units of the squared score; 0 is best, and a blank map has the mean squared fall itself.
+    Cost: `samples` + 1 evaluations.
+
+    Args:
+        model: maps images to logits [B, K].
+        images: a batch as the model takes it.
+        maps: saliency of each image, whose values count.
+        targets: the class whose score is watched.
+        score: F_c; `softmax`, or `sigmoid` for a multilabel model.
+        baseline: what takes the place of a square.
+        samples: squares, with sides from an eighth to a half of the shorter side.
+        seed: of the squares, the same for every image.
+        eval_batch_size: images in one pass of the model; None for 32, or fewer where memory runs out.
+    """
+    require_positive("infidelity", samples=samples)
+    with explaining(model, images, targets) as (classifier, x, t), torch.no_grad():
+        squares = random_squares((x.shape[2], x.shape[3]), samples, seed).to(x.device)
+        heat = full_precision(maps.detach().to(x.device)).flatten(1) @ squares.flatten(1).T.to(x)
+        whole = _scores(classifier, x, t, score, eval_batch_size)
+        replaced, falls = baseline(x), []
+        for square in squares:
+            without = torch.where(square, replaced, x)
+            falls.append(whole - _scores(classifier, without, t, score, eval_batch_size))
+        fall = torch.stack(falls, dim=1)
+        require_finite(fall, t, "the class score of a perturbed image")
+        size = heat.square().sum(dim=1)
+        scale = torch.where(size > 0, (heat * fall).sum(dim=1) / size, 0.0).clamp_min(0)
+        return (scale[:, None] * heat - fall).square().mean(dim=1)
+
+
+def random_squares(size: tuple[int, int], count: int, seed: int) -> Bool[Tensor, "n h w"]:
+    """Return random squares, each True inside."""
+    generator = torch.Generator().manual_seed(seed)
+    shorter = min(size)
+    sides = torch.randint(
+        max(1, shorter // 8), max(2, shorter // 2 + 1), (count,), generator=generator
+    )
+    places = torch.rand(count, 2, generator=generator)
+    squares = torch.zeros(count, *size, dtype=torch.bool)
+    for square, side, (down, right) in zip(squares, sides.tolist(), places.tolist(), strict=True):
+        top, left = int(down * (size[0] - side + 1)), int(right * (size[1] - side + 1))
+        square[top : top + side, left : left + side] = True
+    return squares
+
+
+def _scores(
+    classifier: Classifier, images: Images, targets: Targets, score: Score, wanted: int | None
+) -> Float[Tensor, " b"]:
+    size = pass_size(wanted)
+    parts = zip(images.split(size), targets.split(size), strict=True)
+    return torch.cat([classifier.scores(part, classes, score) for part, classes in parts])
+
+
+def tell_apart(metric: Metric, *settings: object) -> None:
+    """Make the settings a state.
+
+    A MetricCollection lets metrics share their states if these are equal after the first batch, as those
+    of blank maps are.
+    """
+    rule = torch.tensor(crc32(repr(settings).encode()))
+    metric.add_state("rule", rule, dist_reduce_fx="max")
+
+
+class _MeanJudge(Metric, ABC):
+    """What both metrics share: the mean of a value of each image."""
+
+    is_differentiable = False
+    full_state_update = False
+    value_sum: Tensor
+    total: Tensor
+
+    def __init__(self, settings: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.settings = settings
+        self.add_state("value_sum", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        tell_apart(self, type(self).__name__, settings)
+
+    def update(self, model: nn.Module, images: Images, maps: Maps, targets: Targets) -> None:
+        """Judge the maps of a batch.
+
+        Args:
+            model: maps images to logits [B, K].
+            images: a batch as the model takes it.
+            maps: saliency of each image, at its size.
+            targets: the class whose score is watched.
+        """
+        values = self._values(model, images, maps, targets)
+        self.value_sum += values.sum().to(self.value_sum)
+        self.total += len(images)
+
+    def compute(self) -> Float[Tensor, ""]:
+        """Return the mean over all images so far."""
+        return self.value_sum / self.total
+
+    def plot(self, val: Any = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+        """Draw the value, or several of them, as torchmetrics does."""
+        return self._plot(val, ax)  # type: ignore[return-value]
+
+    @abstractmethod
+    def _values(
+        self, model: nn.Module, images: Images, maps: Maps, targets: Targets
+    ) -> Float[Tensor, " b"]:
+        """Return the value of each image."""
+
+
+class ROAD(_MeanJudge):
+    """Mean ROAD, in [−½, ½] for a probability; higher is more faithful. See `road` for the arguments."""
+
+    higher_is_better = True
+    plot_lower_bound = -0.5
+    plot_upper_bound = 0.5
+
+    def __init__(
+        self,
+        score: Score = softmax,
+        shares: Sequence[float] = SHARES,
+        noise: float = 0.01,
+        seed: int = 0,
+        eval_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        settings = {"score": score, "shares": shares, "noise": noise, "seed": seed}
+        super().__init__(settings | {"eval_batch_size": eval_batch_size}, **kwargs)
+
+    @property
+    def evaluations_per_image(self) -> int:
+        """The model evaluations per image."""
+        return 2 * len(self.settings["shares"])
+
+    def _values(
+        self, model: nn.Module, images: Images, maps: Maps, targets: Targets
+    ) -> Float[Tensor, " b"]:
+        return road(model, images, maps, targets, **self.settings)
+
+
+class Infidelity(_MeanJudge):
+    """Mean infidelity, 0 or more; lower is more faithful. See `infidelity` for the arguments."""
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+
+    def __init__(
+        self,
+        score: Score = softmax,
+        baseline: Baseline = BLUR,
+        samples: int = 64,
+        seed: int = 0,
+        eval_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        settings = {"score": score, "baseline": baseline, "samples": samples, "seed": seed}
+        super().__init__(settings | {"eval_batch_size": eval_batch_size}, **kwargs)
+
+    @property
+    def evaluations_per_image(self) -> int:
+        """The model evaluations per image."""
+        return int(self.settings["samples"]) + 1
+
+    def _values(
+        self, model: nn.Module, images: Images, maps: Maps, targets: Targets
+    ) -> Float[Tensor, " b"]:
+        return infidelity(model, images, maps, targets, **self.settings)
