@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -76,14 +77,16 @@ def write_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
         ValueError: another run has no image of the first.
     """
     path = Path(path)
-    first, *others = [(title_of(folder), History.load(folder)) for folder in folders]
-    for title, history in others:
-        if not _matches(history.images, first[1].images):
+    titles = [title_of(folder) for folder in folders]
+    first, *others = [History.load(folder) for folder in folders]
+    for title, history in zip(titles[1:], others, strict=True):
+        if not _matches(history.images, first.images):
             raise InvalidValueError(
-                f"{title} has no image of {first[0]}: compare runs that explain the same images, or "
+                f"{title} has no image of {titles[0]}: compare runs that explain the same images, or "
                 "give both monitors the same probe"
             )
-    write_whole(path, page(first[1], first[0], others).encode())
+    beside = list(zip(_apart(titles)[1:], others, strict=True))
+    write_whole(path, page(first, titles[0], beside).encode())
     return path
 
 
@@ -135,6 +138,15 @@ def title_of(folder: str | Path) -> str:
     if last.startswith("explanations-") and len(parts) > 1:
         return f"{' / '.join(parts[-3:-1])} · {last.partition('-')[2]}"
     return " / ".join(parts[-2:])
+
+
+def _apart(titles: Sequence[str]) -> list[str]:
+    """Return titles without the beginning that all have."""
+    parts = [re.split("( / | · )", title) for title in titles]
+    same = 0
+    while all(len(each) > same + 2 and each[same] == parts[0][same] for each in parts):
+        same += 2
+    return ["".join(each[same:]) for each in parts]
 
 
 def page(

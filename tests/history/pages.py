@@ -226,6 +226,7 @@ def save(history: History, folder: Path) -> None:
         pictures,
         configuration=history.configuration,
         class_names=history.class_names,
+        epochs=history.epochs,
         masks={pair: torch.from_numpy(mask) for pair, mask in history.masks.items()},
     )
     for record in history.records:
@@ -287,9 +288,12 @@ class Page:
 
     def pixels(self, selector: str) -> npt.NDArray[np.uint8]:
         script = """
-            const canvas = document.querySelector(arguments[0]);
-            const {width: w, height: h} = canvas;
-            return [w, h, [...canvas.getContext("2d").getImageData(0, 0, w, h).data]];"""
+            const shown = document.querySelector(arguments[0]), {width: w, height: h} = shown;
+            const canvas = document.createElement("canvas");
+            [canvas.width, canvas.height] = [w, h];
+            const context = canvas.getContext("2d", {willReadFrequently: true});
+            context.drawImage(shown, 0, 0);
+            return [w, h, [...context.getImageData(0, 0, w, h).data]];"""
         width, height, values = self.js(script, selector)
         return np.array(values, np.uint8).reshape(height, width, 4)[..., :3]
 

@@ -28,15 +28,13 @@ const behind = {
 
 // An axis has 0 and, of a share, 1: a change of a hundredth must not look like a trend.
 const axis = (values, whole, share) => {
-  let low = Math.min(0, ...values), high = Math.max(0, ...values);
-  if (share && high <= 1 && low >= -1) high = 1;
-  if (high === low) high = low + 1;
+  const low = Math.min(0, ...values), high = Math.max(share && values.every((v) => Math.abs(v) <= 1) ? 1 : 0, ...values) || 1;
   const rough = (high - low) / 3, power = 10 ** Math.floor(Math.log10(rough));
   let step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough * 0.75);
   if (whole) step = Math.max(1, Math.round(step));
   const ticks = [];
-  for (let n = Math.floor(low / step + 1e-9); n <= Math.ceil(high / step - 1e-9); n++) ticks.push(n * step);
-  return { low: ticks[0], high: ticks.at(-1), ticks, step };
+  for (let n = Math.ceil(low / step - 1e-9); n <= Math.floor(high / step + 1e-9); n++) ticks.push(n * step);
+  return { low, high, ticks, step };
 };
 const tick = (value, step) => {
   const text = Math.abs(value) >= 1e5 ? value.toExponential(0) : value.toFixed(Math.max(0, Math.min(6, -Math.floor(Math.log10(step) + 1e-9))));

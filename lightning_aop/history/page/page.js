@@ -164,6 +164,7 @@ const show = async (part, jobs, done) => {
     if (mine !== turn[part]) return;
     ready.forEach((put) => put());
     body.dataset[flags[part]] = done;
+    performance.mark(flags[part]);
   } catch (error) {
     body.dataset.error = String(error);
     $("summary").textContent = "This browser could not draw the images.";
@@ -713,4 +714,5 @@ addEventListener("beforeprint", () => { if (records.length) refresh(false); });
 body.dataset.mode = state.mode;
 body.dataset.playing = "false";
 build();
+performance.mark("opened");
 live();

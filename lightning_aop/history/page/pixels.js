@@ -35,7 +35,7 @@ const LESS = [77, 166, 255], MORE = [255, 140, 40];  // of a difference; told ap
 
 const state = {
   record: records.length - 1, mode: "overlay", opacity: 0.85, palette: data.palette, outlines: true,
-  verdict: "", target: "", sort: "", against: "", layout: "swipe", split: 50, page: 0, open: null, share: null,
+  verdict: "", target: "", sort: "", against: runs.length > 1 ? "run:1" : "", layout: "swipe", split: 50, page: 0, open: null, share: null,
 };
 
 const load = async (source) => {
@@ -145,15 +145,12 @@ const striped = (out, picture) => {
   }
 };
 // The photo is greyed and darkened as the heat grows opaque: an orange cat is no hot region.
-const dimmed = (picture, o, i) => {
-  const p = picture[o + i];
-  return p + state.opacity * (data.brightness * (data.saturation * p + (1 - data.saturation) * luma(picture, o)) - p);
-};
 const lay = (out, picture, values, colourOf, alphaOf) => {
+  const { opacity, mode } = state, { brightness, saturation } = data, plain = mode === "map";
   for (let n = 0, o = 0; n < values.length; n++, o += 4) {
-    const value = values[n], colour = colourOf(value), alpha = alphaOf(value);
+    const value = values[n], colour = colourOf(value), alpha = alphaOf(value), grey = (1 - saturation) * luma(picture, o);
     for (let i = 0; i < 3; i++) {
-      const ground = state.mode === "map" ? 0 : dimmed(picture, o, i);
+      const p = picture[o + i], ground = plain ? 0 : p + opacity * (brightness * (saturation * p + grey) - p);
       out[o + i] = ground + alpha * (colour[i] - ground);
     }
     out[o + 3] = 255;

@@ -78,8 +78,9 @@ const fall = (records, of) => {
 };
 
 const judge = (records, { when, areas }) => {
+  const since = (r) => records[r].step ? `since ${when(r)}` : "since the start";
   const at = records.length - 1, record = records[at], count = record.images.length;
-  const trained = record.step > 0;
+  const trained = record.step > 0, blank = record.blank.filter(Boolean).length;
   const looks = [], learns = [], trust = [], reasons = new Map();
   const say = (list, text, more = {}) => list.push({ text, bad: false, ...more });
   const suspect = (k, reason) => reasons.set(k, [...reasons.get(k) ?? [], reason]);
@@ -104,7 +105,8 @@ const judge = (records, { when, areas }) => {
     say(looks, `${within(energy)} of the heat on the objects${exists(area) ? `, which cover ${number(area)} of the image` : ""}`,
       { bad: trained && exists(area) && energy.mean <= area, chart: "energy_in_mask" });
   }
-  if (!areas.size) say(looks, "The data has no masks: whether the heat is on the objects is for you to see");
+  if (blank === count) say(looks, `All ${plural(count, "map")} are blank: they show nothing`, { bad: trained, chart: "blank_maps" });
+  else if (!areas.size) say(looks, "The data has no masks: whether the heat is on the objects is for you to see");
 
   // Whether it gets better.
   const verdicts = (record.verdicts ?? []).filter((each) => each !== null && each !== undefined);
@@ -117,21 +119,21 @@ const judge = (records, { when, areas }) => {
     say(learns, parts.join(" · "), { bad: trained && records.length > 1 && right === 0, verdict: wrong + missed + invented ? "not right" : "right" });
   }
   if (at > 0) {
-    const lost = record.images.flatMap((_, k) => {
+    // What an untrained model got right it got by chance.
+    const lost = records[at - 1].step === 0 ? [] : record.images.flatMap((_, k) => {
       const k0 = place(records[at - 1], keyOf(record, k));
       return k0 >= 0 && records[at - 1].verdicts?.[k0] === "right" && isWrong(record.verdicts?.[k]) ? [k] : [];
     });
     for (const k of lost) suspect(k, `right at ${when(at - 1)}, now ${record.verdicts[k]}`);
-    if (lost.length) say(learns, `${lost.length} newly ${record.verdicts[lost[0]]} since ${when(at - 1)}`, { bad: true, to: "cases" });
+    if (lost.length) say(learns, `${lost.length} newly ${record.verdicts[lost[0]]} ${since(at - 1)}`, { bad: true, to: "cases" });
 
     const start = records.findIndex((each) => samples(each, overallAuc).length);
     if (start >= 0 && start < at) {
       const gain = estimate(changes(records[start], record, overallAuc));
       if (gain) {
         const clear = gain.half === null || Math.abs(gain.mean) > gain.half;
-        const since = records[start].step ? `since ${when(start)}` : "since the start";
-        say(learns, clear ? `Overall AUC ${gain.mean < 0 ? "fell" : "rose"} by ${within({ ...gain, mean: Math.abs(gain.mean) })} ${since}`
-          : `Overall AUC no different ${since}: ${signed(gain.mean)} ± ${number(gain.half)}`,
+        say(learns, clear ? `Overall AUC ${gain.mean < 0 ? "fell" : "rose"} by ${within({ ...gain, mean: Math.abs(gain.mean) })} ${since(start)}`
+          : `Overall AUC no different ${since(start)}: ${signed(gain.mean)} ± ${number(gain.half)}`,
           { bad: clear && gain.mean < 0 && gain.half !== null, chart: "overall_auc" });
       }
     }
@@ -143,16 +145,17 @@ const judge = (records, { when, areas }) => {
       if (drop) say(learns, `${heading} fell at ${when(drop.r)}, from ${number(drop.before)} by ${within({ ...drop, mean: -drop.mean })}`, { bad: true, chart: name, record: drop.r });
     }
     const drifts = records.map((each) => average((each.drift ?? []).filter(exists)));
-    let since = records.length;
-    while (since > 0 && exists(drifts[since - 1]) && drifts[since - 1] <= SETTLED) since--;
+    let from = records.length;
+    while (from > 0 && exists(drifts[from - 1]) && drifts[from - 1] <= SETTLED) from--;
     const drift = { chart: "drift" };
-    if (since < at) say(learns, `Maps settled since ${when(since - 1)}`, drift);
-    else if (exists(drifts[at])) say(learns, since === at ? `Maps hardly changed since ${when(at - 1)}` : `Maps still change: drift ${number(drifts[at])} since ${when(at - 1)}`, drift);
+    if (from < at) say(learns, `Maps settled ${since(from - 1)}`, drift);
+    else if (exists(drifts[at])) say(learns, from === at ? `Maps hardly changed ${since(at - 1)}` : `Maps still change: drift ${number(drifts[at])} ${since(at - 1)}`, drift);
   } else say(learns, trained ? "Explained once: nothing to compare with yet" : "Not trained yet");
 
   // Whether to trust it.
   const faithful = estimate(samples(record, overallAuc));
-  if (faithful) {
+  if (blank === count) say(trust, "Blank maps can't be trusted or doubted");
+  else if (faithful) {
     const controls = (name) => records.map((each) => each.controls?.[name]?.overall_auc).filter(exists).at(-1);
     const [name, line] = [["centre gaussian", controls("centre gaussian")], ["random map", controls("random map")]].find(([, value]) => exists(value)) ?? [];
     const to = { chart: "overall_auc" };
@@ -171,8 +174,7 @@ const judge = (records, { when, areas }) => {
   // A faithful map of the wrong thing.
   const line = trust.at(-1);
   if (line.beats && looks.some(({ bad }) => bad)) say(trust, "The maps show what the model uses: it is the model that looks elsewhere", { to: "cases" });
-  const blank = record.blank.filter(Boolean).length;
-  if (blank) say(trust, `${blank} of ${plural(count, "map")} blank`, { bad: trained, chart: "blank_maps" });
+  if (blank && blank < count) say(trust, `${blank} of ${plural(count, "map")} blank`, { bad: trained, chart: "blank_maps" });
   const shares = record.scores.every((score) => !exists(score) || (score >= 0 && score <= 1));
   const low = record.scores.filter((score, k) => !record.blank[k] && exists(score) && score < 0.1).length;
   if (low && shares) say(trust, `${low} of ${plural(count, "score")} below 0.10: there is little to explain`, { sort: "score" });
