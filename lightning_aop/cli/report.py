@@ -118,7 +118,7 @@ def _remade(folder: Path, options: Namespace) -> list[str]:
 def _exported(folder: Path, kind: str) -> list[str]:
     from lightning_aop.history.export import write_numbers
 
-    return [str(write_numbers(folder, "json" if kind == "json" else "csv"))]
+    return [str(write_numbers(folder, kind))]
 
 
 def _figure(options: Namespace, folders: Sequence[Path]) -> int:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.files import write_whole
@@ -12,7 +12,7 @@ from lightning_aop.tables import csv_text
 __all__ = ["write_numbers"]
 
 
-def write_numbers(folder: str | Path, kind: Literal["csv", "json"] = "csv") -> Path:
+def write_numbers(folder: str | Path, kind: str = "csv") -> Path:
     """Write the numbers of a run into its folder, as `explanations.csv` or `explanations.json`.
 
     The first has a row for each explanation at each time; the second also has the metrics of each time,

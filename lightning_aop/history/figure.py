@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def write_figure(
     *,
     explanations: Sequence[int] | int = 4,
     epochs: Sequence[int] | None = None,
-    columns: Literal[1, 2] = 1,
+    columns: int = 1,
 ) -> Path:
     """Write the maps of a run as a figure: a row for each explanation, a column for each epoch.
 
@@ -39,7 +39,7 @@ def write_figure(
             first ones.
         epochs: which epochs; by default up to four of one column or eight of two, evenly spread. -1 is
             before training.
-        columns: of the paper, which the figure is as wide as.
+        columns: 1 or 2, the columns of the paper that the figure is as wide as.
 
     Returns:
         The path.

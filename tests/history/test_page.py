@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import importlib
 import math
 import re
 import shutil
@@ -242,6 +243,24 @@ def test_the_same_corner_in_many_images_comes_first(browser: Any, tmp_path: Path
     assert browser.find_element("id", "detail").is_displayed()
     assert shown.js("return document.querySelector('#grid [data-open=true]').dataset.index") == "1"
     shown.assert_sound()
+
+
+@pytest.mark.slow
+def test_a_real_shortcut_is_found_unprompted(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    main = importlib.import_module("shortcut").main
+    found = {}
+    for tags in (0.95, 0.0):
+        main(tags=tags, output=tmp_path / str(tags))
+        (folder,) = (tmp_path / str(tags)).rglob("explanations")
+        shown = Page(browser, History.load(folder), tmp_path)
+        found[tags] = [text for text, bad in sentences(shown).items() if bad], cases(shown)
+    said, listed = found[0.95]
+    assert any(text.startswith("The lower right corner is hottest in") for text in said)
+    assert len(listed) == 6
+    assert not any("corner" in text for text in found[0.0][0])
 
 
 def test_chance_and_the_middle_are_no_suspects(browser: Any, tmp_path: Path) -> None:
