@@ -194,8 +194,10 @@ class RunFolder:
             OSError, ValueError: they can't be written.
         """
         if self._writer is not None and self.folder is not None:
-            self._writer.finish()
-            end_report(self.folder)
+            if self._writer.is_whole():  # and not another run's by now
+                self._writer.finish()
+                if self._paged:
+                    end_report(self.folder)
             write_animation(self.folder)
 
 

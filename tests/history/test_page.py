@@ -91,7 +91,7 @@ def sentences(shown: Page) -> dict[str, bool]:
         "const c = getComputedStyle(p).color; p.remove(); return c"
     )
     assert all((colour == red) == bad for _, bad, colour in found)
-    return {re.sub(r"Wrong:\s*", "", text): bad for text, bad, _ in found}
+    return {re.sub(r"Wrong:\s*", "", text).replace("\xa0", " "): bad for text, bad, _ in found}
 
 
 def student(values: np.ndarray) -> str:
@@ -107,7 +107,7 @@ def cases(shown: Page) -> dict[int, list[str]]:
         "return [...document.querySelectorAll('#cases-grid figure')]"
         ".map(f => [+f.dataset.index, [...f.querySelectorAll('.why')].map(w => w.textContent)])"
     )
-    return dict(found)
+    return {k: [reason.replace("\xa0", " ") for reason in why] for k, why in found}
 
 
 def index(shown: Page) -> list[int]:
@@ -246,6 +246,7 @@ def test_the_same_corner_in_many_images_comes_first(browser: Any, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_a_real_shortcut_is_found_unprompted(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,7 +393,8 @@ def test_two_runs_are_on_one_slider(browser: Any, tmp_path: Path) -> None:
     browser.get(path.as_uri())
     shown.settle()
     assert "beside b" in shown.js("return document.getElementById('run').innerText")
-    assert "b shares 7 images" in shown.js("return document.getElementById('summary').innerText")
+    summary = shown.js("return document.getElementById('summary').innerText")
+    assert "b shares 7 images" in summary.replace("\xa0", " ")
     shown.click("input[value=beside]")
     canvases = shown.js(
         "return [...document.querySelectorAll('#grid figure')]"
@@ -764,6 +766,23 @@ def test_a_page_that_is_open_gets_what_is_new(
     assert browser.get_log("browser") == []
 
 
+def test_a_page_tells_no_stranger_what_is_new(served: str, browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    save(run(), tmp_path)
+    write_report(tmp_path)
+    for origin, heard in ((served, 1), (served.replace("127.0.0.1", "localhost"), 0)):
+        (tmp_path / "frame.html").write_text(
+            "<!doctype html><link rel=icon href=data:,><script>window.heard = 0;"
+            "addEventListener('message', () => { heard++; })</script>"
+            f'<iframe src="{served}/report.html?since=0" onload="window.loaded = 1"></iframe>'
+        )
+        browser.get(f"{origin}/frame.html")
+        WebDriverWait(browser, 20).until(lambda _: browser.execute_script("return window.loaded"))
+        assert browser.execute_script("return heard") == heard
+    browser.get_log("browser")  # which says that it kept the message back
+
+
 def test_a_page_that_cannot_see_its_file_says_so(browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -866,7 +885,7 @@ def test_the_title_names_experiment_model_data_and_date(browser: Any, tmp_path: 
     folder = tmp_path / "runs" / "version_3" / "explanations"
     save(history, folder)
     browser.get(write_report(folder).as_uri())
-    head = browser.find_element("css selector", "header").text
+    head = browser.find_element("css selector", "header").text.replace("\xa0", " ")
     assert head.startswith("runs / version_3\n")
     assert "model Net · data Photos · 14 November 2023 · 8 probe images" in head
     assert browser.title == "runs / version_3 · Net"

@@ -12,6 +12,8 @@ const number = (x, whole = false) => {
   const text = x.toFixed(size >= 99.95 ? 0 : size >= 9.995 ? 1 : 2);
   return Number(text) === 0 ? text.replace("-", "") : text.replace("-", "−");
 };
+// No line begins with a number whose name ends the line before.
+const tied = (text) => text.replace(/ (?=[\d±−→])|(?<=[±→]) /g, "\u00a0");
 const signed = (x) => `${x > 0 ? "+" : ""}${number(x)}`;
 
 // Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; beyond, its expansion around the normal's.

@@ -3,7 +3,9 @@ const finished = () => elements("end").length > 0;
 const asked = /^\?since=(\d+)$/.exec(location.search);
 if (asked && parent !== window) {
   const texts = elements("record").map((element) => element.textContent).filter((text) => parsed(text).length);
-  parent.postMessage({ count: texts.length, fresh: texts.slice(Number(asked[1])), finished: finished() }, "*");
+  // Not to a stranger's page that has this one in a frame; files have no origin, and no strangers.
+  const to = location.protocol === "file:" ? "*" : location.origin;
+  parent.postMessage({ count: texts.length, fresh: texts.slice(Number(asked[1])), finished: finished() }, to);
   return;
 }
 
@@ -113,7 +115,7 @@ const card = (r, k, { label, click, film = false, why = [], against = null }) =>
   const instead = film ? null : said(record, k);
   if (instead) caption.append(instead);
   caption.append(facts);
-  for (const reason of why) caption.append(make("span", { class: "why" }, reason));
+  for (const reason of why) caption.append(make("span", { class: "why" }, tied(reason)));
   const figure = make("figure", {
     "data-record": r, "data-index": k, "data-image": record.images[k], "data-target": record.targets[k],
     "data-score": score ?? "", "data-drift": drift ?? "", "data-blank": blank, "data-verdict": verdict ?? "", "data-wide": wide,
@@ -457,7 +459,7 @@ const summarise = () => {
     parts.push(...runs.slice(1).map((run) => `${run.title} shares ${plural(run.shared, "image")}`));
   }
   parts.push(records.length ? `${plural(pictures, "probe image")}, explained ${plural(records.length, "time")}` : "no explanations");
-  $("summary").textContent = parts.join(" · ");
+  $("summary").textContent = tied(parts.join(" · "));
   const smaller = data.picture_size[0] < data.image_size[0];
   const left = records.filter((record) => !record.sheet).length;
   $("coding").textContent = [
@@ -486,7 +488,7 @@ const judged = () => {
     make("h3", {}, question),
     make("ul", {}, ...sentences.map((each) => {
       const leads = each.to || each.verdict !== undefined || each.sort || (each.chart && own(records.at(-1).values, each.chart) !== undefined);
-      const node = leads ? make("button", { type: "button" }, each.text) : make("span", {}, each.text);
+      const node = leads ? make("button", { type: "button" }, tied(each.text)) : make("span", {}, tied(each.text));
       if (leads) node.addEventListener("click", () => follow(each));
       const item = make("li", { "data-bad": each.bad }, node);
       if (each.bad) node.prepend(make("span", { class: "unseen" }, "Wrong: "));
