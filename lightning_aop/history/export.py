@@ -1,6 +1,8 @@
 """The numbers of a run for other programs: a row for each explanation at each time."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +90,19 @@ def _times(history: History, curves: bool = False) -> list[dict[str, Any]]:
         times.append(
             {
                 "title": record.title,
-                "values": {
-                    name: value if value == value else None for name, value in record.values.items()
-                },
-                "controls": record.controls,
+                "values": _finite(record.values),
+                "controls": {name: _finite(values) for name, values in record.controls.items()},
                 "explanations": rows,
             }
         )
     return times
+
+
+def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in values.items()
+    }
 
 
 def _at(values: list[Any], place: int) -> Any:

@@ -196,8 +196,8 @@ class History:
             found.maps,
             found.records,
             lost + found.lost,
-            about.epochs,
-            about.finished,
+            epochs=about.epochs,
+            finished=about.finished,
         )
 
 
