@@ -27,13 +27,16 @@ test-quick: $(VENV)/.test  ## the tests that need only the extra `test`, which i
 test-slow: $(VENV)/.dev  ## the slow tests; LIGHTNING_AOP_DATA names a folder of real photos
 	$(BIN)/python -m pytest -m slow -s
 
-test-others:  ## modules and exports of other projects' libraries, in environments of their own
+test-others:  ## other projects' modules, exports and loggers, in environments of their own
 	$(PYTHON) -m venv $(VENV)-others
 	$(VENV)-others/bin/python -m pip install --quiet --disable-pip-version-check -e . -r tests/scripts/others-requirements.txt
 	$(VENV)-others/bin/python -m pytest -m others
 	$(PYTHON) -m venv $(VENV)-exports
 	$(VENV)-exports/bin/python -m pip install --quiet --disable-pip-version-check -e . -r tests/scripts/exports-requirements.txt
 	$(VENV)-exports/bin/python -m pytest -m others tests/coco/test_tools.py
+	$(PYTHON) -m venv $(VENV)-loggers
+	$(VENV)-loggers/bin/python -m pip install --quiet --disable-pip-version-check -e . -r tests/scripts/loggers-requirements.txt
+	$(VENV)-loggers/bin/python -m pytest tests/monitor/test_loggers.py
 
 test-lowest:  ## the tests with the lowest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
@@ -61,7 +64,7 @@ release-check:  ## build, and try the wheel in an empty environment, away from t
 
 reliability: $(VENV)/.dev  ## write the matrix of docs/reliability.md from its tests' results
 	$(BIN)/python -m pytest tests/monitor/test_harmless.py tests/monitor/test_harmless_kinds.py \
-	  --reliability docs/reliability.md
+	  tests/monitor/test_monitor_distributed.py --reliability docs/reliability.md
 
 docs: $(VENV)/.dev  ## the site, to site/index.html; a broken link or docstring is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -40,7 +40,7 @@ def check_batch(images: Tensor, targets: Tensor) -> None:
             f"{len(targets)} targets: give one target for each image"
         )
     if len(images) == 0:
-        raise InvalidValueError("the batch is empty: give at least one image")
+        raise InvalidValueError("the batch is empty, images has no row: give at least one image")
 
 
 def require_finite(values: Tensor, targets: Targets, what: str) -> None:
@@ -57,5 +57,7 @@ def require_finite(values: Tensor, targets: Targets, what: str) -> None:
 def require_positive(owner: str, **values: float | None) -> None:
     """Raise ValueError for a setting that must be above zero where it is given."""
     for name, value in values.items():
+        if isinstance(value, str):
+            raise InvalidTypeError(f"{owner}: {name} must be a number, got {value!r}")
         if value is not None and value <= 0:
             raise InvalidValueError(f"{owner}: {name} must be above 0, got {value}")

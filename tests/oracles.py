@@ -41,8 +41,13 @@ def igos(
     l1: float,
     tv: float,
     samples: int,
+    share: float | None,
 ) -> tuple[Tensor, list[float], int]:
-    """I-GOS on one image [C, H, W]: the last mask, the loss of each iterate, the trials."""
+    """I-GOS on one image [C, H, W]: the last mask, the loss of each iterate, the trials.
+
+    The noise has a standard deviation of 1, and is scaled by a share of each channel's span, or by
+    0.25 over the span of what it is added to.
+    """
     iterations = len(noises)
     height, width = image.shape[1:]
 
@@ -59,6 +64,15 @@ def igos(
             2
         ).mean()
         return weight * (1 - mask).abs().mean() + tv * variation
+
+    def noisy(picture: Tensor, draws: Tensor) -> Tensor:
+        if share is None:
+            spread = [0.25 / float((picture.max() - picture.min()).detach())] * 3
+        else:
+            spread = [share * float(channel.max() - channel.min()) for channel in image]
+        return picture + torch.stack(
+            [one * noise for one, noise in zip(spread, draws, strict=True)]
+        )
 
     mask, trials, losses, first = start.clone(), 0, [], 0.0
     for iteration in range(iterations):
@@ -79,7 +93,8 @@ def igos(
         total = regularisers(leaf, l1)
         for s in range(1, samples + 1):
             total = (
-                total + score(perturbed(s / samples * leaf) + noises[iteration][s - 1]) / samples
+                total
+                + score(noisy(perturbed(s / samples * leaf), noises[iteration][s - 1])) / samples
             )
         (direction,) = torch.autograd.grad(total, leaf)
         with torch.no_grad():

@@ -10,7 +10,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_aop.cli.configs import resolved, shipped_configs
 from lightning_aop.cli.store import make_folder
-from lightning_aop.cli.trainer import tidy_run
+from lightning_aop.cli.trainer import LightningParser, tidy_run
 from lightning_aop.errors import UserError
 from lightning_aop.experiments import Network, Pictures, Rules, run
 from lightning_aop.experiments.tables import summary, written
@@ -29,7 +29,7 @@ def benchmark_parser() -> LightningArgumentParser:
     shipped = (Path(resolved(name)) for name in shipped_configs("benchmark"))
     # The others are for other commands.
     known = ", ".join(path.stem for path in shipped if "\nnetworks:" in path.read_text())
-    parser = LightningArgumentParser(
+    parser = LightningParser(
         prog="lightning-aop benchmark",
         usage="lightning-aop benchmark CONFIG --data.root FOLDER [options]",
         description="Explain images with many methods on many networks, run deletion and insertion, "

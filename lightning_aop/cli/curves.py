@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from lightning_aop.cli.options import Parser
 from lightning_aop.errors import UserError
 
 
@@ -15,7 +16,7 @@ def main(words: Sequence[str]) -> int:
 
 def curves_parser() -> ArgumentParser:
     """Return the options of `lightning-aop curves`."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="lightning-aop curves",
         description="Draw the mean deletion and insertion curves of a benchmark, a column for each "
         "network, with 95 % bands of the mean; also while it runs.",

@@ -5,17 +5,35 @@ from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from lightning_aop.cli.configs import with_shipped_configs
+from lightning_aop.errors import did_you_mean
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".pnm"),
     *(".tif", ".tiff", ".jp2", ".avif"),
 )
 """How photos end: what is taken of a folder, and what is never the name of a class."""
+
+
+class Parser(ArgumentParser):  # type: ignore[misc, unused-ignore]
+    """A parser that says which option a mistyped one may mean."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message, and exit."""
+        super().error(message + nearest_options(self, message), ex)
+
+
+def nearest_options(parser: ArgumentParser, message: str) -> str:
+    """Return what `did_you_mean` says of the options that a message calls unrecognized."""
+    _, _, words = message.partition("nrecognized arguments: ")
+    unknown = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
+    known = [name for action in parser._actions for name in action.option_strings]
+    return "".join(did_you_mean(word, known) for word in unknown)
 
 
 def parsed(build: Callable[[bool], ArgumentParser], words: Sequence[str]) -> Namespace:
@@ -156,7 +174,7 @@ def cross_deletion_parser(full: bool = False) -> ArgumentParser:
 
 def demo_parser(full: bool = False) -> ArgumentParser:
     """Return the options of `lightning-aop demo`."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="lightning-aop demo",
         description="Train a small multilabel network on generated images, with an "
         "ExplanationMonitor attached, and say where to look. About a minute on two CPU cores.",
@@ -181,7 +199,7 @@ _CELL = "pixels of a map's longer side in the picture"
 
 
 def _parser(name: str, description: str, full: bool) -> ArgumentParser:
-    return ArgumentParser(
+    return Parser(
         prog=f"lightning-aop {name}",
         usage=f"lightning-aop {name} PHOTO ... [options]",
         description=description,

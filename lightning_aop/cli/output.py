@@ -5,9 +5,13 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import torch
 from jaxtyping import Float
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -15,7 +19,7 @@ from torch import Tensor
 from lightning_aop.errors import UserError
 from lightning_aop.files import write_whole
 from lightning_aop.types import Maps
-from lightning_aop.view.heat import Picture, overlay
+from lightning_aop.view.heat import Picture, heat_of, overlay
 
 RASTER = (".png", ".jpg", ".jpeg", ".webp")
 """The formats of `write_picture`."""
@@ -68,7 +72,10 @@ def write_figure(figure: Figure, path: Path) -> None:
 def figure_of(
     pictures: Float[Tensor, "b 3 h w"], maps: Maps, captions: Sequence[str], title: str
 ) -> Figure:
-    """Draw each picture, in [0, 1], beside its overlay, as a figure whose text can be searched."""
+    """Draw each picture, in [0, 1], beside its overlay, as a figure whose text can be searched.
+
+    As in `heatmap_grid`, a map that shows nothing is named, and one colour bar stands for all.
+    """
     columns = max(1, min(3, math.isqrt(len(pictures))))
     rows = math.ceil(len(pictures) / columns)
     figure = Figure(figsize=(5 * columns, 2.9 * rows + 0.4), layout="constrained", dpi=200)
@@ -81,4 +88,13 @@ def figure_of(
         for axis, shown in zip(axes[2 * i : 2 * i + 2], (pictures[i], heated[i]), strict=True):
             axis.imshow(shown.permute(1, 2, 0).numpy())
         axes[2 * i].set_title(caption, fontsize=9, loc="left")
+        if not maps[i].isfinite().all() or not heat_of(maps[i : i + 1]).any():
+            name = "blank map" if maps[i].isfinite().all() else "NaN map"
+            options: Any = {"ha": "center", "va": "center", "transform": axes[2 * i + 1].transAxes}
+            axes[2 * i + 1].text(0.5, 0.5, name, bbox={"facecolor": "white", "lw": 0}, **options)
+    ramp = torch.linspace(0, 1, 256)[None, None]
+    on_grey = overlay(torch.full((1, 3, 1, 256), 0.5), ramp)[0, :, 0].T
+    scale = ScalarMappable(Normalize(0, 1), ListedColormap(on_grey.numpy()))
+    where: Any = {"location": "bottom", "aspect": 40, "shrink": 0.5, "ticks": [0, 0.5, 1]}
+    figure.colorbar(scale, ax=list(axes), label="saliency", **where)
     return figure

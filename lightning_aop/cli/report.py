@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from lightning_aop.cli.options import Parser
 from lightning_aop.errors import UserError, did_you_mean_file
 
 
@@ -16,7 +17,7 @@ def main(words: Sequence[str]) -> int:
 
 def report_parser() -> ArgumentParser:
     """Return the options of `lightning-aop report`."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="lightning-aop report",
         description="Make report.html, evolution.gif and, where ffmpeg is installed, evolution.mp4 of "
         "every run in a folder, from the maps and metrics that its ExplanationMonitor has stored; the "

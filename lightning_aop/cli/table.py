@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from lightning_aop.cli.options import Parser
 from lightning_aop.errors import UserError
 
 
@@ -15,7 +16,7 @@ def main(words: Sequence[str]) -> int:
 
 def table_parser() -> ArgumentParser:
     """Return the options of `lightning-aop table`."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="lightning-aop table",
         description="Print the results of a benchmark, also while it runs: the mean deletion, insertion "
         "and overall AUC of each method on each network with 95 % intervals (bootstrap over the "

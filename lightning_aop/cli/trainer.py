@@ -1,10 +1,23 @@
-"""What the commands with a Trainer share: fewer warnings, and an end of the process group."""
+"""What the commands with a Trainer share: their parser, fewer warnings, an end of the process group."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch.distributed as dist
+from pytorch_lightning.cli import LightningArgumentParser
+
+from lightning_aop.cli.options import nearest_options
+
+
+class LightningParser(LightningArgumentParser):
+    """A parser that says which option a mistyped one may mean."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message, and exit."""
+        super().error(message + nearest_options(self, message), ex)
+
 
 # What Lightning warns of, and what is meant or none of the user's business.
 _MEANT = (

@@ -12,7 +12,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from lightning_aop.cli.configs import shipped_configs, with_shipped_configs
 from lightning_aop.cli.pointing_game import Trainer
-from lightning_aop.cli.trainer import tidy_run
+from lightning_aop.cli.trainer import LightningParser, tidy_run
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
 from lightning_aop.coco.predictions import PredictionWriter
 from lightning_aop.data.weights import read_content
@@ -67,6 +67,8 @@ class CommandLine(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # Lightning 2.5.0 takes no class of parsers.
+        parser.__class__ = LightningParser
         # Not the names of all settings above the one line that says what is wrong.
         parser.usage = f"lightning-aop {subcommand} [options]"
         return parser

@@ -286,14 +286,21 @@ def _read(folder: Path, file: Path) -> Any:
         raise MissingFileError(
             f"{file} is no file: give the annotations, such as instances_train2017.json"
         )
+    text = b""
     try:
         # COCO() would read in the encoding of the system; of bytes the encoding is detected.
-        content = json.loads(_unzipped(file))
+        text = _unzipped(file)
+        content = json.loads(text)
     except InvalidValueError:
         raise
+    except UnicodeDecodeError as error:
+        raise InvalidValueError(f"{file} is not in UTF-8 ({error}): save it as UTF-8") from error
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        other = next((kind for start, kind in _STARTS if text.lstrip().startswith(start)), None)
         raise InvalidValueError(
-            f"{file} is no valid JSON ({error}): it may be cut short, copy or export it again"
+            f"{file} is {other}: {_EXPORT}"
+            if other
+            else f"{file} is no valid JSON ({error}): it may be cut short, copy or export it again"
         ) from error
     _check_lists(content, file)
     _normalise(content, folder)
@@ -304,6 +311,9 @@ def _read(folder: Path, file: Path) -> Any:
         coco.createIndex()
     return coco
 
+
+_EXPORT = "let the tool export COCO's format (instances), a JSON file with images and annotations"
+_STARTS = ((b"<", "XML, as of Pascal VOC or CVAT"), (b"PK", "a ZIP archive, to be unpacked first"))
 
 # All of COCO's annotations together have not half as much.
 _MOST = 2 << 30
@@ -325,12 +335,16 @@ def _unzipped(file: Path) -> bytes:
 
 
 def _check_lists(content: Any, file: Path) -> None:
+    if isinstance(content, dict) and {"shapes", "imagePath"} <= set(content):
+        raise InvalidValueError(
+            f"{file} is labelme's file of one image: {_EXPORT}; labelme2coco does"
+        )
     for name in _LISTS:
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise InvalidValueError(
                 f"{file} has no list '{name}' of objects: give an instances file, such as "
-                "instances_train2017.json"
+                f"instances_train2017.json; {_EXPORT}"
             )
 
 
@@ -339,6 +353,13 @@ def _normalise(content: dict[str, Any], folder: Path) -> None:
     for name in _LISTS:
         for entry in content[name]:
             entry.update({k: _whole(entry[k]) for k in _NUMBERS if k in entry})
+    for name in ("images", "categories"):  # merged files repeat them
+        first: dict[str, Any] = {}
+        content[name] = [
+            entry
+            for entry in content[name]
+            if (known := first.setdefault(str(entry.get("id")), entry)) is entry or known != entry
+        ]
     drawn: dict[str, tuple[int, int] | None] = {}
     for number, annotation in enumerate(content["annotations"]):
         # Nothing refers to it; pycocotools wants one.
@@ -347,23 +368,25 @@ def _normalise(content: dict[str, Any], folder: Path) -> None:
         drawn[str(annotation.get("image_id"))] = size or drawn.get(str(annotation.get("image_id")))
     files = _Files(folder)
     for image in content["images"]:
+        _read_size(image)
         # A run-length code was drawn on the picture as the tool showed it.
         if image.get("width") is None and (size := drawn.get(str(image.get("id")))):
             image["height"], image["width"] = size
         name = image.get("file_name")
-        url = next((image[k] for k in ("coco_url", "flickr_url") if image.get(k)), None)
-        if name is None and isinstance(url, str):
+        places = (image.get(k) for k in ("coco_url", "flickr_url", "path", "url"))
+        url = name if "://" in str(name) else next((place for place in places if place), None)
+        if (name is None or name is url) and isinstance(url, str):
             path = urllib.parse.unquote(url.partition("?")[0])
             near = "/".join(path.split("/")[-2:])
             image["file_name"] = near if near in files else path.rpartition("/")[2]
         if isinstance(name := image.get("file_name"), str):
             image["file_name"] = files.meant(name)
-    known = {
+    listed = {
         f"{key}_id": {str(entry.get("id")): entry.get("id") for entry in content[name]}
         for key, name in (("image", "images"), ("category", "categories"))
     }
     for annotation in content["annotations"]:
-        for key, ids in known.items():
+        for key, ids in listed.items():
             # 1 and "1" are the same id, where the file has no other that reads so.
             if isinstance(value := annotation.get(key), (int, str)) and str(value) in ids:
                 annotation[key] = ids[str(value)]
@@ -371,6 +394,47 @@ def _normalise(content: dict[str, Any], folder: Path) -> None:
 
 # What some tools write as 60.0.
 _NUMBERS = ("id", "image_id", "category_id", "width", "height")
+
+
+def _read_size(image: dict[str, Any]) -> None:
+    """Read the width and height of an image where they are text, or 0 for unknown."""
+    sides = [image.get(side) for side in ("width", "height")]
+    if any(isinstance(side, str) for side in sides):
+        sides = [_whole(_number(side)) for side in sides]
+    if sides == [0, 0]:
+        sides = [None, None]
+    image.update(
+        {k: side for k, side in zip(("width", "height"), sides, strict=True) if k in image}
+    )
+
+
+def _number(value: object) -> object:
+    """Return the number that a text writes, and anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _polygons(segmentation: list[Any]) -> list[Any]:
+    """Return polygons as COCO writes them: of corners in pairs or under x and y, or as text."""
+    corners = [_corner(each) for each in segmentation]
+    if len(corners) > 2 and all(corner is not None for corner in corners):
+        segmentation = [[side for corner in corners for side in corner or ()]]
+    flat = []
+    for polygon in segmentation:
+        if isinstance(polygon, list) and polygon and isinstance(polygon[0], (list, dict)):
+            inside = [_corner(each) for each in polygon]
+            polygon = [side for corner in inside for side in corner or (None,)]
+        flat.append([_number(v) for v in polygon] if isinstance(polygon, list) else polygon)
+    return flat
+
+
+def _corner(value: object) -> list[Any] | None:
+    """Return x and y, None where it is no corner."""
+    if isinstance(value, dict):
+        return [value["x"], value["y"]] if set(value) == {"x", "y"} else None
+    return value if isinstance(value, list) and len(value) == 2 else None
 
 
 def _whole(value: object) -> object:
@@ -409,6 +473,7 @@ class _Files:
         """Return the name of the file; the name itself where there is none, or more than one."""
         forward = name.replace("\\", "/")
         spellings = [name, forward, forward.removeprefix(f"{self.folder.name}/")]
+        spellings += [name.strip(), urllib.parse.unquote(forward)]
         for root in {str(self.folder), str(self.folder.resolve())}:
             if forward.startswith(f"{Path(root).as_posix()}/"):
                 spellings.append(forward[len(root) + 1 :])
@@ -418,7 +483,8 @@ class _Files:
             return found
         if self._spellings is None:
             self._spellings = self._all()
-        for spelling in spellings:
+        unfinished = [] if PureWindowsPath(forward).suffix else [f"{forward}.*"]
+        for spelling in (*spellings, *unfinished):
             near = self._spellings.get(_folded(spelling), [])
             if len(near) == 1:
                 return near[0]
@@ -435,7 +501,8 @@ class _Files:
             base = Path(top).relative_to(self.folder).as_posix()
             for name in names:
                 path = name if base == "." else f"{base}/{name}"
-                for key in (_folded(path), f"*/{_folded(name)}"):
+                stem = f"{os.path.splitext(path)[0]}.*"
+                for key in (_folded(path), f"*/{_folded(name)}", _folded(stem)):
                     found.setdefault(key, []).append(path)
         return found
 
@@ -536,6 +603,7 @@ def _decoded(
     where = f"{file}: annotation {annotation['id']} of image {annotation['image_id']}"
     if not segmentation:
         box = annotation.get("bbox") if boxes else None
+        box = [_number(side) for side in box] if isinstance(box, list) else box
         if not _is_box(box):
             raise NoMaskError(
                 f"{where} has no segmentation{', and no box' if boxes else ', only its box'}: masks "
@@ -549,6 +617,8 @@ def _decoded(
     ):
         segmentation = [segmentation]
     remedy = "correct it, or take the annotation out"
+    if isinstance(segmentation, list):
+        segmentation = _polygons(segmentation)
     try:
         if isinstance(segmentation, list) and any(isinstance(code, dict) for code in segmentation):
             masks = np.stack([_unpacked(code, height, width) for code in segmentation])

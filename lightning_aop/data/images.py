@@ -1,5 +1,6 @@
 """From an image file to the tensor that a network takes, and its masks along with it."""
 
+import importlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
@@ -71,11 +72,11 @@ def read_image(
             # A bomb that Pillow only warns of has four times more pixels than any photo.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", "Palette images with Transparency")
-            with Image.open(path) as opened:
+            with _deep_tiff(path, value_range) or Image.open(path) as opened:
                 if opened.format == "EPS":
                     raise ImageError("it is PostScript, a program that is not run")
                 # Pillow keeps the upper 8 of 16 bits per channel; only the raw mode shows it.
-                deep = ";16" in str(opened.tile)
+                deep = ";16" in str(getattr(opened, "tile", ""))
                 opened.load()
                 upright = ImageOps.exif_transpose(opened) if exif else opened
                 fits = size in (None, upright.size) or opened.size != size
@@ -128,24 +129,80 @@ def _unknown(path: Path | BytesIO | BufferedReader) -> str:
         )
     if start[:4] in (b"II*\0", b"MM\0*"):
         return (
-            "it is a TIFF of a kind that Pillow does not read, such as colours of 16 bits or floats: "
-            "save it with 8 bits a channel, or as greyscale of 16 bits or 32-bit floats"
+            "it is a TIFF of a kind that Pillow does not read, such as colours of floats: pip install "
+            "tifffile, or save it with 8 bits a channel"
         )
     if start[:3] == b"\xff\xd8\xff" or start[:4] in (b"\x89PNG", b"GIF8", b"RIFF"):
         return "it is damaged or cut short: copy or download it again"
     return "it is no image that Pillow reads: save it as PNG, JPEG or TIFF"
 
 
+def _deep_tiff(
+    path: Path | BytesIO | BufferedReader, value_range: ValueRange | None
+) -> Image.Image | None:
+    """Read a TIFF of deep colours or of floats other than 32 bits, where tifffile is installed.
+
+    Returns:
+        None for what Pillow reads: it keeps 8 bits of colours, and knows no other floats.
+    """
+    if isinstance(path, Path):
+        with path.open("rb") as opened:
+            start = opened.read(4)
+    else:
+        start = path.read(4)
+        path.seek(0)
+    if start not in (b"II*\0", b"MM\0*"):
+        return None
+    try:
+        tool = importlib.import_module("tifffile")
+        with tool.TiffFile(path) as tiff:
+            page = tiff.pages[0]
+            colours = page.photometric == 2 and page.samplesperpixel >= 3
+            shallow = page.dtype is None or page.dtype.itemsize == 1
+            known = not colours and page.dtype not in (np.float16, np.float64)
+            if shallow or known or page.size > 4 * (Image.MAX_IMAGE_PIXELS or math.inf):
+                return None
+            values = page.asarray().astype(np.float64)
+            if colours and page.planarconfig == 2:
+                values = np.moveaxis(values, 0, -1)
+            values = values[..., :3] if colours else values
+            floats, orientation = page.dtype.kind == "f", int(page.tags.valueof(274, 1))
+    except (
+        ImportError,
+        ValueError,
+    ):  # it is not installed, or knows the file's compression less than Pillow
+        return None
+    finally:
+        if not isinstance(path, Path):
+            path.seek(0)
+    image = Image.fromarray(_bytes(values, value_range, "F" if floats else "I;16")).convert("RGB")
+    image.getexif()[0x0112] = orientation
+    return image
+
+
+def _bytes(
+    values: Float[np.ndarray, "h w *c"], value_range: ValueRange | None, mode: str
+) -> UInt8[np.ndarray, "h w *c"]:
+    """Return values scaled so that a range becomes black to white."""
+    low, high = value_range or _full_range(values, mode)
+    scaled = np.round(((values - low) / (high - low)).clip(0, 1) * 255)
+    if not np.isfinite(scaled).all():
+        raise ImageError("it has pixels that are not a number: replace them")
+    return scaled.astype(np.uint8)
+
+
 def _rgb(image: Image.Image, value_range: ValueRange | None, deep: bool) -> Image.Image:
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
         # Pillow would clip these to white instead of scaling them.
         values = np.asarray(image, dtype=np.float64)
-        low, high = value_range or _full_range(values, image.mode)
-        grey = np.round(((values - low) / (high - low)).clip(0, 1) * 255)
+        grey = _bytes(values, value_range, image.mode)
         grey[values == image.info.get("transparency")] = 255
-        if not np.isfinite(grey).all():
-            raise ImageError("it has pixels that are not a number: replace them")
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        return Image.fromarray(grey).convert("RGB")
+    if deep and value_range is not None:
+        raise ImageError(
+            "its 16-bit colours can't be read over a range: save it as TIFF and pip install tifffile, "
+            "or save it with 8 bits a channel"
+        )
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -158,7 +215,7 @@ def _rgb(image: Image.Image, value_range: ValueRange | None, deep: bool) -> Imag
     return image
 
 
-def _full_range(values: Float[np.ndarray, "h w"], mode: str) -> ValueRange:
+def _full_range(values: Float[np.ndarray, "h w *c"], mode: str) -> ValueRange:
     """Return the range of 16 bits, unless the values leave it, or hardly use it."""
     low, high = values.min(), values.max()
     remedy = (

@@ -1,7 +1,7 @@
 """Names of a network's tensors in other libraries, written as torchvision or timm writes them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -61,22 +61,73 @@ _TIMM_VIT: _Rules = (
     (r"(^|\.)norm\.", r"\1encoder.ln."),
     (r"(^|\.)head\.", r"\1heads.head."),
 )
+_HF_SWIN: _Rules = (
+    (r"(?:swin\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"(?:swin\.)?embeddings\.norm\.", "patch_embed.norm."),
+    (r"(?:swin\.)?encoder\.layers\.", "layers."),
+    (r"\.attention\.(?:self\.)?(q|k|v)(?:uery|ey|alue|_proj)\.", r".attn.\1."),
+    (r"\.attention\.(?:self|relative_position_bias)\.(?=relative_position)", ".attn."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"(^|\.)(?:swin\.)?layernorm\.", r"\1norm."),
+    (r"(^|\.)classifier\.", r"\1head."),
+)
+_HF_CONVNEXT: _Rules = (
+    (r"(?:convnext\.)?embeddings\.patch_embeddings\.", "stem.0."),
+    (r"(?:convnext\.)?embeddings\.layernorm\.", "stem.1."),
+    (r"(?:convnext\.)?encoder\.stages\.(\d+)\.layers\.", r"stages.\1.blocks."),
+    (r"(?:convnext\.)?encoder\.stages\.(\d+)\.downsampling_layer\.", r"stages.\1.downsample."),
+    (r"\.layer_scale_parameter$", ".gamma"),
+    (r"\.dwconv\.", ".conv_dw."),
+    (r"(blocks\.\d+)\.layernorm\.", r"\1.norm."),
+    (r"\.pwconv(1|2)\.", r".mlp.fc\1."),
+    (r"(^|\.)(?:convnext\.)?layernorm\.", r"\1head.norm."),
+    (r"(^|\.)classifier\.", r"\1head.fc."),
+)
 # A name that only the library's own files have, and what they are read by.
 _HABITS: tuple[tuple[str, _Rules], ...] = (
     ("denselayer1.norm.1.weight", _DENSENET),
     ("embedder.embedder.convolution.weight", _HF_RESNET),
+    ("encoder.layers.0.blocks.0.layernorm_before.weight", _HF_SWIN),
+    ("encoder.stages.0.layers.0.dwconv.weight", _HF_CONVNEXT),
     ("embeddings.patch_embeddings.projection.weight", _HF_VIT),
 )
 
 
-def named_alike(own: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+# The parts of ConvNeXt, EfficientNet, MobileNet and Swin by torchvision's and timm's names, in the order
+# in which those beside each other compute; BatchNorms are counted apart.
+_ORDER = {
+    word: (1, rank)
+    for rank, word in enumerate(
+        (
+            *("stem", "conv_stem", "patch_embed", "features", "downsample", "bn1"),
+            *("stages", "layers", "blocks", "layer_scale", "gamma", "block"),
+            *("conv", "conv_exp", "conv_pw", "conv_dw", "se", "conv_pwl", "conv_head"),
+            *("bn2", "bn3", "norm1", "attn", "norm2"),
+            *("relative_position_bias_table", "qkv", "proj", "norm", "reduction", "mlp"),
+            *("conv_reduce", "conv_expand", "fc1", "fc2", "fc", "head", "classifier"),
+            *("weight", "bias", "running_mean", "running_var"),
+        )
+    )
+}
+# What only EfficientNetV2 has, by timm's name.
+_TIMM_FUSED = "blocks.0.0.conv.weight"
+# What Swin computes from its sizes.
+_COMPUTED = ("relative_position_index", "attn_mask")
+
+
+def named_alike(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors by the names that a network of torchvision or timm gives them.
 
-    ResNets and ViTs of Hugging Face, and the ViTs of torchvision and timm, are the same networks under
-    other names. Prefixes stay, and so do names of which nothing is known.
+    ResNets, ViTs, ConvNeXts and Swins of Hugging Face, and these, the EfficientNets and the MobileNets
+    of torchvision and timm, are the same networks under other names. Prefixes stay, and so do names of
+    which nothing is known.
 
     Args:
-        own: the names of the network's own tensors.
+        own: the network's own tensors.
         tensors: those of a file.
     """
     found = dict(tensors)
@@ -91,7 +142,97 @@ def named_alike(own: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, 
     ):
         if ours in own and any(name.endswith(theirs) for name in found):
             return _renamed(found, rules)
+    return _in_order(own, found)
+
+
+def another_network(tensors: Mapping[str, Tensor]) -> str:
+    """Say why weights fit no network of torchvision or timm although these have one of the same name.
+
+    Returns:
+        The reason and the remedy, or nothing where none is known.
+    """
+    for mark, kind in (
+        ("encoder.blocks.0.depthwise_conv.depthwise_conv.weight", "EfficientNet"),
+        ("conv_stem.first_conv.convolution.weight", "MobileNetV2"),
+    ):
+        if any(name.endswith(mark) for name in tensors):
+            return (
+                f"they are of Hugging Face's {kind}, another network than torchvision's, since it pads "
+                "as TensorFlow does: --model FOLDER, that save_pretrained wrote, or --model hf/NAME"
+            )
+    if any(name.endswith(_TIMM_FUSED) for name in tensors):
+        return (
+            "they are of timm's EfficientNetV2, another network than torchvision's, since its "
+            "BatchNorms have another epsilon, and its tf_ variants another padding: --model timm/NAME"
+        )
+    return ""
+
+
+def _in_order(own: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name tensors after those at the same place in the network, where all shapes agree.
+
+    The libraries cut these networks into stages and blocks in ways of their own, but their layers
+    follow each other alike. The last layer may have another number of classes, or be missing.
+    """
+    ours = _sequence(own)
+    # The two libraries' EfficientNetV2 have as much in common, but their logits are far apart.
+    if ours is None or any(name.endswith(_TIMM_FUSED) for name in (*own, *tensors)):
+        return tensors
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        words = name.split(".")
+        start = next((i for i, word in enumerate(words) if word in _ORDER), 0)
+        prefix = "".join(f"{word}." for word in words[:start])
+        groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
+    found = dict(tensors)
+    for prefix, group in groups.items():
+        theirs = _sequence(group)
+        if theirs is None or len(ours) - len(theirs) not in (0, 2):
+            continue
+        body = len(ours) - 2
+        if any(
+            _shape(own[o]) != _shape(group[t]) for o, t in zip(ours[:body], theirs, strict=False)
+        ):
+            continue
+        for name in group:
+            del found[prefix + name]
+        for o, t in zip(ours, theirs, strict=False):
+            same = own[o].numel() == group[t].numel()
+            found[prefix + o] = group[t].reshape(own[o].shape) if same else group[t]
+        found |= {prefix + name: own[name] for name in own if name.endswith(_COMPUTED)}
     return found
+
+
+def _sequence(tensors: Mapping[str, Tensor]) -> list[str] | None:
+    """Return the names of a network's tensors in the order of its layers, BatchNorms first.
+
+    Returns:
+        None where a part is not known.
+    """
+    names = [name for name in tensors if not name.endswith((*_COMPUTED, "num_batches_tracked"))]
+    norms = {name.removesuffix("running_mean") for name in names if name.endswith(".running_mean")}
+    late = any(re.match(r"layers\.0\.downsample\.", name) for name in names)
+
+    def place(name: str) -> tuple[bool, list[tuple[int, int]]]:
+        # timm's blocks without an expansion project with what expands in the others.
+        alike = re.sub(r"^(blocks\.0\.\d+\.conv_pw)\.", r"\1l.", name)
+        # Swin's authors and Hugging Face end a stage with what timm begins the next with.
+        if late:
+            alike = re.sub(
+                r"^layers\.(\d+)(?=\.downsample)", lambda n: f"layers.{int(n[1]) + 1}", alike
+            )
+        words = [(0, int(word)) if word.isdecimal() else _ORDER[word] for word in alike.split(".")]
+        return name[: name.rfind(".") + 1] not in norms, words
+
+    try:
+        return sorted(names, key=place)
+    except KeyError:
+        return None
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    """Return a shape without what makes a layer a 1 × 1 convolution."""
+    return [side for side in tensor.shape if side != 1]
 
 
 def _renamed(tensors: Mapping[str, Tensor], rules: _Rules) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from lightning_aop.data.names import named_alike
+from lightning_aop.data.names import another_network, named_alike
 from lightning_aop.data.weights import Weights, read_weights
 from lightning_aop.errors import (
     FileError,
@@ -116,6 +116,11 @@ def _load(
         )
 
     known = torchvision.models.list_models(module=torchvision.models)
+    if source == "hf":
+        raise InvalidValueError(
+            f"{name!r}: networks of Hugging Face are explained on photos (explain, compare), but are no "
+            "backbones here: take torchvision's by name, such as resnet50, or timm/NAME"
+        )
     if source != "timm" and name not in known:
         raise InvalidValueError(
             f"{name!r} is no classifier of torchvision (resnet50, mobilenet_v2, …: "
@@ -249,6 +254,8 @@ def fill(network: nn.Module, name: str, weights: Weights, optional: str | None =
     reasons += [
         f"{key} is {list(found[key].shape)}, not {list(own[key].shape)}" for key in wrong[:2]
     ]
+    if other := another_network(weights.tensors):
+        raise InvalidValueError(f"weights {weights.file} are no weights of {name}: {other}")
     fitting = _fitting(weights.tensors)
     raise InvalidValueError(
         f"weights {weights.file} are no weights of {name}: of its {len(own)} tensors {len(missing)} are "

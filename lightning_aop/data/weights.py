@@ -23,6 +23,13 @@ _REMEDY = "save the network alone: torch.save(model.state_dict(), FILE)"
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
+_OTHERS = (
+    (b"\x1f\x8b", "packed by gzip", "unpack it: gunzip FILE"),
+    (b"\x89HDF", "HDF5, as Keras writes it", _REMEDY),
+    (b"\x08", "ONNX", _REMEDY),
+)
+
+
 @dataclass(frozen=True)
 class Weights:
     """The tensors of a file.
@@ -91,6 +98,11 @@ def read_content(file: Path) -> Any:
     # The length of a header, and the header in JSON; whatever the file is called.
     if start[8:9] == b"{" or (file.suffix == ".safetensors" and start[:2] != b"PK"):
         return _safetensors(file)
+    for mark, kind, remedy in _OTHERS:
+        if start.startswith(mark):
+            raise InvalidValueError(
+                f"weights {file}: it is {kind}, not weights of PyTorch; {remedy}"
+            )
     return _unpickled(file)
 
 
@@ -137,6 +149,11 @@ def _unpickled(file: Path) -> Any:
         if "TorchScript" in str(error):
             raise InvalidValueError(
                 f"weights {file}: it holds a TorchScript program, which is not run; {_REMEDY}"
+            ) from error
+        if "not in a subdirectory" in str(error):
+            raise InvalidValueError(
+                f"weights {file}: it is a ZIP archive, or NumPy's .npz, not weights of PyTorch; unpack "
+                f"it, or {_REMEDY}"
             ) from error
         raise InvalidValueError(
             f"weights {file}: it is no file of PyTorch's, or is cut short ({_first_line(error)}); copy "
@@ -201,6 +218,8 @@ def _found(content: Any, left_out: list[str], seen: set[int]) -> dict[str, Tenso
     """Look for named tensors; note the classes of pickled objects where they could have been."""
     if isinstance(content, _LeftOut):
         left_out.append(type(content).__name__)
+    if isinstance(content, (list, tuple)):  # the state, and how long it was trained
+        content = {f"part {number}": part for number, part in enumerate(content[:8])}
     # A pickle may hold itself.
     if not isinstance(content, dict) or "param_groups" in content or id(content) in seen:
         return {}

@@ -1,5 +1,6 @@
 """What perturbation methods share: the class score of an image seen through a mask."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +30,15 @@ class PerturbedScore:
         self,
         keep: Float[Tensor, "a h w"],
         rows: Int[Tensor, " a"],
-        noise: Float[Tensor, "a c h w"] | None = None,
+        noisy: Callable[[Images], Images] | None = None,
     ) -> Float[Tensor, " a"]:
-        """Return the score of images[rows] seen through the masks `keep`, differentiable."""
+        """Return the score of images[rows] seen through the masks `keep`, differentiable.
+
+        `noisy` adds noise to the perturbed images.
+        """
         perturbed = blend(self.images[rows], self.baseline[rows], keep)
-        if noise is not None:
-            perturbed = perturbed + noise
+        if noisy is not None:
+            perturbed = noisy(perturbed)
         return self.classifier.scores(perturbed, self.targets[rows], self.score)
 
     def values(self, keep: Float[Tensor, "a h w"], rows: Int[Tensor, " a"]) -> Float[Tensor, " a"]:

@@ -121,6 +121,7 @@ class Adapter:
         classes: K.
         plain: whether the module itself maps images to logits.
         names: what the K columns are, where they are no classes.
+        head: the key of the output that is read, where labels stand under the same key.
     """
 
     logits: LogitsFunction
@@ -129,6 +130,7 @@ class Adapter:
     classes: int
     plain: bool = False
     names: Sequence[str] | None = None
+    head: str | None = None
 
     def __call__(self, module: nn.Module, images: Images) -> Float[Tensor, "b k"]:
         """Return the logits of the module."""
@@ -212,7 +214,9 @@ def find_adapter(
             inputs.form,
             inputs.images.repeat(2, 1, 1, 1),
         )
-    ways = _ways(module, inputs) if logits is None else [_given(logits)]
+    ways = [*_ways(module, inputs), *_prepared(module, inputs)]
+    if logits is not None:
+        ways = [_given(logits)]
     failures: list[str] = []
     with undisturbed(module):
         for way in ways:
@@ -282,6 +286,7 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
         meaning.classes,
         plain=way is _DIRECT and not form and logits is output,
         names=meaning.names,
+        head=meaning.head,
     )
 
 
@@ -332,6 +337,17 @@ def _ways(module: nn.Module, inputs: Inputs) -> list[_Way]:
         *(_through(body, head, inputs) for body, head in pairs if body != head),
         *(_attribute(name, inputs) for name in networks),
     ] or [_DIRECT]
+
+
+def _prepared(module: nn.Module, inputs: Inputs) -> list[_Way]:
+    """Return the ways for a step that scales bytes, or puts the channels first, before it calls."""
+    form = inputs.form
+    if form.listed or not (form.bytes or form.channels_last):
+        return []
+    made = "images" + ".permute(0, 3, 1, 2)" * form.channels_last + ".float() / 255" * form.bytes
+    plain = replace(inputs, form=replace(form, bytes=False, channels_last=False))
+    ways = _ways(module, plain)
+    return [replace(way, description=way.description.replace("images", made)) for way in ways]
 
 
 def _has_forward(module: nn.Module) -> bool:

@@ -176,8 +176,12 @@ def find_inputs(batch: Any, images: object = None) -> Inputs:
     forms = [(path, raw, ImageForm.of(raw)) for path, raw in (*named, *candidates)]
     several = [each for each in forms if each[2] is not None and not each[2].grey]
     for path, raw, form in several or forms:
-        # Three numbers may be the size of one image.
-        if form is not None and not (form.grey and len(raw) in (1, 3, 4)):
+        # [3, H, W] is one image, unless something else in the batch has as many rows.
+        several_rows = any(
+            isinstance(other, Tensor) and other.ndim in (1, 2) and len(other) == len(raw)
+            for _, other in candidates
+        )
+        if form is not None and not (form.grey and len(raw) in (1, 3, 4) and not several_rows):
             return Inputs(batch, path, form, form.inside(raw))
     raise BatchError(_refusal(batch, [raw for _, raw in (*named, *candidates)]))
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -47,6 +47,7 @@ class Expected:
         values: whether it is trained by losses of values alone, such as the squared error.
         embeddings: whether a loss compares outputs with each other.
         trusted: whether the user has said that the outputs are what is to be explained.
+        heads: what is known of each of several outputs, by the key of its labels in the batch.
     """
 
     kind: Kind | None = None
@@ -56,6 +57,7 @@ class Expected:
     values: bool = False
     embeddings: bool = False
     trusted: bool = False
+    heads: Mapping[str, "Expected"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Meaning:
         score: the class score that fits.
         classes: K.
         names: what the K columns are, where they are no classes.
+        head: the key of the output, where labels stand under the same key.
     """
 
     read: Callable[[Any, int], Float[Tensor, "b k"]]
@@ -75,6 +78,7 @@ class Meaning:
     score: Score
     classes: int
     names: Sequence[str] | None = None
+    head: str | None = None
 
 
 def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
@@ -102,16 +106,32 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
     ]
     counted = [(p, t) for p, t in found if t.ndim > 1 and t.shape[1] == expected.classes]
     flat = [(path, tensor) for path, tensor in found if tensor.ndim <= 2]
-    path, tensor = (named or counted or _last_layers(flat) or found)[0]
-    meaning = _meaning_of(tensor, count, str(path[-1]) if path else "", expected)
+    if expected.kind == "class":  # an output that has all classes of the labels, where there is one
+        flat = [(p, t) for p, t in flat if t.ndim == 2 and t.shape[1] > expected.highest] or flat
+    headed = [(p, t) for p, t in found if p and str(p[-1]).lower() in expected.heads]
+    path, tensor = (headed or named or counted or _last_layers(flat) or found)[0]
+    name = str(path[-1]) if path else ""
+    head = name.lower() if headed else None
+    if head is not None:
+        expected = replace(expected.heads[head], trusted=expected.trusted)
+    meaning = _meaning_of(tensor, count, name, expected)
     if not path:
         return meaning
     where = _written(path)
+    others = [
+        _written(p)
+        for p, t in found
+        if p != path
+        and t.ndim == 2
+        and not (_computed_from(t, tensor) or _computed_from(tensor, t))
+    ]
+    rest = f"; of other outputs, {', '.join(others[:4])}, none is explained" if others else ""
 
     def read(output: Any, count: int) -> Tensor:
         return meaning.read(_at(output, path), count)
 
-    return replace(meaning, read=read, description=f"{where} {meaning.description}")
+    described = f"{where} {meaning.description}{rest}"
+    return replace(meaning, read=read, description=described, head=head)
 
 
 _Path: TypeAlias = tuple[object, ...]

@@ -44,7 +44,8 @@ _OTHERS = {
     *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"),
     *("logging", "threading", "multiprocessing", "concurrent", "asyncio", "subprocess"),
     "lightning_aop",  # counts evaluations, and keeps what it computed
-    *("wandb", "mlflow", "tensorboard", "tensorboardX", "comet_ml", "neptune", "clearml", "aim"),
+    *("wandb", "mlflow", "tensorboard", "tensorboardX", "comet_ml", "litlogger", "clearml", "aim"),
+    *("dvclive", "swanlab", "trackio"),
 }
 _ATOMS = {
     *(type(None), bool, int, float, complex, str, bytes, type, range, slice),

@@ -45,6 +45,7 @@ from lightning_aop.monitor.lightning import (
     wants_files,
     warn,
 )
+from lightning_aop.monitor.loggers import lay_out_charts
 from lightning_aop.monitor.probe import (
     Drawn,
     Probe,
@@ -123,13 +124,13 @@ class ExplanationMonitor(Callback):
     Before training, at every chosen validation, and under `trainer.validate()`, the monitor logs
 
     - `explain/heatmaps`: each image of the probe beside its overlay, with the class, its score and the
-      map's overall AUC, on one colour scale for the whole run; more than 32 explanations continue in
+      map's overall AUC, on one colour scale for the whole run; more than 20 explanations continue in
       `explain/heatmaps-2` and so on;
     - `explain/deletion_auc`, `explain/insertion_auc`, `explain/overall_auc`: how faithful the maps are;
     - `explain/overall_auc_random_map`, `explain/overall_auc_centre_gaussian`: the same for two maps that
       don't depend on the model, measured at the 1st, 2nd, 4th, 8th … explanation and held in between;
-    - `explain/change`: the first map, the previous one and the current one side by side, for up to 16
-      explanations;
+    - `explain/heatmaps_change`: the first map, the previous one and the current one side by side, for up
+      to 16 explanations;
     - `explain/pointing_game`, `explain/energy_in_mask`: where the data has masks, how often the
       maximum of a map lies on the object, and which share of the heat; means over the classes;
     - `explain/drift`: how much the maps have changed since the previous explanation, 1 − their rank
@@ -298,11 +299,11 @@ class ExplanationMonitor(Callback):
             _step_before_averaging(self, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say, before any explanation, what of the model could not be put back after one."""
+        """Say what of the model could not be put back after an explanation, and lay out the charts."""
         try:
             found = foreign_state(pl_module) if self._enabled else {}
         except Exception:  # the first explanation fails likewise, and says why
-            return
+            found = {}
         if found:
             named = ", ".join(f"{place} ({kind})" for place, kind in [*found.items()][:5])
             more = "" if len(found) <= 5 else f" and {len(found) - 5} more"
@@ -311,6 +312,13 @@ class ExplanationMonitor(Callback):
                 "Where a forward changes one, let it not do so while lightning_aop.is_explaining(), "
                 "or training goes another way"
             )
+        monitors = [each for each in _callbacks(trainer) if isinstance(each, ExplanationMonitor)]
+        if monitors[0] is self:  # one layout holds the charts of all
+            prefixes = [each._prefix for each in monitors]
+            try:
+                lay_out_charts(trainer.loggers if trainer.is_global_zero else [], prefixes)
+            except Exception as error:
+                self._state.warn(f"no layout of charts. {type(error).__name__}: {error}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain the untrained model, if it has its weights already; a resumed run has done so."""

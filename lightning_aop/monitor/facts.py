@@ -5,10 +5,14 @@ the images is left out, with a note that says so; none is ever an error.
 """
 
 import math
+import re
+from collections import deque
 from collections.abc import Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Generic, TypeVar
+
+from torch.utils.data import Dataset
 
 from lightning_aop.model.adapter import Adapter
 from lightning_aop.view.grid import Panel
@@ -20,6 +24,11 @@ _CLASSES = (
     *("CLASSES", "label_encoder", "encoder", "features"),
 )
 _INDICES = ("class_to_idx", "label2id", "idx_to_class")
+# Such as classnames, target_names, idx2label, label_map.
+_ALIKE = re.compile(
+    r"(class|label|target|categor(y|ies))\w*_?names?|(class|label|category)(es|s)?_?map(ping)?"
+    r"|(class|label|category|cat|name|id|idx|index|int)s?_?(to|2)_?(class|label|category|cat|name|id|idx|index)"
+)
 _TRANSFORMS = (
     *("transform", "transforms", "val_transform", "test_transform", "train_transform"),
     *("image_processor", "processor", "feature_extractor", "preprocess"),
@@ -43,11 +52,12 @@ def class_names(sources: Sequence[Any], count: int | None = None) -> Fact[list[s
     """
     note = ""
     for source in _wrapped(sources):
-        for attribute in (*_CLASSES, *_INDICES):
+        alike = [name for name in getattr(source, "__dict__", {}) if _ALIKE.fullmatch(name)]
+        for attribute in (*_CLASSES, *_INDICES, *alike):
             names = _names(_attribute(source, attribute))
             if names and (count is None or len(names) == count):
                 return Fact(names)
-            if names:
+            if names and attribute not in alike:
                 note = note or (
                     f"{type(source).__name__}.{attribute} has {len(names)} names, where the model has "
                     f"{count} classes: classes are shown by index; set class_names=[…] for names"
@@ -152,6 +162,7 @@ def _wrapped(sources: Sequence[Any]) -> Iterator[Any]:
         seen.append(source)
         yield source
         inside = [_attribute(source, name) for name in ("image_dataset", "dataset", "config")]
+        inside += [v for v in getattr(source, "__dict__", {}).values() if isinstance(v, Dataset)]
         several = _attribute(source, "datasets")
         inside += several if isinstance(several, (list, tuple)) else []
         inside += [_attribute(source, name) for name in ("hparams", "model", "net", "backbone")]
@@ -182,11 +193,15 @@ def _names(found: Any) -> list[str] | None:
         found = next((names for names in inside if isinstance(names, (list, tuple))), found)
     if isinstance(found, type) and issubclass(found, Enum):
         found = {member.name: member.value for member in found}
-    if isinstance(found, (KeysView, ValuesView)):
+    if isinstance(found, (KeysView, ValuesView, deque)):
         found = list(found)
+    if isinstance(found, (list, tuple)) and all(isinstance(each, (list, tuple)) for each in found):
+        pairs = [each for each in found if len(each) == 2]
+        if [each[0] for each in pairs] == [*range(len(found))]:
+            found = [each[1] for each in pairs]
     if isinstance(found, Mapping):
-        if all(isinstance(v, int) for v in found.values()):
-            found = {index: name for name, index in found.items()}
+        if all(hasattr(v, "__index__") for v in found.values()):
+            found = {int(index): name for name, index in found.items()}
         try:
             numbered = {int(index): name for index, name in found.items()}
         except (TypeError, ValueError):
@@ -198,8 +213,17 @@ def _names(found: Any) -> list[str] | None:
         return None
     # ImageNet's have several names each.
     firsts = [each[0] if isinstance(each, (list, tuple)) and each else each for each in found]
-    named = [each.get("name") if isinstance(each, Mapping) else each for each in firsts]
+    named = [_name(each) for each in firsts]
     return [str(each) for each in named] if all(isinstance(n, (str, int)) for n in named) else None
+
+
+def _name(found: Any) -> Any:
+    """Return the name of a class from its description, as a member of an enumeration is one."""
+    if isinstance(found, Mapping):
+        return found.get("name")
+    if isinstance(found, bytes):
+        return found.decode(errors="replace")
+    return getattr(found, "name", found)
 
 
 def _steps(transform: Any, depth: int = 3) -> list[Any]:

@@ -10,6 +10,7 @@ has two steps, and between them the model is asked (see `model/adapter.py`):
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,9 @@ class Labels:
         if self.kind == "mask":
             counted = self.values[self.values != 255]
             return int(counted.max()) if counted.numel() else -1
-        return int(self.values.max())
+        # 255 stands for none, as in masks, where the others are far below.
+        counted = self.values[self.values != 255]
+        return int((counted if len(counted) and counted.max() < 128 else self.values).max())
 
     def fitted(self, outputs: int | None, as_values: bool, separately: bool) -> "Fitted":
         """Return the labels that the probe has, for a model of that many outputs (None: unknown).
@@ -158,6 +161,7 @@ class Reading:
         masks: bool [B, H, W], where the labelled class is, or [B, K, H, W], where each class is.
         masks_named: whether the batch calls them masks.
         note: why there are no labels, where that is known.
+        heads: labels by their keys, where the batch has several and calls none the labels.
     """
 
     inputs: Inputs
@@ -165,6 +169,7 @@ class Reading:
     masks: Tensor | None = field(default=None, repr=False)
     masks_named: bool = False
     note: str = ""
+    heads: Mapping[str, Labels] = field(default_factory=dict, repr=False)
 
     def expected(self, module: nn.Module, classes: int | None = None) -> Expected:
         """Return what the labels, and the names of the classes, say of the module's outputs."""
@@ -176,7 +181,17 @@ class Reading:
                 # A higher label is one to ignore.
                 below = self.labels.values[self.labels.values < classes]
                 highest = int(below.max()) if len(below) else highest
-        return Expected(kind, highest, classes, *trained(module))
+        how = trained(module)
+        heads = {
+            name: Expected(labels.kind, labels.highest, None, *how)
+            for name, labels in self.heads.items()
+        }
+        return Expected(kind, highest, classes, *how, heads=heads)
+
+    def labels_for(self, adapter: Adapter | None) -> Labels | None:
+        """Return the labels of the output that an adapter reads."""
+        head = None if adapter is None else adapter.head
+        return self.labels if head is None else self.heads[head]
 
 
 def read_batch(
@@ -216,7 +231,27 @@ def read_batch(
         labels, masks = as_labels(masks.byte(), inputs), None
     note = "" if labels is not None else _text_note(_named(batch))
     masks = None if masks is None else masks[:limit]
-    return Reading(inputs.first(limit), _first(labels, limit), masks, named, note.lstrip("; "))
+    heads = {} if labels is not None else _heads(batch, inputs, names)
+    return Reading(
+        inputs.first(limit),
+        _first(labels, limit),
+        masks,
+        named,
+        note.lstrip("; "),
+        {name: Labels(each.kind, each.values[:limit]) for name, each in heads.items()},
+    )
+
+
+def _heads(batch: Any, inputs: Inputs, names: Sequence[str] | None) -> dict[str, Labels]:
+    """Return all that may be labels in the dictionaries of a batch, by key."""
+    parts = [part for part in (batch, *(p for _, p in members(batch))) if isinstance(part, Mapping)]
+    found = {
+        str(key).lower(): as_labels(value, inputs, names)
+        for part in parts
+        for key, value in part.items()
+        if not isinstance(value, Mapping)
+    }
+    return {name: labels for name, labels in found.items() if labels is not None}
 
 
 def _named(batch: Any) -> Any:
@@ -272,6 +307,8 @@ def _find(batch: Any, inputs: Inputs, names: Sequence[str] | None) -> Labels | N
         several = [labels for labels in read if labels is not None]
         # Beside labels, the samples' own numbers.
         chosen = [f for f in several if not _counts_up(f)] or several
+        # And rows of measurements.
+        chosen = [f for f in chosen if not _measures(f)] or chosen
         if chosen:
             return chosen[0]
     if len(inputs.path) > 1:  # beside the images, in a part of the batch
@@ -291,13 +328,22 @@ def _counts_up(labels: Labels) -> bool:
     return bool((values.diff() == 1).all())
 
 
+def _measures(labels: Labels) -> bool:
+    rows = isinstance(labels.values, Tensor) and labels.values.ndim == 2
+    return rows and labels.kind in ("value", "multi-hot") and bool((labels.values % 1 != 0).any())
+
+
 def as_labels(raw: Any, inputs: Inputs, names: Sequence[str] | None = None) -> Labels | None:
     """Return what may be the labels of the images, None if it can't be."""
     count, size = len(inputs.images), inputs.images.shape[2:]
     if isinstance(raw, Mapping) or hasattr(raw, "__dataclass_fields__"):
         parts = {str(key).lower(): part for key, part in members(raw)}
         named = (as_labels(parts[name], inputs, names) for name in _NAMES if name in parts)
-        return next((labels for labels in named if labels is not None), None)
+        if (found := next((labels for labels in named if labels is not None), None)) is not None:
+            return found
+        others = [as_labels(part, inputs, names) for part in parts.values()]
+        only = [labels for labels in others if labels is not None and not _counts_up(labels)]
+        return only[0] if len(only) == 1 else None
     if isinstance(raw, np.ndarray) and raw.dtype.kind in "iufb":
         raw = torch.from_numpy(raw)
     if isinstance(raw, (list, tuple)):
@@ -307,6 +353,8 @@ def as_labels(raw: Any, inputs: Inputs, names: Sequence[str] | None = None) -> L
     values = raw.detach().cpu()
     if values.dtype == torch.bool:
         values = values.long()
+    if values.ndim >= 3 and math.prod(values.shape[1:]) == max(values.shape[1:]):
+        values = values.flatten(1)  # dimensions of one
     if values.ndim >= 3:
         return _of_pixels(values, raw.dtype == torch.bool, size)
     if values.ndim == 2 and values.shape[1] == 1:

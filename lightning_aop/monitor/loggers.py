@@ -1,8 +1,8 @@
 """Give a picture to whatever logger the user has: the only file that knows a vendor.
 
-A logger is known by the names of its classes, not by the classes themselves: `pytorch_lightning` and
-`lightning.pytorch` have distinct classes for the same logger, and neither's vendor need be installed.
-Nothing of a vendor is imported before the user has such a logger.
+A logger is known by the names of its classes and of their packages, not by the classes themselves:
+`pytorch_lightning` and `lightning.pytorch` have distinct classes for the same logger, and neither's
+vendor need be installed. Nothing of a vendor is imported before the user has such a logger.
 """
 
 import inspect
@@ -35,14 +35,16 @@ def log_image(
 ) -> Path | None:
     """Log `image` under `tag` at `step`; return the PNG's path where it became a file.
 
-    1. The loggers of TensorBoard, W&B, MLflow, Comet and Neptune, and what is derived from them, hold
-       the picture themselves, pixel by pixel, beside the scalars of the same step.
+    1. The loggers of TensorBoard, W&B, MLflow, Comet, Lightning AI (LitLogger), Aim, DVCLive and
+       SwanLab, and what is derived from them, hold the picture themselves, pixel by pixel, beside the
+       scalars of the same step.
     2. So does any logger with a `log_image` like that of W&B, or an experiment with `add_image`.
     3. For any other it is written as `images/TAG/step-00000120.png` into the logger's directory, or
        into `fallback` if it has none.
 
-    W&B, Comet and Neptune hold the caption with the picture, as does a `log_image` that takes one.
-    MLflow gets it as the artifact `captions/TAG/step-00000120.txt`. The others have no place for it.
+    W&B, Comet, LitLogger, Aim and SwanLab hold the caption with the picture, as does a `log_image` that
+    takes one. MLflow gets it as the artifact `captions/TAG/step-00000120.txt`. The others have no place
+    for it. ClearML takes what TensorBoard is given.
 
     Returns:
         The path of the file, or None where the logger holds the picture.
@@ -64,9 +66,37 @@ def log_image(
     return write_png(image, Path(directory) / "images" / tag / f"step-{step:08d}.png")
 
 
+def lay_out_charts(loggers: Sequence[object], prefixes: Sequence[str]) -> None:
+    """Let TensorBoard's custom scalars show the overall AUC and that of its controls in one chart.
+
+    A layout of the user's own, written later in the same run, takes its place.
+
+    Args:
+        loggers: the trainer's; those without such layouts are left alone.
+        prefixes: of the scalars of each monitor, such as "explain/".
+    """
+    charts = {
+        prefix.strip("/"): {
+            "overall AUC, and of maps that know nothing of the model": [
+                "Multiline",
+                [f"^{re.escape(prefix)}overall_auc(_random_map|_centre_gaussian)?$"],
+            ],
+            "deletion and insertion AUC": [
+                "Multiline",
+                [f"^{re.escape(prefix)}(deletion|insertion)_auc$"],
+            ],
+        }
+        for prefix in prefixes
+    }
+    for logger in loggers:
+        lay_out = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
+        if any(_adapter_of(cls) is _log_tensorboard for cls in type(logger).__mro__) and lay_out:
+            lay_out(charts)
+
+
 def has_tables(logger: object) -> bool:
     """Tell whether `log_table` does anything for a logger."""
-    return any(cls.__name__ == "WandbLogger" for cls in type(logger).__mro__)
+    return any(cls.__name__ == "WandbLogger" and _adapter_of(cls) for cls in type(logger).__mro__)
 
 
 def log_table(
@@ -115,7 +145,7 @@ def _cell(value: object) -> object:
 def _adapter(logger: object) -> Adapter | None:
     # The nearest class decides: a user's own `log_image` on top of a known logger is what is meant.
     for cls in type(logger).__mro__:
-        if known := _ADAPTERS.get(cls.__name__):
+        if known := _adapter_of(cls):
             return known
         if "log_image" in vars(cls):
             break
@@ -161,9 +191,24 @@ def _log_comet(logger: Any, tag: str, image: Tensor, step: int, caption: str | N
         )
 
 
-def _log_neptune(logger: Any, tag: str, image: Tensor, step: int, caption: str | None) -> None:
-    series = logger.experiment[_prefixed(logger, tag, "/")]
-    series.append(_picture(image), step=step, description=caption)
+def _log_lit(logger: Any, tag: str, image: Tensor, step: int, caption: str | None) -> None:
+    import litlogger
+
+    picture = litlogger.Image(_picture(image), description=caption or "")
+    logger.experiment[_prefixed(logger, tag)].append(picture, step=step)
+
+
+def _log_aim(logger: Any, tag: str, image: Tensor, step: int, caption: str | None) -> None:
+    import aim
+
+    # Losslessly: by default Aim keeps a picture as it comes, and asks for its format.
+    picture = aim.Image(_picture(image), caption=caption or "", format="png")
+    logger.experiment.track(picture, name=tag, step=step)
+
+
+def _log_dvclive(logger: Any, tag: str, image: Tensor, step: int, caption: str | None) -> None:
+    # A folder of files that are named by their steps gets a slider in DVC's views.
+    logger.experiment.log_image(f"{_prefixed(logger, tag)}/{step}.png", _picture(image))
 
 
 def _log_own(logger: Any, tag: str, image: Tensor, step: int, caption: str | None) -> None:
@@ -173,13 +218,22 @@ def _log_own(logger: Any, tag: str, image: Tensor, step: int, caption: str | Non
     logger.log_image(key=tag, images=pictures, step=step, **captions)
 
 
-_ADAPTERS: dict[str, Adapter] = {
-    "TensorBoardLogger": _log_tensorboard,
-    "WandbLogger": _log_wandb,
-    "MLFlowLogger": _log_mlflow,
-    "CometLogger": _log_comet,
-    "NeptuneLogger": _log_neptune,
+_LIGHTNING = ("lightning", "pytorch_lightning")
+_ADAPTERS: dict[str, tuple[tuple[str, ...], Adapter]] = {
+    "TensorBoardLogger": (_LIGHTNING, _log_tensorboard),
+    "WandbLogger": (_LIGHTNING, _log_wandb),
+    "MLFlowLogger": (_LIGHTNING, _log_mlflow),
+    "CometLogger": (_LIGHTNING, _log_comet),
+    "LitLogger": (_LIGHTNING, _log_lit),
+    "AimLogger": (("aim",), _log_aim),
+    "DVCLiveLogger": (("dvclive",), _log_dvclive),
+    "SwanLabLogger": (("swanlab",), _log_wandb),  # its `log_image` is of the same form
 }
+
+
+def _adapter_of(cls: type) -> Adapter | None:
+    packages, adapter = _ADAPTERS.get(cls.__name__, ((), None))
+    return adapter if cls.__module__.partition(".")[0] in packages else None
 
 
 def _picture(image: Tensor) -> Image.Image:

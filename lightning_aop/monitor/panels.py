@@ -16,7 +16,7 @@ from lightning_aop.view.grid import heatmap_grid
 from lightning_aop.view.heat import Picture
 
 # A picture of more is slow to open and no longer to be taken in; what is over goes into further ones.
-_EXPLANATIONS = 32
+_EXPLANATIONS = 20
 # Drawing takes longer than explaining: these take seconds, thousands would take minutes.
 _DRAWN = 320
 _CHANGES = 16
@@ -32,7 +32,7 @@ def draw_probe(explanation: Explanation, *, title: str) -> Iterator[Picture]:
     Of more than 320 explanations as many are drawn, from all pictures alike, as the title says.
 
     Yields:
-        As many pictures as are needed: one shows at most 32 explanations, but all of one probe picture.
+        As many pictures as are needed: one shows at most 20 explanations, but all of one probe picture.
     """
     count = len(explanation.rows)
     if count > _DRAWN:
@@ -44,7 +44,12 @@ def draw_probe(explanation: Explanation, *, title: str) -> Iterator[Picture]:
     pages = _pages(rows[order].tolist(), together=probe.multilabel)
     for number, page in enumerate(pages):
         part = explanation.only(order[page])
-        layout: dict[str, Any] = {"mean": look.mean, "std": look.std, "panels": panels}
+        layout: dict[str, Any] = {
+            "mean": look.mean,
+            "std": look.std,
+            "panels": panels,
+            "narrow": True,
+        }
         layout["title"] = title if len(pages) == 1 else f"{title} · {number + 1} of {len(pages)}"
         if probe.multilabel:
             layout["groups"] = part.rows.tolist()
@@ -130,6 +135,7 @@ def draw_change(
         std=look.std,
         groups=groups,
         headings=headings,
+        narrow=True,
     )
 
 
@@ -151,7 +157,7 @@ def _captions(explanation: Explanation, names: Sequence[str] | None) -> list[str
     captions = []
     for target, value, other, higher, area in zip(*columns, strict=True):
         wrong = [] if other == target else [f"predicted {_name(names, other)} {higher:.2f}"]
-        captions.append(f"{_name(names, target)} {value:.2f}\n{' · '.join(wrong + area)}")
+        captions.append("\n".join([f"{_name(names, target)} {value:.2f}", *area, *wrong]))
     return captions
 
 
@@ -178,7 +184,7 @@ def _multilabel_captions(explanation: Explanation, names: Sequence[str] | None) 
         None: [],
     }
     return [
-        f"{_name(names, target)} {value:.2f}\n{' · '.join(words[verdict] + area)}"
+        "\n".join([f"{_name(names, target)} {value:.2f}", *area, *words[verdict]])
         for target, value, verdict, area in zip(*columns, strict=True)
     ]
 

@@ -73,7 +73,7 @@ class Probe:
         Raises:
             BatchError: no label fits the model's outputs.
         """
-        fitted = fit_labels(reading.labels, adapter)
+        fitted = fit_labels(reading.labels_for(adapter), adapter)
         labels = None if fitted is None else fitted.labels
         # A subclass of tensors may refuse to be cut and joined, as MONAI's does.
         images = reading.inputs.images.detach().as_subclass(Tensor).clone().cpu()

@@ -75,7 +75,7 @@ class Pictures:
             self._log(tag, page, moment)
         change = draw_change(explanation, self.before, title=moment.title)
         if change is not None:
-            self._log("change", change, moment)
+            self._log("heatmaps_change", change, moment)  # sorted after "heatmaps"
 
     def _log(self, tag: str, picture: Tensor, moment: Moment) -> None:
         tag, step = self.prefix + tag, moment.logged_step

@@ -46,6 +46,8 @@ _CHART, _AXIS = (31, 34, 41), (75, 80, 90)
 
 _ABREAST = 5  # overlays of one group in a row
 
+_NARROW = 4  # panels in a row of a narrow picture, the input being one
+
 
 def heatmap_grid(
     images: Images,
@@ -62,6 +64,7 @@ def heatmap_grid(
     headings: Sequence[str] | None = None,
     panels: Sequence[Panel] = ("overlay",),
     curves: Float[Tensor, "b 2 points"] | None = None,
+    narrow: bool = False,
 ) -> Picture:
     """Draw every sample as "input | overlay" with its caption, and one colour bar for all.
 
@@ -69,9 +72,9 @@ def heatmap_grid(
         images: (b, c, h, w), as ``displayable`` takes them.
         maps: (b, h, w) in [0, 1], as ``overlay`` takes them. One that is zero everywhere is labelled
             "blank map" on its overlay, and one with a NaN or infinite value "NaN map".
-        captions: b texts of one or two lines (split at a newline). A line too long for its place is
-            shortened with an ellipsis; a number at its end, such as a score, is kept. A second line
-            is muted, but one that begins with "missed" is amber, with "false positive" a soft red.
+        captions: b texts of one to three lines (split at newlines). A line too long for its place is
+            shortened with an ellipsis; a number at its end, such as a score, is kept. Further lines
+            are muted, but one that begins with "missed" is amber, with "false positive" a soft red.
         title: one line at the top.
         columns: pairs in a row; by default chosen for a picture about 1.6 times as wide as high.
         mean: see ``displayable``.
@@ -84,31 +87,33 @@ def heatmap_grid(
         groups: a number for each sample; neighbours with the same number show the same image. They
             are drawn as one input with all their outlines, beside an overlay for each with its caption
             below it. Groups are laid out for a picture about 1.6 times as wide as high.
-        headings: a text of one or two lines for each group, below its input, shortened without keeping
+        headings: a text of one to three lines for each group, below its input, shortened without keeping
             a number; needs ``groups``.
         panels: what stands beside the input: "overlay"; "map", the heat alone; "curves", a chart of
             deletion and insertion.
         curves: of each sample the scores in deletion and in insertion, in equal steps from nothing to
             all, as ``metrics.functional`` gives them; NaN for a sample without.
+        narrow: four panels in a row, whatever their number, and larger text, which stays legible in a
+            card a third of a screen wide; each group has rows of its own.
 
     Returns:
         (3, H, W) uint8 on the CPU, reached by one copy from the device of ``maps``.
 
     Raises:
         ValueError: ``images``, ``maps``, ``captions``, ``outlines``, ``groups`` or ``headings`` differ
-            in number or size, there is no sample, ``columns`` is below 1 or given with ``groups``,
-            ``headings`` come without them, ``cell`` is below 32, ``mean`` and ``std`` are wrong, or
-            ``panels`` are unknown, none, or "curves" without ``curves``.
+            in number or size, there is no sample, ``columns`` is below 1 or given with ``groups`` or
+            ``narrow``, ``headings`` come without them, ``cell`` is below 32, ``mean`` and ``std``
+            are wrong, or ``panels`` are unknown, none, or "curves" without ``curves``.
     """
     pictures = displayable(images, mean, std)
     check_same_size(pictures, maps)
-    _check_layout(images, captions, columns, cell, outlines, groups, headings)
+    _check_layout(images, captions, columns, cell, outlines, groups, headings, narrow)
     _check_panels(panels, curves, len(images))
     count = len(pictures)
     members = _runs(groups) if groups is not None else [[i] for i in range(count)]
     drawn, labels = panels_of(pictures, maps, cell, outlines, members, panels)
     high, wide = drawn.shape[2:4]
-    em = min(max(round(max(high, wide) / 13), 11), 24)
+    em = min(max(round(max(high, wide) / (9 if narrow else 13)), 11), 24)
     font, bold = font_of("DejaVuSans.ttf", em), font_of("DejaVuSans-Bold.ttf", round(1.15 * em))
     small = font_of("DejaVuSans.ttf", max(round(0.8 * em), 10))
 
@@ -128,7 +133,10 @@ def heatmap_grid(
     step = last + em // 2  # from one sample of a group to the next
     down = high + em // 2 + line * rows + em
     # As many in each row of a group that is too long for one.
-    across = [math.ceil(len(s) / math.ceil(len(s) / _ABREAST)) for s in members]
+    most = max((_NARROW - 1) // len(panels), 1) if narrow else _ABREAST
+    across = [math.ceil(len(s) / math.ceil(len(s) / most)) for s in members]
+    if narrow and groups is not None:
+        across = [most] * len(members)  # each group takes rows of its own
     sizes = [
         (first + (n - 1) * step + last + margin, math.ceil(len(samples) / n) * down)
         for n, samples in zip(across, members, strict=True)
@@ -142,10 +150,16 @@ def heatmap_grid(
     def size(limit: int) -> tuple[int, int]:
         places = _flow(sizes, limit)
         right = max(x + w for (x, _), (w, _) in zip(places, sizes, strict=True))
+        right = limit if narrow else right
         under = max(y + h for (_, y), (_, h) in zip(places, sizes, strict=True))
         return max(right - margin, legend_w) + 2 * margin, top + under + bottom
 
-    if columns is not None or groups is None:
+    if narrow and groups is None:
+        columns = max(_NARROW // (1 + len(panels)), 1)
+        limit = columns * sizes[0][0]
+    elif narrow:
+        limit = sizes[0][0]
+    elif columns is not None or groups is None:
         columns = min(columns or _pleasing(count, lambda n: size(n * sizes[0][0])), count)
         limit = columns * sizes[0][0]
     else:
@@ -260,6 +274,7 @@ def _check_layout(
     outlines: Tensor | None,
     groups: Sequence[int] | None,
     headings: Sequence[str] | None,
+    narrow: bool,
 ) -> None:
     count = len(images)
     if isinstance(captions, str) or len(captions) != count:
@@ -272,6 +287,10 @@ def _check_layout(
         raise InvalidValueError(
             f"images must hold at least one image of at least one pixel, got {list(images.shape)}: "
             "draw nothing when there is nothing to draw"
+        )
+    if columns is not None and narrow:
+        raise InvalidValueError(
+            f"columns={columns} and narrow=True both choose the columns: leave one of them out"
         )
     if columns is not None and columns < 1:
         raise InvalidValueError(

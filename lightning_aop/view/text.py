@@ -18,8 +18,8 @@ _LONGEST = 2000
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the one or two lines of a caption, with single spaces."""
-    return [" ".join(part.split()) for part in text.strip().split("\n", 1)]
+    """Return the lines of a caption, three at most, with single spaces."""
+    return [" ".join(part.split()) for part in text.strip().split("\n", 2)]
 
 
 @cache

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lightning_aop.cli.main import main
 from lightning_aop.cli.options import photos_first
+from lightning_aop.cli.output import figure_of, write_figure
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,15 @@ def test_the_text_of_an_svg_is_text(weights: Path, photo: Path, tmp_path: Path) 
     out = tmp_path / "out.svg"
     assert explain(photo, *common(weights, tmp_path), "--target-class=281", "-o", out) == 0
     assert re.search(r"<text[^>]*>tabby 0\.\d\d", out.read_text())
+    assert re.search(r"<text[^>]*>saliency<", out.read_text())
+
+
+def test_a_figure_names_the_maps_that_show_nothing(tmp_path: Path) -> None:
+    maps = torch.rand(3, 8, 8)
+    maps[1], maps[2, 0, 0] = 0, torch.nan
+    write_figure(figure_of(torch.rand(3, 3, 8, 8), maps, list("abc"), "t"), tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    assert [text.count(f">{name}<") for name in ("blank map", "NaN map", "saliency")] == [1, 1, 1]
 
 
 def test_folders_patterns_and_stdin_are_photos(

@@ -45,6 +45,27 @@ def test_an_unknown_command_gets_the_choice(capsys: pytest.CaptureFixture[str]) 
     assert said.rstrip().endswith(f"choose from {', '.join(NAMES)}")
 
 
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        ("explain cat.jpg --targetclass 5", "--target-class"),
+        ("compare cat.jpg --modle resnet18", "--model"),
+        ("table run --refrence cam", "--reference"),
+        ("fit --data.rot x", "--data.root"),
+        ("benchmark --outptu x", "--output"),
+    ],
+)
+def test_a_mistyped_option_gets_the_nearest(
+    words: str, nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: unrecognized arguments: --")
+    assert f"; did you mean {nearest}" in said
+
+
 def test_every_module_of_a_command_is_a_file() -> None:
     folder = Path(sys.modules["lightning_aop.cli.main"].__file__ or "").parent
     assert {c.module for c in COMMANDS} <= {path.stem for path in folder.glob("*.py")}

@@ -86,6 +86,22 @@ HABITS: dict[str, Callable[[Any], object]] = {
     "another machine's name": first(file_name="C:\\Users\\me\\export\\é1.png"),
     "a tool's own folder": first(file_name="../../media/upload/é1.png"),
     "no size": first(width=None, height=None),
+    "sizes as text": first(width="60", height="40.0"),
+    "sizes of 0": first(width=0, height=0),
+    "an address as the name": first(file_name="https://x.org/d/%C3%A91.png?key=1"),
+    "a path and no name": lambda c: c["images"][0].update(
+        path="/datasets/1/" + c["images"][0].pop("file_name")
+    ),
+    "blanks around": first(file_name=" é1.png "),
+    "escaped letters": first(file_name="%C3%A91.png"),
+    "no suffix": first(file_name="é1"),
+    "an image twice": lambda c: c["images"].append(dict(c["images"][0])),
+    "corners in pairs": cat(segmentation=[[[10, 5], [30, 5], [30, 15], [10, 15]]]),
+    "one polygon's pairs": cat(segmentation=[[10, 5], [30, 5], [30, 15], [10, 15]]),
+    "corners by x and y": cat(
+        segmentation=[[{"x": x, "y": y} for x, y in ((10, 5), (30, 5), (30, 15), (10, 15))]]
+    ),
+    "corners as text": cat(segmentation=[[str(v) for v in SQUARE]]),
     "codes in a list": cat(segmentation=[CODE]),
     "a nameless twin": lambda c: c["categories"].append({"id": 3, "name": "cat"}),
     "Roboflow's root": lambda c: c["categories"].insert(
@@ -125,6 +141,22 @@ def test_packed_files(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"export.json is no valid JSON .*cut short"):
         CocoMultilabel(folder, file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<annotation/>", "is XML, as of Pascal VOC or CVAT: let the tool export COCO's format"),
+        (b"PK\3\4" + bytes(99), "is a ZIP archive, to be unpacked first"),
+        (b'{"version": "5", "shapes": [], "imagePath": "a.jpg"}', "is labelme's file of one image"),
+        (b'{"a.jpg1": {"regions": []}}', "no list 'images' .*let the tool export COCO's format"),
+        ('{"images": "\xe8"}'.encode("latin-1"), "is not in UTF-8 .*: save it as UTF-8"),
+    ],
+)
+def test_other_formats_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "export.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"export.json {message}|export.json has {message}"):
+        CocoMultilabel(tmp_path, tmp_path / "export.json")
 
 
 def test_two_spellings_are_not_guessed(tmp_path: Path) -> None:

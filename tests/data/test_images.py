@@ -391,6 +391,37 @@ def test_what_a_range_cannot_mend_is_refused(tmp_path: Path) -> None:
         read_image(tmp_path / "x.png")
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("colours", [False, True])
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("opened", [False, True])
+def test_deep_tiffs_are_read_over_their_range(
+    dtype: str, colours: bool, planar: bool, opened: bool, tmp_path: Path
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]], axis=-1) / 65535
+    values = values if colours else values[..., 0]
+    top = 4000 if dtype == "uint16" else 0.5
+    settings: dict[str, Any] = {"photometric": "rgb" if colours else "minisblack"}
+    stored = (values * top).astype(dtype)
+    if colours and planar:
+        stored, settings["planarconfig"] = np.moveaxis(stored, -1, 0), "separate"
+    tifffile.imwrite(tmp_path / "x.tif", stored, **settings, extratags=[(274, 3, 1, 3, True)])
+    path = tmp_path / "x.tif"
+    file = BytesIO(path.read_bytes()) if opened else path
+    found = np.asarray(read_image(file, value_range=(0, top)), dtype=float)
+    turned = np.rot90(values if colours else np.stack([values] * 3, axis=-1), 2)
+    np.testing.assert_allclose(found, turned * 255, atol=0.7)
+    with pytest.raises(ImageError, match=r"or --range 0 4095"):
+        read_image(path)
+
+
+def test_colours_of_16_bits_take_no_range_where_pillow_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(deep_png(DEEP_FOUR[..., :3], 2))
+    with pytest.raises(ImageError, match="can't be read over a range: save it as TIFF and pip"):
+        read_image(tmp_path / "x.png", value_range=(0, 4095))
+
+
 def test_a_black_image_is_black(tmp_path: Path) -> None:
     raw("I;16", np.zeros((16, 24), np.uint16)).save(tmp_path / "x.png")
     assert not np.asarray(read_image(tmp_path / "x.png")).any()

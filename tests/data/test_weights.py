@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import gzip
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -68,6 +69,8 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "two envelopes": lambda s: {"ema": blank(s), "model": s},
     "timm": lambda s: {"state_dict": s, "state_dict_ema": blank(s), "arch": "resnet18"},
     "reference training": lambda s: {"model": s, "optimizer": {}, "args": argparse.Namespace(lr=1)},
+    "a tuple": lambda s: (s, 3),
+    "a list": lambda s: [{"model": s}],
     "deep envelope": lambda s: {"weights": {"params": s}},
     "with a loss": lambda s: under("net.", s) | {"criterion.weight": torch.ones(5)},
     "sorted": lambda s: OrderedDict(sorted(s.items())),
@@ -161,6 +164,11 @@ def test_a_backbone_needs_no_head(state: dict[str, Tensor], tmp_path: Path) -> N
         load_network("resnet18", str(path))
 
 
+def test_backbones_of_hugging_face_are_refused_with_those_that_work() -> None:
+    with pytest.raises(ValueError, match=r"no backbones here: take torchvision's .* or timm/NAME"):
+        load_backbone("hf/microsoft/resnet-50", None)
+
+
 BAD: dict[str, tuple[Callable[[Path, Any], object], str]] = {
     "empty": (lambda p, s: p.write_bytes(b""), "the file is empty"),
     "a pointer": (
@@ -188,6 +196,16 @@ BAD: dict[str, tuple[Callable[[Path, Any], object], str]] = {
     "an optimizer": (
         lambda p, s: torch.save(torch.optim.SGD([torch.ones(1)], momentum=1).state_dict(), p),
         "the state of an optimizer and no network",
+    ),
+    "packed": (lambda p, s: p.write_bytes(gzip.compress(b"weights")), "packed by gzip.*; unpack it"),
+    "HDF5": (lambda p, s: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "it is HDF5, as Keras"),
+    "ONNX": (lambda p, s: p.write_bytes(b"\x08\x07\x12\x07pytorch" + bytes(99)), "it is ONNX"),
+    "NumPy": (
+        lambda p, s: (
+            np.savez(p.with_suffix(".npz"), **{k: v.numpy() for k, v in s.items()}),
+            p.with_suffix(".npz").rename(p),
+        ),
+        "NumPy's .npz, not weights of PyTorch",
     ),
     "a trap alone": (lambda p, s: torch.save(Trap(), p), "holds a pickled object"),
     "a list": (lambda p, s: torch.save([1, 2], p), "holds no state_dict of tensors; save the"),
@@ -306,3 +324,98 @@ def test_a_head_that_claims_too_much_takes_no_memory(
         torch.save(state | {"fc.weight": weight}, tmp_path / "file.pth")
         with pytest.raises(ValueError, match=r"fc.weight is \[.*\], not \[1000, 512\]"):
             load_network("resnet18", str(tmp_path / "file.pth"))
+
+
+ALIKE = [
+    ("convnext_tiny", "convnext_tiny", 64),
+    ("efficientnet_b0", "efficientnet_b0", 64),
+    ("mobilenet_v2", "mobilenetv2_100", 64),
+    ("mobilenet_v3_small", "mobilenetv3_small_100", 64),
+    ("swin_t", "swin_tiny_patch4_window7_224", 224),
+]
+
+
+def unlike(network: nn.Module) -> nn.Module:
+    """Give a network weights and statistics of which no two layers have the same."""
+    torch.manual_seed(0)
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            variance = name.endswith("running_var")
+            value += 0.5 * torch.rand_like(value) if variance else 0.02 * torch.randn_like(value)
+    return network.eval()
+
+
+def alike(networks: list[nn.Module], images: Tensor) -> None:
+    """Expect equal logits, with one epsilon in the normalisations: it is no part of the weights."""
+    for network in networks:
+        for module in network.modules():
+            if hasattr(module, "eps"):
+                module.eps = 1e-3
+    with torch.no_grad():
+        ours, theirs = (network(images) for network in networks)
+    theirs = getattr(theirs, "logits", theirs)
+    torch.testing.assert_close(ours / theirs.std(), theirs / theirs.std(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "theirs", "size"), ALIKE)
+def test_torchvision_and_timm_read_the_weights_of_each_other(
+    name: str, theirs: str, size: int, tmp_path: Path
+) -> None:
+    timm = pytest.importorskip("timm")
+    images = torch.rand(2, 3, size, size)
+    for other, network in (
+        (name, timm.create_model(theirs, num_classes=7)),
+        (f"timm/{theirs}", torchvision.models.get_model(name, weights=None, num_classes=7)),
+    ):
+        state = unlike(network).state_dict()
+        torch.save(dict(sorted(under("model.", state).items())), tmp_path / "file.pth")
+        alike([load_network(other, str(tmp_path / "file.pth")).eval(), network], images)
+        headless = {k: v for k, v in state.items() if v.shape[:1] != (7,)}
+        torch.save(headless, tmp_path / "headless.pth")
+        with pytest.raises(ValueError, match=f"lack the head of {other}"):
+            load_network(other, str(tmp_path / "headless.pth"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "name", "size"), [("ConvNext", "convnext_tiny", 64), ("Swin", "swin_t", 224)]
+)
+def test_torchvision_reads_what_hugging_face_saved(
+    kind: str, name: str, size: int, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(num_labels=7)
+    network = unlike(getattr(transformers, f"{kind}ForImageClassification")(config))
+    torch.save(network.state_dict(), tmp_path / "loaded.pth")
+    network.save_pretrained(tmp_path)  # under the names that are published
+    for file in ("loaded.pth", "model.safetensors"):
+        read = load_network(name, str(tmp_path / file)).eval()
+        alike([read, network], torch.rand(2, 3, size, size))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_efficientnet_v2_of_another_library_is_refused(tmp_path: Path) -> None:
+    """Its BatchNorms have another epsilon, which no file of tensors tells."""
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("efficientnetv2_s").state_dict(), tmp_path / "timm.pth")
+    with pytest.raises(ValueError, match=r"timm's EfficientNetV2, another .* --model timm/NAME"):
+        load_network("efficientnet_v2_s", str(tmp_path / "timm.pth"))
+    network = torchvision.models.get_model("efficientnet_v2_s", weights=None)
+    torch.save(network.state_dict(), tmp_path / "torchvision.pth")
+    with pytest.raises(ValueError, match=r"they fit .*efficientnet_v2_s"):
+        load_network("timm/efficientnetv2_s", str(tmp_path / "torchvision.pth"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_networks_of_the_same_name_say_so(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MobileNetV2Config(num_labels=7)
+    network = transformers.MobileNetV2ForImageClassification(config)
+    torch.save(network.state_dict(), tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"Hugging Face's MobileNetV2, another .* --model FOLDER"):
+        load_network("mobilenet_v2", str(tmp_path / "file.pth"))
+    torch.save(timm.create_model("convnext_small").state_dict(), tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="they fit convnext_small: name the network"):
+        load_network("convnext_tiny", str(tmp_path / "file.pth"))

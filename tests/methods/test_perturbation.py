@@ -1,12 +1,22 @@
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import oracles
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_aop import AOP, EMP, IGOS, Blank, RankedMask, WGradCAM, fast_sigcam, sigcam
+from lightning_aop import (
+    AOP,
+    EMP,
+    IGOS,
+    Blank,
+    RankedMask,
+    SaliencyMethod,
+    WGradCAM,
+    fast_sigcam,
+    sigcam,
+)
 from lightning_aop.errors import NonFiniteScoreError
 from lightning_aop.methods.igos import ArmijoSearch
 from lightning_aop.model.passes import count_evaluations
@@ -33,19 +43,31 @@ def starts(count: int, size: int) -> Tensor:
     return torch.rand(count, size, size, generator=generator, dtype=torch.float64) * 0.3
 
 
-@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize(
+    ("warmup", "noise"), [(0, 0.012), (2, 0.012), (0, "port"), (0, 0), (0, 0.3)]
+)
 def test_igos_is_the_slow_float64_loop(
-    double: nn.Module, pictures: tuple[Tensor, Tensor], warmup: int
+    double: nn.Module,
+    pictures: tuple[Tensor, Tensor],
+    warmup: int,
+    noise: float | Literal["port"],
 ) -> None:
     images, targets = pictures
-    method = IGOS(iterations=6, samples=4, mask_size=9, warmup=warmup, eval_batch_size=7, seed=11)
+    images = images * torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)[:, None, None]
+    method = IGOS(
+        iterations=6,
+        samples=4,
+        mask_size=9,
+        noise=noise,
+        warmup=warmup,
+        eval_batch_size=7,
+        seed=11,
+    )
     start = starts(4, 9)
     with count_evaluations(double) as count:
         maps = method.refine(double, images, targets, start)
     generator = torch.Generator().manual_seed(11)
-    draws = [
-        0.2 * torch.randn(4, 3, 40, 32, generator=generator, dtype=torch.float64) for _ in range(6)
-    ]
+    draws = [torch.randn(4, 3, 40, 32, generator=generator, dtype=torch.float64) for _ in range(6)]
     light, full = GaussianBlur(31, 30.0)(images), GaussianBlur()(images)
     trials = 0
     for i in range(4):
@@ -59,6 +81,7 @@ def test_igos_is_the_slow_float64_loop(
             l1=1.0,
             tv=20.0,
             samples=4,
+            share=None if noise == "port" else noise,
         )
         trials += tried
         torch.testing.assert_close(maps[i], 1 - oracles.enlarge(mask, 40, 32), atol=1e-9, rtol=0)
@@ -66,6 +89,48 @@ def test_igos_is_the_slow_float64_loop(
     assert count.backward == 4 * 6 * 4
     assert count.forward == 4 * 6 * 4 + trials + 4 * (2 if warmup else 1)
     assert 4 * 6 <= trials <= 4 * 6 * 12
+
+
+class Normalised(nn.Module):
+    """Takes the pictures in other units than the network."""
+
+    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.net, self.mean, self.std = net, mean[:, None, None], std[:, None, None]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images * self.std + self.mean)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        sigcam(),
+        fast_sigcam(),
+        AOP(Blank(), IGOS()),
+        # After hundreds of Adam's steps two such runs are apart by more than rounding.
+        AOP(Blank(), EMP(iterations=20)),
+    ],
+    ids=["SIGCAM", "fast_sigcam()", "I-GOS", "EMP"],
+)
+def test_a_map_does_not_depend_on_the_units_of_the_images(
+    double: nn.Module, pictures: tuple[Tensor, Tensor], method: SaliencyMethod
+) -> None:
+    images, targets = pictures
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.21, 0.33]], dtype=torch.float64)
+    other = (images - mean[:, None, None]) / std[:, None, None]
+    one = method.explain(double, images, targets)
+    two = method.explain(Normalised(double, mean, std), other, targets)
+    assert one.std() > 0
+    torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+
+
+def test_the_noise_of_an_image_of_one_colour(double: nn.Module) -> None:
+    images = torch.full((1, 3, 40, 32), 0.7, dtype=torch.float64)
+    for noise in (0.012, "port"):
+        method = IGOS(iterations=1, samples=2, noise=noise)  # type: ignore[arg-type]
+        maps = method.refine(double, images, torch.tensor([1]), torch.zeros(1, 28, 28))
+        assert maps.isfinite().all()
 
 
 def test_igos_relaxes_the_area_where_the_score_does_not_move(
@@ -233,6 +298,8 @@ def test_multilabel_score(double: nn.Module, pictures: tuple[Tensor, Tensor]) ->
 def test_settings_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="IGOS: samples must be above 0, got 0"):
         IGOS(samples=0)
+    with pytest.raises(ValueError, match=r"IGOS: noise must be a share .*, got -0.1"):
+        IGOS(noise=-0.1)
     with pytest.raises(ValueError, match="EMP: lr must be above 0, got 0"):
         EMP(lr=0)
     with pytest.raises(ValueError, match="RankedMask: iterations must be above 0, got -1"):

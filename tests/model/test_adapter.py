@@ -88,6 +88,34 @@ def test_logits_are_found_in_what_a_forward_gives(
     assert description == f"forward(images) gives {where} [B, 5]"
 
 
+class Heads(nn.Module):
+    """Gives logits of several kinds of classes from the same features."""
+
+    def __init__(self, pack: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = SmallNet(6)
+        self.colour = nn.Linear(6, 3)
+        self.shape = nn.Linear(6, 5)
+        self.pack = pack
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.body(x)
+        return self.pack(self.colour(features), self.shape(features))
+
+
+def test_of_several_heads_one_is_explained_and_the_others_named() -> None:
+    module = Heads(lambda colour, shape: (colour, shape)).eval()
+    adapter = find_adapter(module, IMAGES)
+    rest = "; of other outputs, {}, none is explained"
+    assert adapter.description == f"forward(images) gives [0] logits [B, 3]{rest.format('[1]')}"
+    # Labels up to class 4 fit the other alone.
+    adapter = find_adapter(module, IMAGES, Expected("class", highest=4))
+    assert adapter.description == f"forward(images) gives [1] logits [B, 5]{rest.format('[0]')}"
+    logits = predict(adapter.model(module), IMAGES)
+    assert torch.equal(logits, predict(nn.Sequential(module.body, module.shape), IMAGES))
+
+
 def test_a_plain_module_stays_itself() -> None:
     module = SmallNet()
     adapter = find_adapter(module, IMAGES)
@@ -108,6 +136,33 @@ def test_one_logit_is_a_classifier_of_two(form: Callable[[Tensor], Any], count: 
     assert torch.equal(logits, torch.stack([-z, z], dim=1))
     zeros = torch.zeros(4, dtype=torch.long)
     torch.testing.assert_close(sigmoid(logits, zeros) + sigmoid(logits, zeros + 1), torch.ones(4))
+
+
+class Scaled(nn.Module):
+    """Takes what a step has scaled, put in order, and no bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmallNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_what_steps_do_to_images_is_done_for_them(channels_last: bool, as_bytes: bool) -> None:
+    images = (IMAGES * 255).byte() if as_bytes else IMAGES
+    plain = images.float() / 255 if as_bytes else images
+    batch = (images.permute(0, 2, 3, 1) if channels_last else images, TARGETS)
+    module = Scaled().eval()
+    adapter = find_adapter(module, batch)
+    torch.testing.assert_close(
+        predict(adapter.model(module), plain), predict(module.net, plain), atol=1e-6, rtol=1e-6
+    )
+    made = "images" + ".permute(0, 3, 1, 2)" * channels_last + ".float() / 255" * as_bytes
+    assert adapter.description.startswith(f"forward({made})")
 
 
 def test_probabilities_are_turned_into_logits() -> None:

@@ -1,5 +1,6 @@
 """Names of classes and normalisation, as datasets, datamodules and models say them, or seem to."""
 
+from collections import deque
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,16 @@ class Method(Has):
         ConcatDataset([Subset(Has(classes=NAMES), [0]), Has()]),
         SimpleNamespace(config=SimpleNamespace(id2label={str(i): n for i, n in enumerate(NAMES)})),
         SimpleNamespace(hparams={"class_names": NAMES}),
+        Has(classes=deque(NAMES)),
+        Has(classes=np.array([name.encode() for name in NAMES])),
+        Has(classes=list(enumerate(NAMES))),
+        Has(classes={name: np.int64(i) for i, name in enumerate(NAMES)}),
+        Has(classes=list(Enum("Animal", NAMES, start=0))),
+        Has(classes=[SimpleNamespace(name=name) for name in NAMES]),
+        Has(idx2label=dict(enumerate(NAMES))),
+        Has(label_map={name: torch.tensor(i) for i, name in enumerate(NAMES)}),
+        Has(target_names=np.array(NAMES)),
+        Has(ds=Has(classnames=NAMES)),
     ],
 )
 def test_names_in_any_form(source: Any) -> None:
@@ -76,6 +87,7 @@ def test_names_that_do_not_fit_are_left_out_and_said() -> None:
     assert found.value is None
     assert found.note.startswith("Has.classes has 2 names, where the model has 3 classes")
     assert class_names([Has(classes=NAMES[:2]), Has(classes=NAMES)], 3).value == NAMES
+    assert class_names([Has(label_map={"a": 0, "b": 1})], 3).note == ""
     assert class_count([Has(classes=7)]) == 7
     assert class_count([Has(), SimpleNamespace(hparams=SimpleNamespace(num_classes=4))]) == 4
     assert class_count([Has()]) is None

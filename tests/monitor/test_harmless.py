@@ -22,6 +22,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from test_harmless_kinds import ROWS as KINDS
+from test_monitor_distributed import ALIKE
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim.swa_utils import get_ema_avg_fn
@@ -502,5 +503,9 @@ def test_the_page_lists_these_cells() -> None:
     page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
     table = page.split("<!-- matrix -->")[1].split("<!-- end of matrix -->")[0]
     listed = set(re.findall(r"^\| (.+?) \| (?:equal|refused)", table, flags=re.MULTILINE))
-    own = {cell.name for cell in CELLS} | {RESUMED, STANDING_ALONE, DISTRIBUTED, SHARDED, *KINDS}
+    own = (
+        {cell.name for cell in CELLS}
+        | {RESUMED, STANDING_ALONE, DISTRIBUTED, SHARDED, *KINDS}
+        | {*ALIKE.values()}
+    )
     assert listed == own, "write the page anew: make reliability"

@@ -65,6 +65,10 @@ def probe_of(labels: Any, module: nn.Module) -> tuple[Probe, Adapter]:
         ([{"labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4)}] * 4, "boxes"),
         ((CLASSES, CLASSES.flip(0), 0.3), "class"),  # mixup
         ({"species": CLASSES, "label": CLASSES}, "class"),
+        ({"species": CLASSES, "path": list("abcd")}, "class"),
+        ({"species": CLASSES, "colour": CLASSES}, None),
+        (CLASSES[:, None, None], "class"),
+        (ONE_HOT[:, None], "one-hot"),
         (["a", "b", "c", "d"], None),
         (torch.rand(4, 3, 8, 6), None),
         (CLASSES[:3], None),
@@ -130,6 +134,7 @@ def test_a_dataclass_and_its_first_samples() -> None:
         [IMAGES, CLASSES, list("abcd")],
         ((IMAGES, IMAGES + 1), CLASSES),
         ([IMAGES, CLASSES], 7),
+        (IMAGES, torch.rand(4, 5), CLASSES),
     ],
 )
 def test_labels_by_their_place(batch: Any) -> None:
@@ -312,3 +317,44 @@ def test_a_reading_survives_being_sent_to_another_process() -> None:
 
     reading: Reading = pickle.loads(pickle.dumps(read_batch({"image": IMAGES, "y": CLASSES})))
     assert torch.equal(reading.inputs.images, IMAGES)
+
+
+def test_four_labels_make_four_grey_images_of_what_could_be_one() -> None:
+    grey = torch.rand(4, 12, 9)
+    assert read_batch((grey, CLASSES)).inputs.images.shape == (4, 1, 12, 9)
+    with pytest.raises(BatchError, match="a single image"):
+        read_batch((grey, 3))
+
+
+class Heads(nn.Module):
+    """Gives logits of colours and of shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.colours, self.shapes = SmallNet(4), SmallNet(3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"colour": self.colours(x), "shape": self.shapes(x)}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_output_has_the_labels_of_its_key(inside: bool) -> None:
+    labels = {"shape": CLASSES, "weight": torch.rand(4), "index": torch.arange(4)}
+    batch = {"image": IMAGES, "targets": labels} if inside else {"image": IMAGES, **labels}
+    module, reading = Heads(), read_batch(batch, limit=3)
+    adapter = find_adapter(module, reading.inputs, reading.expected(module))
+    assert (adapter.head, adapter.classes) == ("shape", 3)
+    probe = Probe.of(reading, adapter)
+    assert probe.labels is not None
+    assert probe.labels.tolist() == CLASSES[:3].tolist()
+
+
+def test_a_label_of_255_among_lower_ones_is_one_to_ignore() -> None:
+    labels = torch.tensor([2, 255, 1, 0])
+    probe, adapter = probe_of(labels, SmallNet(3))
+    assert adapter.classes == 3
+    assert probe.labels is not None
+    assert probe.labels.tolist() == [2, -1, 1, 0]
+    assert "1 of 4 images" in probe.note
+    with pytest.raises(ValueError, match="labels go up to class 255"):
+        probe_of(torch.tensor([2, 255, 200, 0]), SmallNet(3))

@@ -1,6 +1,5 @@
 """Real loggers, whose pictures are read back as their own readers do. No test reaches a server."""
 
-import base64
 import importlib.util
 import io
 import json
@@ -262,7 +261,7 @@ def test_comet_archives_the_pictures_offline(package: str, picture: Tensor, tmp_
         f"""
         import numpy as np, torch
         from {package} import CometLogger
-        from lightning_aop.image_log import log_image
+        from lightning_aop.monitor.loggers import log_image
 
         class Derived(CometLogger):
             pass
@@ -297,9 +296,9 @@ def test_comet_that_takes_no_picture_is_an_error(tmp_path: Path) -> None:
         """
         import torch
         from pytorch_lightning.loggers import CometLogger
-        from lightning_aop.image_log import log_image
+        from lightning_aop.monitor.loggers import log_image
 
-        logger = CometLogger(offline_directory="archives")
+        logger = CometLogger(online=False, offline_directory="archives")
         try:
             log_image(logger, "a", torch.zeros(3, 2, 2, dtype=torch.uint8), 0)
         except RuntimeError as error:
@@ -309,56 +308,155 @@ def test_comet_that_takes_no_picture_is_an_error(tmp_path: Path) -> None:
         """,
         tmp_path,
         COMET_START_ONLINE="0",
-        COMET_DISABLED="1",
     )
 
 
 # --------------------------------------------------------------------------------------------------
-# Neptune
+# others, whose packages `make test-others` installs
 
 
-@pytest.mark.parametrize("package", ["pytorch_lightning.loggers", "lightning.pytorch.loggers"])
-def test_neptune_queues_the_pictures_offline(package: str, picture: Tensor, tmp_path: Path) -> None:
-    if not importlib.util.find_spec("neptune"):
-        pytest.skip("neptune is not installed")
-    loggers = pytest.importorskip(package)
-    if not hasattr(loggers.NeptuneLogger, "log_metrics") or not hasattr(
-        loggers.NeptuneLogger, "run"
-    ):
-        pytest.skip("this Lightning's NeptuneLogger only says that the service has ended")
-    np.save(tmp_path / "picture.npy", picture.numpy())
-    run_python(
-        f"""
+def logged_by(script: str, package: str, picture: Tensor, folder: Path) -> None:
+    """Run a script in which `picture` is to be logged, and `log_image` and Trainer are at hand."""
+    if not importlib.util.find_spec(package):
+        pytest.skip(f"{package} is not installed")
+    np.save(folder / "picture.npy", picture.numpy())
+    before = """
         import numpy as np, torch
-        from {package} import NeptuneLogger
-        from lightning_aop.image_log import log_image
+        from lightning_aop.monitor.loggers import log_image
+        picture = torch.from_numpy(np.load("picture.npy"))
+    """
+    run_python(textwrap.dedent(before) + textwrap.dedent(script), folder)
 
-        class Derived(NeptuneLogger):
+
+def test_aim_holds_the_very_pixels(picture: Tensor, tmp_path: Path) -> None:
+    logged_by(
+        """
+        from aim.pytorch_lightning import AimLogger
+
+        class Derived(AimLogger):
             pass
 
-        picture = torch.from_numpy(np.load("picture.npy"))
-        logger = Derived(mode="offline", project="a/b", log_model_checkpoints=False)
-        logger.log_metrics({{"explain/insertion": 6.0}}, step=12)
-        assert log_image(logger, "explain/heatmaps", picture, 12, caption="a caption") is None
-        logger.finalize("success")
-        logger.experiment.stop()
+        logger = Derived(repo=".", system_tracking_interval=None, capture_terminal_logs=False)
+        for step in (3, 120):
+            logger.log_metrics({"explain/insertion": 0.5}, step=step)
+            assert log_image(logger, "explain/heatmaps", picture, step, caption=f"at {step}") is None
+
+        from aim.storage.context import Context
+
+        sequence = logger.experiment.get_image_sequence("explain/heatmaps", Context({}))
+        steps, images = sequence.values.sparse_list()
+        assert list(steps) == [3, 120], steps
+        for step, image in zip(steps, images):
+            assert image.caption == f"at {step}"
+            stored = np.asarray(image.to_pil_image())
+            np.testing.assert_array_equal(stored, picture.permute(1, 2, 0).numpy())
         """,
+        "aim",
+        picture,
         tmp_path,
     )
-    (log,) = tmp_path.glob(".neptune/offline/run__*/data-1.log")
-    decoder, text, operations = json.JSONDecoder(), log.read_text(), []
-    while text := text.lstrip():
-        operation, end = decoder.raw_decode(text)
-        operations.append(operation["obj"])
-        text = text[end:]
-    (scalar,) = [o for o in operations if o["type"] == "LogFloats" and o["path"][-1] == "insertion"]
-    (image,) = [o for o in operations if o["type"] == "LogImages"]
-    assert scalar["path"] == ["training", "explain", "insertion"]
-    assert image["path"] == ["training", "explain", "heatmaps"]
-    (value,) = image["values"]
-    assert value["step"] == scalar["values"][0]["step"] == 12
-    assert value["value"]["description"] == "a caption"
-    assert_holds(io.BytesIO(base64.b64decode(value["value"]["data"])), picture)
+
+
+def test_dvclive_has_a_folder_with_a_picture_for_each_step(picture: Tensor, tmp_path: Path) -> None:
+    logged_by(
+        """
+        from dvclive.lightning import DVCLiveLogger
+
+        class Derived(DVCLiveLogger):
+            pass
+
+        logger = Derived(save_dvc_exp=False, dvcyaml=None, prefix="mine")
+        for step in (3, 120):
+            logger.log_metrics({"explain/insertion": 0.5}, step=step)
+            assert log_image(logger, "explain/heatmaps", picture, step, caption="not held") is None
+        logger.finalize("success")
+        """,
+        "dvclive",
+        picture,
+        tmp_path,
+    )
+    folder = tmp_path / "dvclive/plots/images/mine/explain/heatmaps"
+    assert sorted(path.name for path in folder.iterdir()) == ["120.png", "3.png"]
+    for path in folder.iterdir():
+        assert_holds(path, picture)
+
+
+def test_swanlab_holds_the_very_pixels_offline(picture: Tensor, tmp_path: Path) -> None:
+    logged_by(
+        """
+        from swanlab.integration.pytorch_lightning import SwanLabLogger
+
+        class Derived(SwanLabLogger):
+            pass
+
+        logger = Derived(project="p", log_dir="logs", mode="offline")
+        logger.log_metrics({"explain/insertion": 0.5}, step=12)
+        assert log_image(logger, "explain/heatmaps", picture, 12, caption="a caption") is None
+        logger.experiment.finish()
+        """,
+        "swanlab",
+        picture,
+        tmp_path,
+    )
+    (path,) = (tmp_path / "logs").rglob("*.png")
+    assert_holds(path, picture)
+
+
+def test_litlogger_is_given_the_very_pixels(
+    loggers: Any, picture: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning AI's experiments live on a server: its own series and picture end where one is sent."""
+    pytest.importorskip("litlogger")
+    from litlogger.series import Series
+
+    sent = []
+
+    class Experiment:
+        def __getitem__(self, key: str) -> Series:
+            return Series(self, key)
+
+        def _register_key_type(self, key: str, kind: str) -> None:
+            assert kind == "file_series"
+
+        def _log_file_series_value(self, key: str, file: Any, index: int, step: int) -> None:
+            sent.append((key, file, step))
+
+    class Derived(loggers.LitLogger):  # type: ignore[misc]
+        experiment = Experiment()
+
+    logger = Derived(tmp_path)
+    assert log_image(logger, "explain/heatmaps", picture, 12, caption="a caption") is None
+    ((key, file, step),) = sent
+    assert (key, step, file.description) == ("explain/heatmaps", 12, "a caption")
+    path = file._get_upload_path()
+    assert_holds(path, picture)
+    os.unlink(path)
+
+
+def test_clearml_captures_what_tensorboard_is_given(picture: Tensor, tmp_path: Path) -> None:
+    logged_by(
+        """
+        import os
+        os.environ.update(CLEARML_OFFLINE_MODE="1", CLEARML_CACHE_DIR=os.path.abspath("cache"))
+        from clearml import Task
+        task = Task.init("p", "t", auto_connect_frameworks={"tensorboard": True})
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        logger = TensorBoardLogger(".")
+        assert log_image(logger, "explain/heatmaps", picture, 12) is None
+        logger.finalize("success")
+        task.flush(wait_for_uploads=True)
+        task.close()
+        """,
+        "clearml",
+        picture,
+        tmp_path,
+    )
+    (archive,) = (tmp_path / "cache").rglob("*.zip")
+    with zipfile.ZipFile(archive) as kept:
+        (name,) = [name for name in kept.namelist() if name.endswith((".png", ".jpeg"))]
+        with Image.open(io.BytesIO(kept.read(name))) as image:
+            assert image.size == (30, 20)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,6 +492,17 @@ def test_the_own_log_image_of_a_derived_logger_counts(picture: Tensor, tmp_path:
 
     assert log_image(Own(tmp_path), "a/b", picture, 3, caption="c") is None
     assert calls == [("a/b", 3, ["c"])]
+
+
+@pytest.mark.parametrize("name", ["CometLogger", "AimLogger", "WandbLogger"])
+def test_a_logger_of_the_users_own_that_shares_a_name_is_no_such_logger(
+    name: str, picture: Tensor, tmp_path: Path
+) -> None:
+    logger = type(name, (CSVLogger,), {"__module__": "mine"})(tmp_path)
+    path = log_image(logger, "explain/heatmaps", picture, 12)
+    assert path is not None
+    assert_holds(path, picture)
+    assert log_table(logger, "a", ["b"], [[1]], 0) is False
 
 
 def test_an_experiment_with_add_image_is_asked(picture: Tensor) -> None:

@@ -218,6 +218,27 @@ def test_controls_are_judged_as_the_maps_are(tmp_path: Path) -> None:
     assert "explain/overall_auc_centre_gaussian" not in result
 
 
+def test_tensorboard_shows_the_controls_in_the_chart_of_the_auc(tmp_path: Path) -> None:
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    logger = TensorBoardLogger(tmp_path)
+    monitors = [ExplanationMonitor(GradCAM(), probe=2, name=name) for name in (None, "cam")]
+    fit = trainer(tmp_path, *monitors, max_epochs=1, logger=[logger, CSVLogger(tmp_path)])
+    fit.fit(Classifier(), *loaders())
+    events = EventAccumulator(logger.log_dir).Reload()
+    (written,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(written.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["explain", "explain/cam"]
+    logged = events.Tags()["scalars"]
+    for prefix, category in zip(("explain/", "explain/cam/"), layout.category, strict=True):
+        (first, second) = category.chart
+        (overall,), (both,) = first.multiline.tag, second.multiline.tag
+        names = {name.removeprefix(prefix) for name in logged if re.search(overall, name)}
+        assert names == {f"overall_auc{of}" for of in ("", "_random_map", "_centre_gaussian")}
+        names = {name.removeprefix(prefix) for name in logged if re.search(both, name)}
+        assert names == {"deletion_auc", "insertion_auc"}
+
+
 def test_controls_are_measured_ever_more_seldom(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     run = trainer(tmp_path, Watch(GradCAM("net.features"), probe=2), logger=logger, max_epochs=5)
@@ -297,16 +318,16 @@ def test_each_map_has_its_own_auc(tmp_path: Path) -> None:
 
 
 def test_panels_on_request(tmp_path: Path) -> None:
-    widths = []
+    heights = []
     for wanted in (["overlay"], ["overlay", "map", "curves"]):
         folder = tmp_path / str(len(wanted))
-        monitor = Watch(GradCAM("net.features"), probe=1, panels=wanted)
+        monitor = Watch(GradCAM("net.features"), probe=2, panels=wanted)
         run = trainer(folder, monitor, logger=CSVLogger(folder))
         run.validate(Classifier(), loaders()[1], verbose=False)
         (path,) = folder.rglob("heatmaps/*.png")
         with Image.open(path) as picture:
-            widths.append(picture.width)
-    assert widths[1] > 1.5 * widths[0]
+            heights.append(picture.height)
+    assert heights[1] > 1.5 * heights[0]  # two pairs, or an input and its three panels, in a row
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -754,7 +775,7 @@ def test_wandb_gets_pictures_and_scalars(tmp_path: Path, monkeypatch: pytest.Mon
     summary = logger.experiment.summary
     assert "explain/overall_auc" in summary.keys()  # noqa: SIM118
     wandb.finish()
-    pictures = list(tmp_path.rglob("media/images/explain/heatmaps_*.png"))
+    pictures = list(tmp_path.rglob("media/images/explain/heatmaps_[0-9]*.png"))
     assert len(pictures) == 2
     assert np.asarray(Image.open(pictures[0])).std() > 10
 

@@ -104,10 +104,17 @@ def test_a_process_that_fails_stops_nobody(failing: int, probe: int, tmp_path: P
     assert torch.equal(first["net.head.weight"], second["net.head.weight"])
 
 
-@pytest.mark.parametrize("kind", ["gathering", "sharded"])
+ALIKE = {  # rows of docs/reliability.md
+    "gathering": "a forward that exchanges something, two processes (gloo)",
+    "sharded": "FSDP2, two processes (gloo)",
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
 def test_processes_that_need_each_other_in_a_forward_explain_alike(
-    kind: str, tmp_path: Path
+    kind: str, tmp_path: Path, record_property: Any
 ) -> None:
+    record_property("cell", ALIKE[kind])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     finish([sys.executable, SCRIPT.with_name("alike.py"), tmp_path, kind], env=environment)
     found = {

@@ -393,12 +393,27 @@ def test_the_longest_text_is_shortened_at_once(text: str) -> None:
     assert time.process_time() - start < 0.5
 
 
-def test_a_caption_has_up_to_two_lines() -> None:
-    one, two = drawn_text("a"), drawn_text("a\nb")
-    assert two.shape[1] > one.shape[1]
+def test_a_caption_has_up_to_three_lines() -> None:
+    one, two, three = drawn_text("a"), drawn_text("a\nb"), drawn_text("a\nb\nc")
+    assert three.shape[1] > two.shape[1] > one.shape[1]
     assert torch.equal(two, drawn_text(" a \n  b\n"))
-    assert torch.equal(drawn_text("a\nb c"), drawn_text("a\nb\nc"))
+    assert torch.equal(drawn_text("a\nb\nc d"), drawn_text("a\nb\nc\nd"))
     assert not torch.equal(drawn_text("ä"), drawn_text("ж"))
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_a_narrow_grid_is_four_panels_wide_whatever_their_number(count: int) -> None:
+    """Two pairs, or an input and three overlays, of 144 pixels: a picture that doesn't jump."""
+    images, maps, texts = pictures(count), ramps(count), ["a"] * count
+    widths = set()
+    for layout in ({}, {"groups": [0] * count}, {"groups": list(range(count))}):
+        grid = heatmap_grid(images, maps, texts, narrow=True, **layout)
+        side = images.shape[-1] * (224 // images.shape[-1])
+        assert 4 * side < grid.shape[2] < 5.2 * side
+        widths.add((bool(layout), grid.shape[2]))
+    assert len(widths) == 2  # of pairs, and of groups
+    with pytest.raises(ValueError, match=r"columns=2 and narrow=True both .*: leave one"):
+        heatmap_grid(images, maps, texts, narrow=True, columns=2)
 
 
 def test_a_long_title_stays_inside() -> None:
