@@ -491,6 +491,8 @@ def test_full_size_tells_the_value_under_the_pointer(browser: Any, tmp_path: Pat
     ActionChains(browser).move_to_element_with_offset(canvas, 40, -60).perform()
     text = browser.find_element("id", "large-value").text
     value, x, y = map(float, re.findall(r"[\d.]+", text))
+    scale = 176 / canvas.rect["width"]
+    assert (x, y) == pytest.approx((88 + 40 * scale, 88 - 60 * scale), abs=1.01)
     heat = torch.from_numpy(history.maps[history.records[-1].first + 5].astype(np.float32))
     large = torch.nn.functional.interpolate(heat[None, None], (176, 176), mode="bilinear")[0, 0]
     assert value == pytest.approx(float(large[int(y), int(x)]) / 255, abs=0.0051)

@@ -369,7 +369,7 @@ const enlarge = async (r, k) => {
   const [made, values] = await Promise.all([shown(record, k), heat(record, k)]);
   canvas.width = W;
   canvas.height = H;
-  canvas.style.aspectRatio = `${W} / ${H}`;
+  canvas.style.width = `min(92vw, 1100px, ${(82 * W / H).toFixed(2)}vh)`;
   const put = (pointed) => {
     const context = canvas.getContext("2d");
     context.drawImage(made, 0, 0);
