@@ -22,6 +22,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_aop import ExplanationMonitor
+from lightning_aop.monitor.run_folder import RunFolder
+
+PARTS = ("explain", "draw and log", "store")
 
 
 class Timed(ExplanationMonitor):
@@ -29,22 +32,25 @@ class Timed(ExplanationMonitor):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.seconds: dict[str, list[float]] = {"explain": [], "draw and log": [], "store": []}
+        self.seconds: list[dict[str, float]] = []
 
     def _time(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
         started = time.perf_counter()
         result = work(*arguments)
-        self.seconds[part].append(time.perf_counter() - started)
+        if part == "explain":
+            self.seconds.append(dict.fromkeys(PARTS, 0.0))
+        self.seconds[-1][part] += time.perf_counter() - started
         return result
 
     def _explain(self, *arguments: Any) -> Any:
         return self._time("explain", super()._explain, *arguments)
 
-    def _log_pictures(self, *arguments: Any) -> None:
-        self._time("draw and log", super()._log_pictures, *arguments)
+    def _before(self, *arguments: Any) -> Any:
+        return self._time("store", super()._before, *arguments)
 
-    def _store(self, *arguments: Any) -> None:
-        self._time("store", super()._store, *arguments)
+    def _write(self, sink: Any, *arguments: Any) -> bool:
+        part = "store" if isinstance(sink, RunFolder) else "draw and log"
+        return bool(self._time(part, super()._write, sink, *arguments))
 
 
 def main() -> None:
@@ -71,14 +77,14 @@ def main() -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
         ).fit(Module(options.model), DataLoader(data, batch_size=8), DataLoader(data, batch_size=8))
-    parts = monitor.seconds
     print(
         f"{options.model}, {options.images} pictures of {options.side} x {options.side}, 1 thread\n"
     )
-    print(f"| explanation | {' | '.join(parts)} | all but explaining |")
-    print("|---" * (len(parts) + 2) + "|")
+    print(f"| explanation | {' | '.join(PARTS)} | all but explaining |")
+    print("|---" * (len(PARTS) + 2) + "|")
     shares = []
-    for number, row in enumerate(zip(*parts.values(), strict=True)):
+    for number, spent in enumerate(monitor.seconds):
+        row = list(spent.values())
         shares.append(sum(row[1:]) / row[0])
         seconds = " | ".join(f"{value:.2f} s" for value in row)
         print(f"| {number} | {seconds} | {shares[-1]:.1%} |")

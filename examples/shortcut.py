@@ -9,7 +9,7 @@ class, the crosses. The tag is easier to see than the shape. Validation accuracy
 validation images have tags, too. What falls is `explain/energy_in_mask`, the share of the heat on the
 object: the maps follow the model into the corner, and deletion and insertion say that they are right.
 The proof is the column *tagged others*: discs and squares that get a tag are taken for crosses. The
-slider of the report shows the epoch at which it happens.
+report says so before anything else: which corner is hottest, in how many images, and since when.
 """
 
 from collections.abc import Sequence

@@ -78,7 +78,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         check=False,
     )
     assert {name.split("/")[0] for name in found} == {"lightning_aop"}
-    assert {"lightning_aop/py.typed", "lightning_aop/history/page.html"} <= found
+    assert {"lightning_aop/py.typed", "lightning_aop/history/page/page.html"} <= found
     assert "lightning_aop/configs/benchmark/table2.yaml" in found
     assert not [name for name in found if "pycache" in name or name.endswith(".pyc")]
     if tracked.returncode == 0:  # in a repository

@@ -6,7 +6,8 @@ The folder has these files, which anything can read:
 - `history.jsonl`: a line for each time at which the probe was explained, a `Record`;
 - `images.npy`: the images, uint8 [N, H, W, 3];
 - `masks.npy`: where the data says the objects are, bool [K, H, W];
-- `run.json`: the configuration, the names of the classes, and the image and class of each mask;
+- `run.json`: the configuration, the names of the classes, the image and class of each mask, how many
+  epochs are wanted, and whether the run has ended;
 - `failures.jsonl`: the worst samples of the validations, with their images and maps, see `failures.py`.
 
 A record is written after its maps, so that a process may end at any moment: what is half there does
@@ -59,6 +60,15 @@ class Record:
         predicted: the likeliest class of each explanation's image.
         verdicts: what the model said of each against its label: right, wrong, missed, false positive or
             absent; None without labels.
+        predicted_scores: the score of that class.
+        deletion: the deletion curve of each, None where it was not judged.
+        insertion: likewise.
+        energy: the share of each map's heat that lies on the object; None without a mask, and for a
+            blank map.
+        hits: whether its hottest pixel does, a share where several are equally hot; None likewise.
+        peaks: where each map is hottest, as shares of the height and the width; None for a blank map.
+        away: how far that is from the object, as a share of the longer side; None as for `energy`.
+        time: when, in seconds since 1970.
         first: its maps are `maps[first : first + len(images)]`.
     """
 
@@ -76,6 +86,14 @@ class Record:
     controls: dict[str, dict[str, float]] = field(default_factory=dict)
     predicted: list[int] = field(default_factory=list)
     verdicts: list[str | None] = field(default_factory=list)
+    predicted_scores: list[float] = field(default_factory=list)
+    deletion: list[list[float] | None] = field(default_factory=list)
+    insertion: list[list[float] | None] = field(default_factory=list)
+    energy: list[float | None] = field(default_factory=list)
+    hits: list[float | None] = field(default_factory=list)
+    peaks: list[list[float] | None] = field(default_factory=list)
+    away: list[float | None] = field(default_factory=list)
+    time: float | None = None
     first: int = 0
 
     @property
@@ -87,6 +105,13 @@ class Record:
     def pairs(self) -> list[tuple[int, int]]:
         """The image and the class of each explanation."""
         return list(zip(self.images, self.targets, strict=True))
+
+    def overall_auc(self, place: int) -> float | None:
+        """Return insertion minus deletion AUC of one explanation, None where it was not judged."""
+        if not self.deletion_auc or not self.insertion_auc:
+            return None
+        deletion, insertion = self.deletion_auc[place], self.insertion_auc[place]
+        return None if deletion is None or insertion is None else insertion - deletion
 
 
 @dataclass(frozen=True)
@@ -101,7 +126,11 @@ class History:
         maps: those of all records, 255 for 1.
         records: in their order.
         lost: what can't be read of damaged files, in words.
+        epochs: how many the run is to have, None where that is open.
+        finished: the run has ended.
         failures: the worst samples of the validations, where the monitor was to follow them.
+
+    A notebook shows it as the page of the run.
     """
 
     configuration: dict[str, str]
@@ -112,10 +141,17 @@ class History:
     records: list[Record] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     failures: list[FailureRecord] = field(default_factory=list)
+    epochs: int | None = None
+    finished: bool = False
 
     def class_name(self, target: int) -> str:
         """Return the name of a class, or its index in words."""
         return self.class_names.get(target, f"class {target}")
+
+    def _repr_html_(self) -> str:
+        from lightning_aop.history.report import inline  # which shows this class
+
+        return inline(self)
 
     @classmethod
     def load(cls, folder: str | Path) -> "History":
@@ -144,37 +180,52 @@ class History:
             ) from error
         found, lost = readable(folder, len(images)), []
         try:
-            configuration, names, pairs = _about(folder / "run.json")
+            about = _about(folder / "run.json")
         except Exception as error:
-            configuration, names, pairs = {}, {}, []
+            about = _About({}, {}, [])
             lost.append(f"run.json can't be read: {_reason(error)}")
         objects: dict[tuple[int, int], Bool[np.ndarray, "y x"]] = {}
         try:
             masks = np.load(folder / "masks.npy", allow_pickle=False)
             if masks.dtype != np.bool_ or masks.shape[1:] != images.shape[1:3]:
                 raise InvalidValueError(f"has {masks.dtype} of shape {masks.shape}, no masks")
-            objects = dict(zip(pairs, masks, strict=not lost))
+            objects = dict(zip(about.masks, masks, strict=not lost))
         except Exception as error:
             lost.append(f"masks.npy can't be read: {_reason(error)}")
         return cls(
-            configuration,
-            names,
+            about.configuration,
+            about.class_names,
             images,
             objects,
             found.maps,
             found.records,
             lost + found.lost,
-            read_failures(folder),
+            failures=read_failures(folder),
+            epochs=about.epochs,
+            finished=about.finished,
         )
 
 
-def _about(path: Path) -> tuple[dict[str, str], dict[int, str], list[tuple[int, int]]]:
-    """Return the configuration, the names of the classes, and the image and class of each mask."""
+@dataclass(frozen=True)
+class _About:
+    """What `run.json` says; `masks` are the image and the class of each."""
+
+    configuration: dict[str, str]
+    class_names: dict[int, str]
+    masks: list[tuple[int, int]]
+    epochs: int | None = None
+    finished: bool = False
+
+
+def _about(path: Path) -> _About:
     about = json.loads(path.read_text(encoding="utf-8"))
-    return (
+    epochs = about.get("epochs")
+    return _About(
         {str(name): str(value) for name, value in about["configuration"].items()},
         {int(index): str(name) for index, name in about["class_names"].items()},
         [(int(image), int(target)) for image, target in about["masks"]],
+        epochs if _is_count(epochs) else None,
+        about.get("finished") is True,
     )
 
 
@@ -277,6 +328,10 @@ def _is_text_or_none(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _are_numbers_or_none(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(map(_is_number, value)))
+
+
 def _are_values(value: object) -> bool:
     return isinstance(value, dict) and all(map(_is_number_or_none, value.values()))
 
@@ -287,6 +342,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "title": lambda value: isinstance(value, str),
     "values": _are_values,
     "controls": lambda value: isinstance(value, dict) and all(map(_are_values, value.values())),
+    "time": _is_number_or_none,
     "first": _is_count,
 }
 """What the fields of a record must be."""
@@ -301,6 +357,13 @@ _OF_EACH: dict[str, Callable[[object], bool]] = {
     "insertion_auc": _is_number_or_none,
     "predicted": _is_count,
     "verdicts": _is_text_or_none,
+    "predicted_scores": _is_number,
+    "deletion": _are_numbers_or_none,
+    "insertion": _are_numbers_or_none,
+    "peaks": _are_numbers_or_none,
+    "away": _is_number_or_none,
+    "energy": _is_number_or_none,
+    "hits": _is_number_or_none,
 }
 """What the entries of its lists must be, of which there is one for each explanation."""
 
@@ -310,7 +373,10 @@ def _record(line: bytes, images: int) -> tuple[Record, set[str]]:
     found = json.loads(line)
     if not isinstance(found, dict):
         raise InvalidValueError(f"is a {type(found).__name__}, no record")
-    known = {each.name: each.default_factory is not MISSING for each in fields(Record)}
+    known = {
+        each.name: each.name == "time" or each.default_factory is not MISSING
+        for each in fields(Record)
+    }
     own = {name: value for name, value in found.items() if name in known}
     if missing := [name for name, optional in known.items() if not optional and name not in own]:
         raise InvalidValueError(f"has no {missing[0]}")
@@ -343,6 +409,7 @@ class HistoryWriter:
         configuration: Mapping[str, str],
         class_names: Mapping[int, str],
         masks: Mapping[tuple[int, int], Bool[Tensor, "y x"]] | None = None,
+        epochs: int | None = None,
     ) -> None:
         masks = masks or {}
         self.folder = folder
@@ -350,19 +417,20 @@ class HistoryWriter:
         self._first: Record | None = None
         self._last: Record | None = None
         self._bytes = 0
-        about = {
+        self._told: dict[str, Any] = {
             "configuration": dict(configuration),
             "class_names": dict(class_names),
             "masks": list(masks),
+            "epochs": epochs,
+            "finished": False,
             "writer": uuid.uuid4().hex,  # tells who has written here last
         }
-        self._about = json.dumps(about, indent=1).encode()
         folder.mkdir(parents=True, exist_ok=True)
         _save(folder / "images.npy", images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
         shape = (0, *images.shape[2:])
         found = torch.stack(list(masks.values())).cpu() if masks else torch.zeros(shape).bool()
         _save(folder / "masks.npy", found.numpy())
-        write_whole(folder / "run.json", self._about)
+        self._tell()
         self._sizes = {name: self._size(name) for name in ("images.npy", "masks.npy")}
 
     def keep(self, earlier: Readable) -> None:
@@ -377,6 +445,15 @@ class HistoryWriter:
         write_whole(self.folder / "history.jsonl", lines)
         self.records, self._bytes = len(records), len(lines)
         self._note_sizes()
+
+    def finish(self) -> None:
+        """Note that the run has ended."""
+        self._told["finished"] = True
+        self._tell()
+
+    def _tell(self) -> None:
+        self._about = json.dumps(self._told, indent=1).encode()
+        write_whole(self.folder / "run.json", self._about)
 
     def is_whole(self) -> bool:
         """Tell whether all files are there as they were left, and nobody else has written them."""

@@ -32,6 +32,7 @@ from lightning_aop.monitor.lightning import (
     Callback,
     LightningModule,
     Trainer,
+    data_name,
     draw,
     fact_sources,
     inform,
@@ -896,11 +897,13 @@ class ExplanationMonitor(Callback):
             configuration=self._configuration(trainer, probe),
             class_names=dict(enumerate(map(str, look.names or ()))),
             masks=masks,
+            epochs=None if (trainer.max_epochs or -1) < 0 else trainer.max_epochs,
         )
 
     def _configuration(self, trainer: Trainer, probe: Probe) -> dict[str, str]:
         found = {
             "model": type(trainer.lightning_module).__name__,
+            "data": data_name(self.probe, trainer),
             "logits": "" if self._state.adapter is None else self._state.adapter.description,
             "method": _printed(self._way.method_for(self._way.score_for(probe))),
             "targets": str(self.targets),

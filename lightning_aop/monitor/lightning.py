@@ -192,6 +192,13 @@ def fact_sources(source: ProbeSource, trainer: Trainer) -> list[Any]:
     return [*datasets, getattr(trainer, "datamodule", None), trainer.lightning_module]
 
 
+def data_name(source: ProbeSource, trainer: Trainer) -> str:
+    """Return what the data is called, in code: its DataModule, or the dataset of the probe."""
+    datasets = [source_of(each, loaders_of(trainer)) for each in (source, 1)]
+    named = [each for each in (getattr(trainer, "datamodule", None), *datasets) if each is not None]
+    return type(named[0]).__name__ if named else ""
+
+
 def is_last(trainer: Trainer) -> bool:
     """Tell whether training is known to end with this batch: a stop by a callback isn't known yet."""
     if 0 < trainer.max_steps <= trainer.global_step:
@@ -227,6 +234,7 @@ __all__ = [
     "Callback",
     "LightningModule",
     "Trainer",
+    "data_name",
     "draw",
     "inform",
     "is_last",

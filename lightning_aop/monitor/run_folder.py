@@ -3,21 +3,23 @@
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lightning_aop.files import write_whole
 from lightning_aop.history.animation import write_animation
 from lightning_aop.history.failures import NAME as FAILURES
 from lightning_aop.history.failures import FailureRecord, line_of, lines_of
-from lightning_aop.history.report import add_to_report, write_report
+from lightning_aop.history.report import add_to_report, end_report, write_report
 from lightning_aop.history.store import HistoryWriter, Readable, Record, readable, stored
+from lightning_aop.metrics.pointing import energy_in_mask, pointing_hits
 from lightning_aop.metrics.similarity import rank_correlation
 from lightning_aop.monitor.explanation import Explanation, Moment, Pair
 
@@ -157,6 +159,8 @@ class RunFolder:
             [None if math.isnan(value) else value for value in column]
             for column in explanation.aucs.T.tolist()
         )
+        curves = [_curves(explanation.curves[:, game]) for game in range(2)]
+        places = _places(explanation)
         record = Record(
             step=moment.step,
             epoch=moment.epoch,
@@ -172,6 +176,14 @@ class RunFolder:
             controls=explanation.controls,
             predicted=explanation.predicted.tolist(),
             verdicts=list(explanation.verdicts),
+            predicted_scores=explanation.predicted_scores.nan_to_num(0.0).tolist(),
+            deletion=curves[0],
+            insertion=curves[1],
+            energy=places["energy"],
+            hits=places["hits"],
+            peaks=places["peaks"],
+            away=places["away"],
+            time=round(time.time(), 1),
         )
         small = stored(explanation.maps)
         paged, self._paged = self._paged, False  # where it fails, the page is written anew
@@ -207,13 +219,45 @@ class RunFolder:
         self._failures = path, len(lines) + 1
 
     def finish(self) -> None:
-        """Make an animation of the maps.
+        """Make an animation of the maps, and let the page say that the run has ended.
 
         Raises:
-            OSError, ValueError: it can't be written.
+            OSError, ValueError: they can't be written.
         """
-        if self.folder is not None:
+        if self._writer is not None and self.folder is not None:
+            if self._writer.is_whole():  # and not another run's by now
+                self._writer.finish()
+                if self._paged:
+                    end_report(self.folder)
             write_animation(self.folder)
+
+
+def _curves(curves: Float[Tensor, "p points"]) -> list[list[float] | None]:
+    """Return curves as they are stored: four decimals are finer than a page can draw."""
+    known = curves.isfinite().all(dim=1).tolist()
+    rounded = [[round(value, 4) for value in curve] for curve in curves.tolist()]
+    return [curve if finite else None for curve, finite in zip(rounded, known, strict=True)]
+
+
+def _places(explanation: Explanation) -> dict[str, list[Any]]:
+    """Return where each map is hottest, and how that and its heat lie to the object."""
+    found: dict[str, list[Any]] = {
+        name: [None] * len(explanation.rows) for name in ("peaks", "energy", "hits", "away")
+    }
+    masks, known = explanation.probe.masks_of(explanation.rows, explanation.targets)
+    known &= masks.flatten(1).any(dim=1)
+    height, width = explanation.maps.shape[1:]
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    for n in (~explanation.blank).nonzero()[:, 0].tolist():
+        heat, mask = explanation.maps[n : n + 1].double(), masks[n : n + 1]
+        y, x = divmod(int(heat.argmax()), width)
+        found["peaks"][n] = [round((y + 0.5) / height, 4), round((x + 0.5) / width, 4)]
+        if known[n]:
+            distance = ((rows - y) ** 2 + (columns - x) ** 2)[mask[0]].amin().sqrt()
+            found["energy"][n] = float(energy_in_mask(heat, mask))
+            found["hits"][n] = float(pointing_hits(heat, mask))
+            found["away"][n] = float(distance) / max(height, width)
+    return found
 
 
 def _made(wanted: Path) -> Path:

@@ -1,13 +1,7 @@
 """The page of a run: what it says, what can't break out of it, and how it works in a browser."""
 
-import base64
-import io
-import json
 import math
-import shutil
-from collections.abc import Iterator
-from dataclasses import replace
-from html.parser import HTMLParser
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,189 +9,25 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
+from pages import (
+    NASTY,
+    NONE,
+    Page,
+    Scripts,
+    bumps,
+    decoded,
+    image,
+    maps_of,
+    overall,
+    photos,
+    save,
+    synthetic,
+)
 from PIL import Image
 
 from lightning_aop.cli.main import main
 from lightning_aop.history.report import add_to_report, page, write_report
-from lightning_aop.history.store import History, HistoryWriter, Record
-
-NONE = "\u2013"  # how the page writes that there is no number
-NASTY = "<script>alert(1)</script>"
-QUOTES = "a \"b\" 'c' </script><script>alert(2)</script> <!-- <script> \u2028 & &lt;"
-
-
-def bumps(count: int, height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
-    """Return smooth maps with a peak each, as those of a network are."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    cy, cx, r = random.random((3, count, 1, 1))
-    spread = (0.08 + 0.3 * r) ** 2
-    maps = np.exp(-((y / height - cy) ** 2 + (x / width - cx) ** 2) / spread)
-    return np.round(maps * 255).astype(np.uint8)
-
-
-def photos(count: int, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Return pictures with about the detail of photos."""
-    random = np.random.default_rng(1)
-    rough = random.integers(0, 256, (count, 12, 12, 3), np.uint8)
-    large = [
-        np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC))
-        for p in rough
-    ]
-    fine = random.normal(0, 3, (count, height, width, 3))
-    return np.clip(np.stack(large) + fine, 0, 255).astype(np.uint8)
-
-
-def ellipses(count: int, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Return masks of one to three ellipses, the first of which goes beyond the picture's edge."""
-    random = np.random.default_rng(2)
-    y, x = np.mgrid[:height, :width]
-    masks = np.zeros((count, height, width), bool)
-    for n in range(count):
-        for place in range(n % 3 + 1):
-            cy, cx, ry, rx = random.uniform((0.3, 0.3, 0.12, 0.12), (0.7, 0.7, 0.3, 0.3))
-            cx -= 0.4 * (place == 0)
-            masks[n] |= ((y / height - cy) / ry) ** 2 + ((x / width - cx) / rx) ** 2 <= 1
-    return masks
-
-
-def synthetic(
-    records: int = 5,
-    explanations: int = 6,
-    size: int = 96,
-    map_size: int = 48,
-    pictures: int = 4,
-    classes: int = 7,
-) -> History:
-    maps = bumps(records * explanations, map_size, map_size)
-    # Not all are annotated, and not all are judged; controls are measured now and then.
-    pairs = list({(k % pictures, k % classes): None for k in range(explanations)})[:-1]
-    masks = dict(zip(pairs, ellipses(len(pairs), size, size), strict=True))
-    controls = {
-        1: {
-            "random map": {"overall_auc": 0.01, "deletion_auc": 0.3},
-            "centre gaussian": {"overall_auc": 0.15},
-        },
-        3: {"random map": {"overall_auc": 0.07, "deletion_auc": 0.3}},
-    }
-    made = []
-    for r in range(records):
-        blank = [(r == 0 and k % 3 == 0) or (k == 4 and r == 2) for k in range(explanations)]
-        first = r * explanations
-        for k, nothing in enumerate(blank):
-            if nothing:
-                maps[first + k] = 0
-        made.append(
-            Record(
-                step=r * 40,
-                epoch=r,
-                title="before training" if r == 0 else f"epoch {r} · step {r * 40}",
-                values={
-                    "deletion_auc": 0.31 / (r + 1),
-                    "insertion_auc": 0.2 + 0.6 * (1 - math.exp(-r / 2)),
-                    "overall_auc": math.nan if r == 0 else 0.1 + r / 10,
-                    "pointing_game": r / (records + 1),
-                    "drift": math.nan if r == 0 else 0.5 / r,
-                    "blank_maps": float(sum(blank)),
-                    "seconds": 12.345 + r,
-                },
-                images=[k % pictures for k in range(explanations)],
-                targets=[k % classes for k in range(explanations)],
-                scores=[
-                    (k + 1) / (explanations + 1) * (r + 1) / records for k in range(explanations)
-                ],
-                blank=blank,
-                drift=[None if r == 0 else 0.051 * k / r for k in range(explanations)],
-                deletion_auc=[
-                    None if k == 1 else 0.6 / (k + r + 1)
-                    for k in range(explanations if r != 3 else 0)
-                ],
-                insertion_auc=[
-                    None if k == 1 else 0.9 - 0.5 / (k + r / 2 + 1)
-                    for k in range(explanations if r != 3 else 0)
-                ],
-                controls=controls.get(r, {}),
-                first=first,
-            )
-        )
-    return History(
-        configuration={"method": "SIGCAM(iterations=20)", "every_n_epochs": "1", "note": QUOTES},
-        class_names={
-            0: NASTY,
-            1: "circle",
-            2: "a crescent with a rather long class name",
-            3: "star",
-        },
-        images=photos(pictures, size, size),
-        masks=masks,
-        maps=maps,
-        records=made,
-    )
-
-
-def overall(record: Record, k: int) -> float | None:
-    """Return what the page has to say of one explanation's AUCs."""
-    if not record.insertion_auc or not record.deletion_auc:
-        return None
-    insertion, deletion = record.insertion_auc[k], record.deletion_auc[k]
-    return None if insertion is None or deletion is None else insertion - deletion
-
-
-class Scripts(HTMLParser):
-    """The scripts of a page, and the names of all its elements and attributes."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
-        self.links: list[str] = []
-        self._open: dict[str, str | None] | None = None
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
-        if tag == "script":
-            self._open = dict(attrs)
-            self.scripts.append((self._open, ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "script":
-            self._open = None
-
-    def handle_data(self, data: str) -> None:
-        if self._open is not None:
-            self.scripts[-1] = (self._open, self.scripts[-1][1] + data)
-
-
-def decoded(html: str) -> dict[str, Any]:
-    """Return what the page is about, with its records."""
-    scripts = Scripts(html).scripts
-    kinds = [attributes.get("type") for attributes, _ in scripts]
-    assert kinds == [None] + ["application/json"] * (len(scripts) - 1)
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    about, *records = (json.loads(text, parse_constant=refuse) for _, text in scripts[1:])
-    data: dict[str, Any] = about | {"records": records}
-    return data
-
-
-def image(url: str) -> npt.NDArray[np.uint8]:
-    content = base64.b64decode(url.partition("base64,")[2])
-    return np.asarray(Image.open(io.BytesIO(content)))
-
-
-def maps_of(data: dict[str, Any], r: int) -> npt.NDArray[np.uint8]:
-    """Cut a record's maps out of its sheet, the long way round."""
-    height, width = data["records"][0]["map_size"]
-    record = data["records"][r]
-    sheet = image(record["sheet"])
-    places = [divmod(k, record["columns"]) for k in range(len(record["images"]))]
-    return np.stack(
-        [sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] for y, x in places]
-    )
+from lightning_aop.history.store import History, Record
 
 
 def test_page_holds_the_same_numbers() -> None:
@@ -210,7 +40,8 @@ def test_page_holds_the_same_numbers() -> None:
         got = data["records"][r]
         for name in (
             *("step", "epoch", "title", "images", "targets", "scores", "blank", "drift"),
-            *("deletion_auc", "insertion_auc", "controls"),
+            *("deletion_auc", "insertion_auc", "controls", "predicted", "verdicts", "peaks"),
+            *("predicted_scores", "deletion", "insertion", "energy", "hits", "away", "time"),
         ):
             assert got[name] == getattr(record, name)
         assert got["values"] == {
@@ -222,7 +53,9 @@ def test_page_holds_the_same_numbers() -> None:
         assert url.startswith("data:image/jpeg;base64,")
         assert abs(image(url).astype(float) - picture).mean() < 4
     assert not any(record["lossy"] for record in data["records"])
-    masks = {(picture, target): image(url) for picture, target, url in data["masks"]}
+    masks = {(picture, target): image(url) for picture, target, url, _ in data["masks"]}
+    areas = [area for *_, area in data["masks"]]
+    assert areas == [mask.mean() for mask in history.masks.values()]
     assert masks.keys() == history.masks.keys()
     assert all((mask == history.masks[pair]).all() for pair, mask in masks.items())
 
@@ -231,8 +64,11 @@ def test_maps_keep_their_places_where_records_differ_in_length() -> None:
     whole = synthetic(records=3, explanations=6)
     records, first = [], 0
     for record, count in zip(whole.records, (6, 0, 3), strict=True):
-        lists = ("images", "targets", "scores", "blank", "drift", "deletion_auc", "insertion_auc")
-        kept = {name: getattr(record, name)[:count] for name in lists}
+        kept = {
+            each.name: getattr(record, each.name)[:count]
+            for each in fields(Record)
+            if isinstance(getattr(record, each.name), list)
+        }
         records.append(replace(record, **kept, first=first))
         first += count
     history = History(whole.configuration, {}, whole.images, {}, bumps(9, 30, 44, seed=5), records)
@@ -284,21 +120,6 @@ def test_page_stays_small(noise: int) -> None:
     difference = maps_of(data, -1).astype(float) - history.maps[record.first : record.first + 16]
     assert abs(difference).mean() < 8 if noise else (difference == 0).all()
     assert any(record["lossy"] for record in data["records"]) == bool(noise)
-
-
-def save(history: History, folder: Path) -> None:
-    """Store a history as the monitor does, record after record."""
-    pictures = torch.from_numpy(history.images).permute(0, 3, 1, 2)
-    writer = HistoryWriter(
-        folder,
-        pictures,
-        configuration=history.configuration,
-        class_names=history.class_names,
-        masks={pair: torch.from_numpy(mask) for pair, mask in history.masks.items()},
-    )
-    for record in history.records:
-        maps = np.ascontiguousarray(history.maps[record.first : record.end])
-        writer.add(record, torch.from_numpy(maps))
 
 
 def test_report_is_written_beside_the_explanations(tmp_path: Path) -> None:
@@ -359,130 +180,6 @@ def test_the_command_says_what_is_wrong(
 
 
 # ---- in a browser -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--hide-scrollbars",
-        "--force-color-profile=srgb",
-        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
-
-
-class Page:
-    """A page that is open in the browser."""
-
-    def __init__(self, chrome: Any, history: History, folder: Path, width: int = 1400) -> None:
-        self.chrome = chrome
-        path = folder / "report.html"
-        path.write_text(page(history), encoding="utf-8")
-        self.data = decoded(path.read_text(encoding="utf-8"))
-        self.narrow(width)
-        chrome.get(path.as_uri())
-        self.settle()
-
-    def narrow(self, width: int, height: int = 1000) -> None:
-        """Set the width of the page; a window itself can't be as narrow as a telephone's."""
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-    def js(self, script: str, *arguments: Any) -> Any:
-        return self.chrome.execute_script(script, *arguments)
-
-    def settle(self) -> None:
-        """Wait until what is shown has been drawn."""
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        ready = "return !!document.body.dataset.drawn && document.body.dataset.filmed !== ''"
-        WebDriverWait(self.chrome, 20).until(lambda _: self.js(ready))
-
-    def press(self, *keys: str) -> None:
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        ActionChains(self.chrome).send_keys(*keys).perform()
-        self.settle()
-
-    def click(self, selector: str) -> None:
-        self.chrome.find_element("css selector", selector).click()
-        self.settle()
-
-    def captions(self) -> list[str]:
-        script = "return [...document.querySelectorAll('#grid figcaption')].map(c => c.innerText)"
-        return [" ".join(caption.split()) for caption in self.js(script)]
-
-    def pixels(self, selector: str) -> npt.NDArray[np.uint8]:
-        script = """
-            const canvas = document.querySelector(arguments[0]);
-            const {width: w, height: h} = canvas;
-            return [w, h, [...canvas.getContext("2d").getImageData(0, 0, w, h).data]];"""
-        width, height, values = self.js(script, selector)
-        return np.array(values, np.uint8).reshape(height, width, 4)[..., :3]
-
-    def assert_shows(self, history: History, r: int) -> None:
-        """Read back what the page says of one record."""
-        record = history.records[r]
-        assert self.js("return document.body.dataset.record") == str(r)
-        assert self.js("return document.getElementById('title').textContent") == record.title
-        expected = []
-        for k, target in enumerate(record.targets):
-            drift = record.drift[k]
-            text = history.class_names.get(target, f"class {target}")
-            text += f" score {record.scores[k]:.3f}"
-            text += f" drift {NONE if drift is None else format(drift, '.3f')}"
-            auc = overall(record, k)
-            expected.append(text if auc is None else f"{text} AUC {auc:.3f}")
-        assert self.captions() == expected
-        labels = self.js(
-            "return [...document.querySelectorAll('#grid figure')]"
-            ".map(f => f.querySelector('.blank')?.textContent ?? null)"
-        )
-        assert labels == ["blank" if blank else None for blank in record.blank]
-        count = self.js("return document.getElementById('blank-count').textContent")
-        assert count == f"{sum(record.blank)} of {len(record.blank)} maps blank"
-        shown = self.js(
-            "return Object.fromEntries([...document.querySelectorAll('#curves .curve')]"
-            ".map(c => [c.dataset.metric, c.dataset.value]))"
-        )
-        assert {name: float(value) for name, value in shown.items() if value} == {
-            name: value for name, value in record.values.items() if not math.isnan(value)
-        }
-
-    def assert_sound(self) -> None:
-        """Ask for errors, alerts, requests and overflow."""
-        assert self.chrome.get_log("browser") == []
-        assert self.js("return document.body.dataset.error ?? null") is None
-        assert (
-            self.js(
-                "return performance.getEntriesByType('resource').map(e => e.name)"
-                ".filter(n => !n.startsWith('data:'))"
-            )
-            == []
-        )
-        width, inner = self.js("return [document.documentElement.scrollWidth, innerWidth]")
-        assert width <= inner
 
 
 def blend(
@@ -627,7 +324,11 @@ def test_a_picture_opens_its_history(browser: Any, tmp_path: Path) -> None:
         ".map(c => [c.dataset.metric, c.querySelectorAll('circle').length, +c.dataset.value])"
     )
     auc = overall(history.records[4], 3)
-    assert shown.js(charts) == [["score", 4, history.records[4].scores[3]], ["auc", 3, auc]]
+    assert shown.js(charts) == [
+        ["score", 4, history.records[4].scores[3]],
+        ["auc", 3, auc],
+        ["energy", 3, history.records[4].energy[3]],
+    ]
     shown.click("#film figure[data-record='1'] button")
     shown.assert_shows(history, 1)
     assert (
@@ -640,7 +341,7 @@ def test_a_picture_opens_its_history(browser: Any, tmp_path: Path) -> None:
         == shown.pixels("#grid figure[data-index='3'] canvas")
     ).all()
     shown.click("#grid figure[data-index='1'] button")  # which was never judged
-    assert [name for name, *_ in shown.js(charts)] == ["score"]
+    assert [name for name, *_ in shown.js(charts)] == ["score", "energy"]
     shown.click("#detail-close")
     assert not browser.find_element("id", "detail").is_displayed()
     shown.assert_sound()
@@ -669,7 +370,9 @@ def test_curves_go_to_the_record(browser: Any, tmp_path: Path) -> None:
     texts = shown.js(
         f"return [...document.querySelectorAll('{curve} text')].map(t => t.textContent)"
     )
-    assert {"random map", "centre gaussian", "0.010", "0.500", "0", "160"} <= set(texts)
+    assert {"random map", "centre gaussian", "0", "0.5", "1.0", "160", "optimizer steps"} <= set(
+        texts
+    )
     # NaN is a gap, not a point.
     points = shown.js(f"return document.querySelectorAll('{curve} circle').length")
     assert points == 4
@@ -788,7 +491,9 @@ def test_trends_are_means_of_the_classes(browser: Any, tmp_path: Path) -> None:
 
     history = synthetic(explanations=16, classes=6)
     shown = Page(browser, history, tmp_path)
-    scales: dict[str, list[tuple[float, float]]] = {"score": [], "AUC": [], "drift": []}
+    scales: dict[str, list[tuple[float, float]]] = {
+        name: [] for name in ("score", "AUC", "on object", "drift")
+    }
     across: dict[int, set[float]] = {}
     empty = 0
     for r in (4, 3, 2, 1, 0):
@@ -800,6 +505,7 @@ def test_trends_are_means_of_the_classes(browser: Any, tmp_path: Path) -> None:
             expected = {
                 "score": [record.scores[k] for k in places],
                 "AUC": [overall(record, k) for k in plain],
+                "on object": [record.energy[k] for k in plain],
                 "drift": [record.drift[k] for k in plain],
             }
             name = history.class_names.get(int(target), f"class {target}")
@@ -812,7 +518,7 @@ def test_trends_are_means_of_the_classes(browser: Any, tmp_path: Path) -> None:
                     empty += 1
                     continue
                 mean = math.fsum(known) / len(known)
-                assert float(text) == pytest.approx(mean, abs=0.00051)
+                assert float(text) == pytest.approx(mean, abs=0.0051)
                 assert on
                 scales[column].append((mean, y))
                 across.setdefault(r, set()).add(x)
@@ -853,7 +559,7 @@ def test_many_classes_are_folded_and_stay_narrow(browser: Any, tmp_path: Path) -
 def test_records_may_know_neither_aucs_nor_controls(browser: Any, tmp_path: Path) -> None:
     history = synthetic()
     plain = [
-        replace(record, deletion_auc=[], insertion_auc=[], controls={})
+        replace(record, deletion_auc=[], insertion_auc=[], deletion=[], insertion=[], controls={})
         for record in history.records
     ]
     shown = Page(browser, replace(history, records=plain), tmp_path)
@@ -863,10 +569,10 @@ def test_records_may_know_neither_aucs_nor_controls(browser: Any, tmp_path: Path
     heads = shown.js(
         "return [...document.querySelectorAll('.classes td')].map(c => c.dataset.label)"
     )
-    assert set(heads) == {"score", "drift"}
+    assert set(heads) == {"score", "on object", "drift"}
     path = tmp_path / "less.html"
     text = page(history)
-    for name in ("deletion_auc", "insertion_auc"):
+    for name in ("deletion_auc", "insertion_auc", "deletion", "insertion"):
         text = text.replace(f'"{name}":[', '"unknown":[')
     path.write_text(text.replace('"controls":', '"unknown":'), encoding="utf-8")
     browser.get(path.as_uri())

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,54 @@ def test_the_monitor_stores_what_it_logs(tmp_path: Path) -> None:
         assert shown == pytest.approx({n: v for n, v in values.items() if n in shown})
         lines = {f"explain/overall_auc_{name}" for name in ("random_map", "centre_gaussian")}
         assert shown.keys() | lines == {name for name in values if name.startswith("explain/")}
+
+
+def test_what_is_stored_of_each_map_is_that_of_its_pixels(tmp_path: Path) -> None:
+    """The curves, where it is hottest, and how that and its heat lie to the object."""
+    size = 24
+
+    class Masked(Data):
+        def input_masks(self, index: int, classes: list[int]) -> Tensor:
+            mask = torch.zeros(len(classes), size, size, dtype=torch.bool)
+            mask[:, 3 + index : 12, 5:15] = index != 2  # the third has no object
+            return mask
+
+    maps = torch.rand(3, size, size, generator=torch.Generator().manual_seed(1))
+
+    class Given:
+        def explain(self, model: Any, images: Tensor, targets: Tensor) -> Tensor:
+            return maps.clone()
+
+    data = Masked(torch.rand(3, 3, size, size), torch.arange(3))
+    before = time.time()
+    fit(tmp_path, epochs=1, monitor={"method": Given(), "probe": data})
+    found = History.load(tmp_path / "explanations")
+    assert found.epochs == 1
+    assert found.finished
+    assert found.configuration["data"] == "Masked"
+    record = found.records[-1]
+    assert record.time is not None
+    assert before - 1 <= record.time <= time.time() + 1
+    for n in range(3):
+        for curve, area in (
+            (record.deletion, record.deletion_auc),
+            (record.insertion, record.insertion_auc),
+        ):
+            points = curve[n]
+            assert points is not None
+            assert area[n] == pytest.approx(np.trapezoid(points) / (len(points) - 1), abs=1e-4)
+        values = maps[n].numpy().astype(float)
+        y, x = np.unravel_index(values.argmax(), values.shape)
+        assert record.peaks[n] == pytest.approx([(y + 0.5) / size, (x + 0.5) / size], abs=1e-4)
+        mask = np.zeros((size, size), bool)
+        mask[3 + n : 12, 5:15] = n != 2
+        if not mask.any():
+            assert record.energy[n] is record.hits[n] is record.away[n] is None
+            continue
+        assert record.energy[n] == pytest.approx(values[mask].sum() / values.sum())
+        assert record.hits[n] == mask[y, x]
+        rows, columns = np.nonzero(mask)
+        assert record.away[n] == pytest.approx(np.hypot(rows - y, columns - x).min() / size)
 
 
 def test_the_configuration_names_functions(tmp_path: Path) -> None:
