@@ -122,6 +122,21 @@ def test_page_stays_small(noise: int) -> None:
     assert any(record["lossy"] for record in data["records"]) == bool(noise)
 
 
+def test_many_large_images_are_shown_smaller(tmp_path: Path) -> None:
+    history = synthetic(records=1, explanations=8, pictures=8, size=1024, map_size=14)
+    random = np.random.default_rng(0)
+    history.images[:] = random.integers(0, 256, history.images.shape, np.uint8)
+    data = decoded(page(history))
+    assert data["image_size"] == [1024, 1024]
+    assert data["picture_size"] == [512, 512]
+    for url, picture in zip(data["images"], history.images, strict=True):
+        small = picture.reshape(512, 2, 512, 2, 3).mean((1, 3))
+        assert abs(image(url) - small).mean() < 16
+    for number, target, url, _ in data["masks"]:
+        small = history.masks[number, target].reshape(512, 2, 512, 2).mean((1, 3))
+        assert abs(image(url) - small).mean() < 0.01
+
+
 def test_report_is_written_beside_the_explanations(tmp_path: Path) -> None:
     history = synthetic()
     save(history, tmp_path)

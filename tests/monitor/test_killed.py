@@ -37,7 +37,7 @@ def test_sigkill_at_any_moment(runs: Path) -> None:
         f"epoch{n}.json" for n in range(3)
     ]
     pictures = [name for name in names if name.endswith(".png")]
-    assert len([name for name in pictures if "heatmaps" in name]) == 4  # one before training
+    assert len([name for name in pictures if "heatmaps/" in name]) == 4  # one before training
     assert len([name for name in pictures if "change" in name]) == 3
     assert "explain/overall_auc" in seen["whole"]["epoch2.json"]
     assert [record["title"] for record in seen["whole"]["records"]] == [

@@ -137,7 +137,7 @@ def seen(out: Path) -> dict[str, Any]:
     history = History.load(state["folder"])
     for record in history.records:
         del record.values["seconds"], record.values["overhead"]
-    found["records"] = [asdict(record) for record in history.records]
+    found["records"] = [asdict(record) | {"time": None} for record in history.records]
     found["maps"] = hashlib.sha256(history.maps.tobytes()).hexdigest()
     return found
 

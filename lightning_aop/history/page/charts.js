@@ -137,7 +137,7 @@ const chart = (name, heading, hint, values, lines, go, { band = [], share = true
   });
   clickable(svg, X, go);
   const value = make("span", { class: "value" });
-  const table = make("details", { class: "values" }, make("summary", {}, `Table of ${heading.toLowerCase()}`));
+  const table = make("details", { class: "values" }, make("summary", {}, `Table: ${heading}`));
   table.addEventListener("toggle", () => {
     if (!table.open || table.children.length > 1) return;
     const ranged = spans.length > 0;

@@ -10,7 +10,7 @@ if (asked && parent !== window) {
 }
 
 // ---- words ------------------------------------------------------------------------------------------
-const SHORT = { right: "right", wrong: "wrong", missed: "missed", "false positive": "false positive", absent: "absent" };
+const VERDICTS = ["right", "wrong", "missed", "false positive", "absent"];
 const when = (r) => {
   const { epoch, step, title } = records[r];
   if (step === 0) return "before training";
@@ -41,7 +41,7 @@ const fact = (label, value, title) => {
   if (title) node.title = title;
   return node;
 };
-const badge = (verdict) => make("span", { class: "verdict", "data-verdict": verdict }, `${isWrong(verdict) ? "✗" : "✓"} ${SHORT[verdict]}`);
+const badge = (verdict) => make("span", { class: "verdict", "data-verdict": verdict }, `${isWrong(verdict) ? "✗" : "✓"} ${verdict}`);
 // What the model says instead, where it is wrong.
 const said = (record, k) => {
   const predicted = record.predicted?.[k], score = record.predicted_scores?.[k];
@@ -132,7 +132,7 @@ const card = (r, k, { label, click, film = false, why = [], against = null }) =>
 const FILTERS = {
   "": ["all", () => true],
   "not right": ["not right", (record, k) => isWrong(record.verdicts?.[k])],
-  ...Object.fromEntries(Object.keys(SHORT).map((word) => [word, [word, (record, k) => record.verdicts?.[k] === word]])),
+  ...Object.fromEntries(VERDICTS.map((word) => [word, [word, (record, k) => record.verdicts?.[k] === word]])),
   blank: ["blank", (record, k) => record.blank[k]],
   off: ["heat off the object", isOff],
 };
@@ -711,8 +711,6 @@ document.addEventListener("keydown", (event) => {
   stop();
   go(to);
 });
-// On paper all that is folded is open, and the colours are those of day.
-addEventListener("beforeprint", () => { if (records.length) refresh(false); });
 body.dataset.mode = state.mode;
 body.dataset.playing = "false";
 build();
