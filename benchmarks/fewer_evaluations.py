@@ -87,7 +87,8 @@ def points(columns: list[Column], reference: str, part: slice) -> list[Point]:
 def _told(value: Interval | None, sign: str = "") -> str:
     if value is None:
         return ""
-    return f"{value.mean:{sign}.1f} [{value.low:{sign}.1f}, {value.high:{sign}.1f}]"
+    told = f"{value.mean:{sign}.1f} [{value.low:{sign}.1f}, {value.high:{sign}.1f}]"
+    return told.replace("-", "\N{MINUS SIGN}")
 
 
 def markdown(found: list[Point], reference: str) -> str:
@@ -145,7 +146,18 @@ def _panel(axis: Axes, found: list[Point]) -> None:
         axis.plot(place, centre, "o", color=colour, ms=5.5, zorder=3)
         if ours:
             line.append((place, centre))
-        names.append((place, centre, point.method, colour))
+            # Along the line, below it and above it in turns.
+            axis.annotate(
+                point.method,
+                (place, centre),
+                (0, -13 if len(line) % 2 else 7),
+                textcoords="offset points",
+                color=colour,
+                fontsize=7.5,
+                ha="center",
+            )
+        else:
+            names.append((place, centre, point.method, colour))
     if line:
         axis.plot(*zip(*line, strict=True), color=OURS, lw=1.6, zorder=2)
     axis.set_xscale("log")
