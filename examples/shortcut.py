@@ -8,8 +8,9 @@ alike. Its images are noisy, and it leaves a small tag in a corner of 95 % of th
 class, the crosses. The tag is easier to see than the shape. Validation accuracy stays high, as the
 validation images have tags, too. What falls is `explain/energy_in_mask`, the share of the heat on the
 object: the maps follow the model into the corner, and deletion and insertion say that they are right.
-The proof is the column *tagged others*: discs and squares that get a tag are taken for crosses. The
-report says so before anything else: which corner is hottest, in how many images, and since when.
+The proof is the column *tagged others*: discs and squares that get a tag are taken for crosses, and
+`explain/failures` shows them as the worst of the validation. The report says so before anything else:
+which corner is hottest, in how many images, and since when.
 """
 
 from collections.abc import Sequence
@@ -129,7 +130,10 @@ def main(
     data, diary = Cameras(tags, joins, pictures, noise, seed), Diary()
     trainer = pl.Trainer(
         max_epochs=epochs,
-        callbacks=[ExplanationMonitor(probe=data.probe, class_names=Shapes.classes), diary],
+        callbacks=[
+            ExplanationMonitor(probe=data.probe, class_names=Shapes.classes, failures=8),
+            diary,
+        ],
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
         default_root_dir=output,

@@ -1,5 +1,6 @@
 """The names that `import lightning_aop` offers, each from where it is defined."""
 
+from lightning_aop.data.augment import RandomPatchBlur
 from lightning_aop.methods.aop import AOP, Blank, fast_sigcam, sigcam
 from lightning_aop.methods.cam import (
     CAM,
@@ -47,6 +48,7 @@ __all__ = [
     "LayerCAM",
     "Perturbation",
     "RandomMap",
+    "RandomPatchBlur",
     "RankedMask",
     "RegionalMultiscale",
     "SaliencyMethod",

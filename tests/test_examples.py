@@ -146,6 +146,9 @@ def shortcut(folder: Path) -> None:
     # How far it falls in so short a run hangs on the machine's rounding (0.70 to 0.89 of it for four
     # seeds on one); the slow test holds whole runs against runs without a tag.
     assert energy[5] < energy[3]
+    worst = history_in(folder).failures[-1].samples
+    tagged = [sample for sample in worst if sample["loader"] == 1]
+    assert len(tagged) >= 6, "the samples that break the shortcut are among the worst"
 
 
 def segmentation(folder: Path) -> None:

@@ -829,7 +829,7 @@ def test_no_logger_at_all(tmp_path: Path) -> None:
         ({"every_n_epochs": 1, "every_n_train_steps": 5}, "exclude each other: set one"),
         ({"every_n_epochs": -1}, "must not be negative"),
         ({"probe": 0}, "probe=0 must be at least 1"),
-        ({"targets": "labels"}, "targets='labels' must be 'label', 'predicted' or"),
+        ({"targets": "labels"}, "targets='labels' must be 'label', 'predicted', 'confused' or"),
         ({"method": GradCAM(), "target_layer": "x"}, "name the layer in the method given"),
         ({"max_classes_per_image": 0}, "max_classes_per_image=0 must be at least 1"),
     ],
