@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import SmallNet, snapshot
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_monitor import Classifier, Pictures, Watch, loaders, pictures_in, trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -444,8 +445,6 @@ def test_graphs_are_wanted_or_not(tmp_path: Path, unchecked: None) -> None:
 
 @pytest.mark.parametrize("share", [0, -0.1])
 def test_a_budget_of_nothing_is_refused(share: float, tmp_path: Path) -> None:
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
-
     run = trainer(tmp_path, ExplanationMonitor(max_overhead=share))
     with pytest.raises(MisconfigurationException, match=r"max_overhead=.* must be above 0"):
         run.fit(Classifier(), *loaders())
