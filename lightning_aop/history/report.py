@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.files import write_whole
+from lightning_aop.history.failures import FailureRecord
 from lightning_aop.history.store import History, Record
 from lightning_aop.view.heat import BRIGHTNESS, EXPONENT, SATURATION
 
@@ -110,6 +111,17 @@ def add_to_report(folder: str | Path, record: Record, maps: Bytes) -> None:
         file.write(line)
 
 
+def add_failures_to_report(folder: str | Path, record: FailureRecord) -> None:
+    """Add the worst samples of a validation to the page of `write_report`.
+
+    Raises:
+        OSError: there is no page, or it cannot be written.
+    """
+    with (Path(folder) / "report.html").open("r+b") as file:
+        file.seek(0, io.SEEK_END)
+        file.write(_script("failures", asdict(record)).encode())
+
+
 def end_report(folder: str | Path) -> None:
     """Let the page say that the run has ended, as `write_report` does for one that has.
 
@@ -189,6 +201,7 @@ def page(
         _template(),
         _script("data", data, "id"),
         *(_script("other", other) for other in beside),
+        *(_script("failures", asdict(failed)) for failed in history.failures),
     ]
     room = [sum(map(len, head)), *(len(record.line) for record in kept)]
     if sum(room) > _PAGE_BYTES:

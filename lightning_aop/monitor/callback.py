@@ -345,7 +345,8 @@ class ExplanationMonitor(Callback):
         if monitors[0] is self:  # one layout holds the charts of all
             prefixes = [each._prefix for each in monitors]
             try:
-                lay_out_charts(trainer.loggers if trainer.is_global_zero else [], prefixes)
+                with isolated_rng(device_of(pl_module)):
+                    lay_out_charts(trainer.loggers if trainer.is_global_zero else [], prefixes)
             except Exception as error:
                 self._state.warn(f"no layout of charts. {type(error).__name__}: {error}")
 

@@ -17,7 +17,12 @@ from lightning_aop.files import write_whole
 from lightning_aop.history.animation import write_animation
 from lightning_aop.history.failures import NAME as FAILURES
 from lightning_aop.history.failures import FailureRecord, line_of, lines_of
-from lightning_aop.history.report import add_to_report, end_report, write_report
+from lightning_aop.history.report import (
+    add_failures_to_report,
+    add_to_report,
+    end_report,
+    write_report,
+)
 from lightning_aop.history.store import HistoryWriter, Readable, Record, readable, stored
 from lightning_aop.metrics.pointing import energy_in_mask, pointing_hits
 from lightning_aop.metrics.similarity import rank_correlation
@@ -210,13 +215,18 @@ class RunFolder:
         lines = lines_of(earlier)[:count] if earlier is not None else []
         known = {name for line in lines for name in json.loads(line)["images"]}
         new = {name: url for name, url in record.images.items() if name not in known}
-        line = line_of(replace(record, images=new))
+        record = replace(record, images=new)
+        line = line_of(record)
         if earlier == path and len(lines_of(path)) == count:
             with path.open("ab") as file:
                 file.write(line)
         else:  # of another run, or of what came after the checkpoint
             write_whole(path, b"".join([*lines, line]))
         self._failures = path, len(lines) + 1
+        if self._paged:
+            self._paged = False  # where it fails, the page is written anew
+            add_failures_to_report(self._writer.folder, record)
+            self._paged = True
 
     def finish(self) -> None:
         """Make an animation of the maps, and let the page say that the run has ended.

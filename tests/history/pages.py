@@ -198,7 +198,7 @@ def decoded(html: str) -> dict[str, Any]:
         for attributes, text in scripts[1:]
     ]
     data: dict[str, Any] = found[0][1]
-    parts = {"record": "records", "other": "others", "end": "ends"}
+    parts = {"record": "records", "other": "others", "end": "ends", "failures": "failures"}
     return data | {name: [each for kind, each in found if kind == k] for k, name in parts.items()}
 
 
@@ -266,7 +266,7 @@ class Page:
 
         ready = (
             "const d = document.body.dataset;"
-            "return !!d.drawn && ['filmed', 'cased', 'hidden'].every(name => d[name] !== '')"
+            "return !!d.drawn && ['filmed', 'cased', 'hidden', 'failed'].every(name => d[name] !== '')"
         )
         WebDriverWait(self.chrome, 20).until(lambda _: self.js(ready))
 

@@ -20,7 +20,9 @@ import scipy.stats
 import torch
 from pages import NONE, Page, decoded, overall, save, synthetic, written
 
+from lightning_aop.history.failures import FailureRecord, url_of
 from lightning_aop.history.report import (
+    add_failures_to_report,
     add_to_report,
     end_report,
     page,
@@ -29,6 +31,7 @@ from lightning_aop.history.report import (
 )
 from lightning_aop.history.store import History
 from lightning_aop.metrics.functional import BLUR, saliency_ranks
+from lightning_aop.view.heat import overlay
 
 IMAGES = 8
 
@@ -733,6 +736,58 @@ def served(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
+def failed(history: History) -> list[FailureRecord]:
+    """Return failures at the second and the third time, of which the first went in between."""
+    first, second = (np.ascontiguousarray(picture[::-1]) for picture in history.images[:2])
+    maps = [url_of(each) for each in history.maps[:3]]
+    titles = [record.title for record in history.records]
+    sample = {"loader": 0, "index": 5, "why": "highest loss", "loss": 2.31, "predicted": 2}
+    gone = sample | {"id": "a", "labels": [1], "entered": titles[1]}
+    gone |= {"targets": [1], "scores": [0.1], "maps": maps[:1]}
+    here = sample | {"id": "b", "labels": [0], "entered": titles[2]}
+    here |= {"targets": [0, 2], "scores": [0.05, 0.9], "maps": maps[1:]}
+    left = [{"id": "a", "entered": titles[1], "left": titles[2]}]
+    return [
+        FailureRecord(40, 0, titles[1], [gone], images={"a": url_of(first)}),
+        FailureRecord(80, 1, titles[2], [here], left, images={"b": url_of(second)}),
+    ]
+
+
+def test_the_worst_samples_have_a_section_of_their_own(browser: Any, tmp_path: Path) -> None:
+    history = run(records=3)
+    history = replace(history, failures=failed(history), class_names={0: "disc", 2: "cross"})
+    shown = Page(browser, history, tmp_path)
+    words = "return document.getElementById('failures').innerText"
+    text = " ".join(shown.js(words).split())
+    assert "of the validation at epoch 1 · step 80; no part of the numbers" in text
+    assert "disc label score 0.05 loss 2.31 new highest loss" in text
+    assert "cross said instead score 0.90 loss 2.31 new highest loss" in text
+    assert "No longer among them: 1 that came at epoch 0 · step 40." in text
+    # What is drawn is the overlay of every other picture of the package.
+    shown.js(
+        "const o = document.getElementById('opacity'); o.value = 1; o.dispatchEvent(new Event('input'))"
+    )
+    shown.settle()
+    drawn = shown.pixels("#failures-grid figure[data-target='2'] canvas").astype(float)
+    side = drawn.shape[0]
+    picture = torch.from_numpy(history.images[1][::-1].copy()).permute(2, 0, 1)[None] / 255
+    heat = torch.from_numpy(history.maps[2])[None] / 255
+    picture = torch.nn.functional.interpolate(picture, (side, side), mode="nearest")
+    heat = torch.nn.functional.interpolate(heat[None], (side, side), mode="bilinear")[0]
+    expected = 255 * overlay(picture, heat)[0].permute(1, 2, 0).numpy()
+    assert np.abs(drawn - expected).mean() < 2
+    shown.click("#previous")
+    text = " ".join(shown.js(words).split())
+    assert "class 1 label score 0.10 loss 2.31 new highest loss" in text
+    assert "No longer" not in text
+    shown.click("#previous")
+    assert "No failure was followed at this time." in shown.js(words)
+    shown.assert_sound()
+    without = Page(browser, run(records=3), tmp_path)
+    assert not browser.find_element("id", "failures").is_displayed()
+    without.assert_sound()
+
+
 @pytest.mark.parametrize("how", ["file", "http"])
 def test_a_page_that_is_open_gets_what_is_new(
     how: str, served: str, browser: Any, tmp_path: Path
@@ -753,9 +808,13 @@ def test_a_page_that_is_open_gets_what_is_new(
     wait = WebDriverWait(browser, 20)
     for record in history.records[2:]:
         add_to_report(tmp_path, record, history.maps[record.first : record.end])
+    for failures in failed(history):
+        add_failures_to_report(tmp_path, failures)
     wait.until(lambda _: shown.js("return document.body.dataset.records") == "4")
     shown.settle()
     assert shown.js("return document.body.dataset.record") == "3"  # it was at the newest
+    failing = "return document.querySelectorAll('#failures-grid figure').length"
+    wait.until(lambda _: shown.js(failing) == 2)
     assert shown.js(live).startswith("Training: 3 of 20 epochs explained. Looked for more at")
     assert (
         shown.js("return document.querySelectorAll('#curves [data-metric=drift] circle').length")

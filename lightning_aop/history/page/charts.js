@@ -7,16 +7,21 @@ const draw = (tag, attributes = {}, text = "") => {
 };
 const known = {
   overall_auc: ["Overall AUC", "Higher is better; a map that does not depend on the model gets about 0"],
+  overall_auc_normalised: ["Overall AUC, normalised", "Relative to the scores of the image and of its blur: being sure alone does not raise it"],
   energy_in_mask: ["Energy in mask", "Share of the heat on the object; higher is better"],
   pointing_game: ["Pointing game", "Hottest pixel on the object; higher is better"],
-  drift: ["Drift", "How much maps changed since the time before"],
+  grid_pointing: ["Grid pointing", "Heat on the right one of four images; chance is 0.25"],
+  drift: ["Drift", "How much maps changed since the time before; two seeds differ by as much at the same weights"],
   insertion_auc: ["Insertion AUC", "Higher is better"],
   deletion_auc: ["Deletion AUC", "Lower is better"],
   blank_maps: ["Blank maps", "Maps that show nothing, or NaN"],
+  overall_auc_undefined: ["Without a normalised AUC", "Images that score no more than their blur"],
   seconds: ["Seconds", "What explaining took"],
   overhead: ["Overhead", "Share of the training time"],
   skipped: ["Skipped", "Explanations left out since the last"],
 };
+// What counts images or maps; where it stays 0 it is for who asks.
+const counts = ["blank_maps", "overall_auc_undefined"];
 const costs = ["seconds", "overhead", "skipped"];
 // The values of which a chart shows the mean, for its interval.
 const behind = {

@@ -1,11 +1,12 @@
 // ---- another copy of this page asks for what is new -----------------------------------------------
 const finished = () => elements("end").length > 0;
-const asked = /^\?since=(\d+)$/.exec(location.search);
+const asked = /^\?since=(\d+)(?:,(\d+))?$/.exec(location.search);
 if (asked && parent !== window) {
   const texts = elements("record").map((element) => element.textContent).filter((text) => parsed(text).length);
   // Not to a stranger's page that has this one in a frame; files have no origin, and no strangers.
   const to = location.protocol === "file:" ? "*" : location.origin;
-  parent.postMessage({ count: texts.length, fresh: texts.slice(Number(asked[1])), finished: finished() }, to);
+  const fell = elements("failures").map((element) => element.textContent).slice(Number(asked[2] ?? 0));
+  parent.postMessage({ count: texts.length, fresh: texts.slice(Number(asked[1])), fell, finished: finished() }, to);
   return;
 }
 
@@ -155,8 +156,8 @@ const chosen = (record) => {
 };
 
 // ---- what is shown ----------------------------------------------------------------------------------
-const turn = { grid: 0, film: 0, cases: 0, hide: 0 };
-const flags = { grid: "drawn", film: "filmed", cases: "cased", hide: "hidden" };
+const turn = { grid: 0, film: 0, cases: 0, hide: 0, failures: 0 };
+const flags = { grid: "drawn", film: "filmed", cases: "cased", hide: "hidden", failures: "failed" };
 // Pixels are made first and shown all at once, unless others were asked for meanwhile.
 const show = async (part, jobs, done) => {
   const mine = ++turn[part];
@@ -268,6 +269,37 @@ const hide = () => {
   refreshShare();
 };
 
+// The worst samples of the validation at this time, each once for every class that is explained.
+const worst = () => {
+  const step = records[state.record].step, now = failures.filter((each) => each.step <= step).at(-1);
+  $("failures").hidden = !failures.length;
+  if (!failures.length) return;
+  const samples = now?.samples ?? [], since = (title) => title === now.title ? "new" : `since ${title}`;
+  $("failures-none").hidden = samples.length > 0;
+  $("failures-sub").textContent = now ? `of the validation at ${now.title}; no part of the numbers of this page` : "";
+  const jobs = [], figures = [];
+  for (const sample of samples) {
+    sample.targets.forEach((target, n) => {
+      if (!exists(target) || !sample.maps[n] || !pictured.has(sample.id)) return;
+      const canvas = make("canvas", { width: W, height: H, role: "img", "aria-label": `What speaks for ${className(target)}` });
+      const labelled = sample.labels.includes(target);
+      const caption = make("figcaption", {},
+        make("div", { class: "top" }, make("span", { class: "name", title: className(target) }, className(target)),
+          make("span", { class: "verdict", "data-verdict": labelled ? "missed" : "wrong" }, labelled ? "label" : "said instead")),
+        make("span", { class: "facts" }, fact("score", number(sample.scores[n])), " ", fact("loss", number(sample.loss)), " ", make("span", {}, since(sample.entered))),
+        make("span", { class: "why" }, sample.why));
+      figures.push(make("figure", { "data-failure": sample.id, "data-target": target }, canvas, caption));
+      jobs.push(shownFailure(sample, n).then((made) => () => canvas.getContext("2d").drawImage(made, 0, 0)));
+    });
+  }
+  $("failures-grid").replaceChildren(...figures);
+  const left = now?.left ?? [];
+  $("failures-left").hidden = !left.length;
+  const came = [...new Set(left.map((each) => each.entered))].map((title) => `${left.filter((each) => each.entered === title).length} that came at ${title}`);
+  $("failures-left").textContent = `No longer among them: ${came.join(", ")}.`;
+  show("failures", jobs, state.record);
+};
+
 const refresh = (whole) => {
   const r = state.record, record = records[r], count = record.images.length, against = reference(r);
   body.dataset.record = r;
@@ -324,6 +356,7 @@ const refresh = (whole) => {
   if (refocus) $("grid").querySelector(`[data-index="${refocus[0]}"] .${refocus[1]}`)?.focus({ preventScroll: true });
   updates.forEach((update) => update(r));
   film(whole);
+  worst();
   show("grid", jobs, r);
 };
 const go = (r) => {
@@ -513,22 +546,23 @@ const curves = () => {
   const order = [...Object.keys(known).filter((name) => !costs.includes(name)), ...costs];
   const rank = (name) => order.includes(name) ? order.indexOf(name) : order.length - costs.length - 0.5;
   // A control that is a scalar of its own is a line in the chart of what it controls.
-  const names = all.filter((name) => !controls.some((label) => all.some((other) => name === `${other}_${label.replaceAll(" ", "_")}`)))
+  const names = all.filter((name) => name !== "drift_floor" && !controls.some((label) => all.some((other) => name === `${other}_${label.replaceAll(" ", "_")}`)))
     .sort((a, b) => rank(a) - rank(b));
   $("metrics").hidden = !names.length;
   const made = names.map((name) => {
     const [heading, hint] = own(known, name) ?? [name.replaceAll("_", " ").replace(/^./, (c) => c.toUpperCase()), ""];
     const lines = controls.map((label) => [label, records.map((record) => [record.step, own(own(record.controls ?? {}, label) ?? {}, name) ?? null]), true]);
+    if (name === "drift") lines.push(["two seeds", records.map((record) => [record.step, own(record.values, "drift_floor") ?? null]), true]);
     const others = runs.slice(1).map((run) => [run.title, run.records.map((record) => [record.step, own(record.values, name) ?? null]), false]);
     // Before training there is no training time to have a share of.
     const values = records.map((record) => name === "overhead" && record.step === 0 ? null : own(record.values, name) ?? null);
-    const of = own(behind, name), share = !costs.includes(name) && name !== "blank_maps" && values.every((v) => !exists(v) || Math.abs(v) <= 1);
+    const of = own(behind, name), share = ![...costs, ...counts].includes(name) && values.every((v) => !exists(v) || Math.abs(v) <= 1);
     return chart(name, heading, hint, values, [...lines, ...others].filter(([, points]) => points.some(([, value]) => exists(value))), go,
       { share, band: of ? records.map((record) => estimate(samples(record, of))) : [] });
   });
   $("metrics-sub").textContent = `Against optimizer steps. Click a point to go there.${records.some((record) => samples(record, overallAuc).length) ? " The shaded band is the 95 % interval over the images." : ""}`;
   // What explaining took, and counts that stay 0, are for who asks.
-  const aside = (name) => costs.includes(name) || (name === "blank_maps" && records.every((record) => !own(record.values, name)));
+  const aside = (name) => costs.includes(name) || (counts.includes(name) && records.every((record) => !own(record.values, name)));
   $("curves").replaceChildren(...made.filter((_, i) => !aside(names[i])).map((each) => each.box));
   $("costs-curves").replaceChildren(...made.filter((_, i) => aside(names[i])).map((each) => each.box));
   $("costs").hidden = !names.some(aside);
@@ -628,7 +662,7 @@ const live = () => {
     if (ended || document.hidden) return;
     frame.remove();
     // Not at the same address: a browser shows no page within itself.
-    frame.src = `${location.href.split(/[?#]/)[0]}?since=${records.length}`;
+    frame.src = `${location.href.split(/[?#]/)[0]}?since=${records.length},${failures.length}`;
     body.append(frame);
     waiting = setTimeout(() => { failed++; frame.remove(); tell(); }, Math.max(0.8 * every, 900));
   };
@@ -636,11 +670,14 @@ const live = () => {
     if (event.source !== frame.contentWindow || !frame.isConnected) return;
     clearTimeout(waiting);
     frame.remove();
-    const { count, fresh, finished } = event.data;
+    const { count, fresh, fell, finished } = event.data;
     [answered, failed, ended] = [new Date(), 0, finished];
     if (count < records.length) { location.reload(); return; }  // another run has taken the place of this one
     const more = fresh.flatMap(parsed), newest = state.record === records.length - 1;
-    if (more.length) {
+    const worst = fell.flatMap(parsed);
+    failures.push(...worst);
+    for (const each of worst) for (const [id, url] of Object.entries(each.images)) pictured.set(id, url);
+    if (more.length || worst.length) {
       records.push(...more);
       if (newest) state.record = records.length - 1;
       build();

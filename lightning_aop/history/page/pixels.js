@@ -9,6 +9,9 @@ const parsed = (text) => {
 };
 const elements = (name) => [...document.querySelectorAll(`script.${name}`)];
 const records = elements("record").flatMap((element) => parsed(element.textContent));
+// The worst samples of the validations, and their images.
+const failures = elements("failures").flatMap((element) => parsed(element.textContent));
+const pictured = new Map(failures.flatMap((each) => Object.entries(each.images)));
 // The run of the page, and those that it is compared with.
 const runs = [{ title: data.title, records }, ...elements("other").flatMap((element) => parsed(element.textContent))];
 const $ = (id) => document.getElementById(id);
@@ -58,7 +61,8 @@ const remembered = (make) => {
     return known.get(key);
   };
 };
-const photo = remembered((i) => load(data.images[i]).then((image) => pixels(image, W, H)));
+const drawn = remembered((source) => load(source).then((image) => pixels(image, W, H)));
+const photo = (i) => drawn(data.images[i]);
 const dilated = (bits, radius) => {  // of the canvas's size, by a square
   const wide = new Uint8Array(bits.length), result = new Uint8Array(bits.length);
   for (let y = 0, i = 0; y < H; y++) for (let x = 0; x < W; x++, i++) {
@@ -88,16 +92,17 @@ const outline = remembered((key) => !masks.has(key) ? null : load(masks.get(key)
   context.putImageData(result, 0, 0);
   return canvas;
 }));
+const greyed = (image) => {
+  const w = image.naturalWidth, h = image.naturalHeight, rgba = pixels(image, w, h);
+  const grey = new Uint8Array(rgba.length / 4);
+  for (let i = 0; i < grey.length; i++) grey[i] = rgba[4 * i];
+  return { grey, w, h };
+};
 const sheets = new Map();
 const sheet = (record) => {  // all its maps, decoded; the least recently used are let go
   let found = sheets.get(record);
   sheets.delete(record);
-  found ??= load(record.sheet).then((image) => {
-    const w = image.naturalWidth, rgba = pixels(image, w, image.naturalHeight);
-    const grey = new Uint8Array(rgba.length / 4);
-    for (let i = 0; i < grey.length; i++) grey[i] = rgba[4 * i];
-    return { grey, w };
-  });
+  found ??= load(record.sheet).then(greyed);
   sheets.set(record, found);
   if (sheets.size > 64) sheets.delete(sheets.keys().next().value);
   return found;
@@ -114,9 +119,12 @@ const grids = remembered((size) => {
 // The map of an explanation at the size of the canvas, 0 to 255; null where it is blank or left out.
 const heat = async (record, k) => {
   if (record.blank[k] || !record.sheet) return null;
-  const [mapHeight, mapWidth] = record.map_size, { rows, columns } = grids(record.map_size.join(" "));
+  const [mapHeight, mapWidth] = record.map_size;
   const left = k % record.columns * mapWidth, top = Math.floor(k / record.columns) * mapHeight;
-  const { grey, w } = await sheet(record), result = new Float32Array(W * H);
+  return enlarged(await sheet(record), record.map_size, left, top);
+};
+const enlarged = ({ grey, w }, size, left, top) => {
+  const { rows, columns } = grids(size.join(" ")), result = new Float32Array(W * H);
   for (let y = 0, o = 0; y < H; y++) {
     const [y0, y1, fy] = rows[y];
     const upper = (top + y0) * w + left, lower = (top + y1) * w + left;
@@ -164,18 +172,25 @@ const shown = async (record, k) => {
   const line = state.outlines ? outline(key) : null;
   const picture = await photo(record.images[k]);
   const values = state.mode === "picture" ? null : await heat(record, k);
-  const canvas = coloured(picture, (out) => {
-    if (state.mode === "picture") out.set(picture);
-    else if (!values) striped(out, picture);
-    else {
-      const colours = ofPalette(state.palette);
-      lay(out, picture, values, (value) => colours[Math.round(value)],
-        state.mode === "map" ? () => 1 : (value) => state.opacity * gain[Math.round(value)]);
-    }
-  });
+  const canvas = explained(picture, values);
   const above = await line;
   if (above) canvas.getContext("2d").drawImage(above, 0, 0);
   return canvas;
+};
+const explained = (picture, values) => coloured(picture, (out) => {
+  if (state.mode === "picture") out.set(picture);
+  else if (!values) striped(out, picture);
+  else {
+    const colours = ofPalette(state.palette);
+    lay(out, picture, values, (value) => colours[Math.round(value)],
+      state.mode === "map" ? () => 1 : (value) => state.opacity * gain[Math.round(value)]);
+  }
+});
+// What is shown of a failure: its image, and the map of one of its classes.
+const shownFailure = async (sample, n) => {
+  const [picture, map] = await Promise.all([drawn(pictured.get(sample.id)), load(sample.maps[n]).then(greyed)]);
+  const blank = map.grey.every((value) => value === 0);
+  return explained(picture, blank ? null : enlarged(map, [map.h, map.w], 0, 0));
 };
 // Where one map has more heat than another of the same image, and where less.
 const difference = async (record, k, other, j) => {
