@@ -210,7 +210,7 @@ _active: ContextVar[Passes | None] = ContextVar("_active", default=None)
 def graphs_wanted() -> bool:
     """Tell whether passes may be replayed as CUDA graphs."""
     active = _active.get()
-    return active is None or active.graphs == "auto"
+    return active is not None and active.graphs == "auto"
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -218,7 +218,8 @@ class ExplanationMonitor(Callback):
             meant.
         full_precision: explain in float32 whatever the trainer's precision; by default in the
             trainer's, but for the parts that need more.
-        graphs: "auto" to replay passes as CUDA graphs where that is faster and gives the same, or False.
+        graphs: "auto" to replay passes as CUDA graphs on a GPU where that gives the same. It has not run
+            on enough GPUs yet to be the default.
         sinks: who else gets every `Explanation` with its `Moment`, on every process: objects with
             `write(explanation, moment)`.
         name: tells several monitors of one Trainer apart: they log under `explain/NAME/…` and store in
@@ -248,7 +249,7 @@ class ExplanationMonitor(Callback):
         max_overhead: float | None = 0.1,
         store: bool = True,
         full_precision: bool = False,
-        graphs: Literal["auto", False] = "auto",
+        graphs: Literal["auto", False] = False,
         logits: LogitsFunction | None = None,
         read_batch: ReadBatch | None = None,
         name: str | None = None,

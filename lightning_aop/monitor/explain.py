@@ -118,7 +118,7 @@ def explain(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     max_classes_per_image: int = 3,
-    graphs: Literal["auto", False] = "auto",
+    graphs: Literal["auto", False] = False,
     logits: LogitsFunction | None = None,
     read_batch: ReadBatch | None = None,
 ) -> Explanation:
@@ -147,7 +147,8 @@ def explain(
         mean: what the images were normalised with; by default what the dataset says.
         std: likewise.
         max_classes_per_image: the most positive classes of one multilabel image to explain.
-        graphs: "auto" to replay passes as CUDA graphs where that is faster and gives the same, or False.
+        graphs: "auto" to replay passes as CUDA graphs on a GPU where that gives the same. It has not run
+            on enough GPUs yet to be the default.
         logits: `fn(module, images)` that returns logits [B, K], where they are not found.
         read_batch: `fn(batch)` that returns images and labels, where they are not found.
 
