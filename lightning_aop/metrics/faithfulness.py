@@ -130,7 +130,7 @@ class _FaithfulnessAUC(Metric, ABC):
         mine += value.to(mine)
 
     @property
-    def _kinds(self) -> tuple[str, ...]:
+    def _kinds(self) -> tuple[str] | tuple[str, str]:
         """The ends of the names of the sums that are kept."""
         return (_NORMALISED,) if self.normalise else ("",)
 
@@ -288,7 +288,7 @@ class Faithfulness(_FaithfulnessAUC):
         }
 
     @property
-    def _kinds(self) -> tuple[str, ...]:
+    def _kinds(self) -> tuple[str] | tuple[str, str]:
         return ("", _NORMALISED) if self.normalise else ("",)
 
     def _evaluations(self) -> dict[str, Float[Tensor, ""]]:

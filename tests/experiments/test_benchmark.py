@@ -396,7 +396,7 @@ def test_a_package_that_is_missing_is_no_result(
 ) -> None:
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
     assert run(config, tmp_path, "--methods=[xrai]") == 1
-    assert "XRAI needs scikit-image: install it" in capsys.readouterr().err
+    assert "superpixels need scikit-image: install it" in capsys.readouterr().err
     assert not list(tmp_path.rglob("part-*"))
 
 

@@ -91,7 +91,8 @@ def test_road_is_grad_cams(net: nn.Module) -> None:
     torch.testing.assert_close(found, -opposite, atol=1e-4, rtol=0)
     noisy = road(net, images, maps, targets, noise=0.05)
     assert not torch.equal(noisy, found)
-    assert torch.equal(noisy[1:2], road(net, images[1:2], maps[1:2], targets[1:2], noise=0.05))
+    alone = road(net, images[1:2], maps[1:2], targets[1:2], noise=0.05)
+    torch.testing.assert_close(noisy[1:2], alone, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
