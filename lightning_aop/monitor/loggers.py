@@ -7,7 +7,7 @@ vendor need be installed. Nothing of a vendor is imported before the user has su
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -127,6 +127,38 @@ def log_table(
     wandb_logger: Any = logger
     cells = [[_cell(cell) for cell in row] for row in rows]
     wandb_logger.log_table(key=tag, columns=list(columns), data=cells, step=step)
+    return True
+
+
+def log_lines(
+    logger: object,
+    tag: str,
+    title: str,
+    lines: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    step: int,
+) -> bool:
+    """Log a chart with a line for each name, of steps and values, to a logger that has tables.
+
+    Returns:
+        Whether the logger holds the chart; False for one without tables, which is left alone.
+
+    Raises:
+        Exception: whatever the logger raises.
+    """
+    if not has_tables(logger) or not lines:
+        return False
+    import wandb
+
+    wandb_logger: Any = logger
+    steps, values = zip(*lines.values(), strict=True)
+    chart = wandb.plot.line_series(
+        xs=[list(each) for each in steps],
+        ys=[list(each) for each in values],
+        keys=list(lines),
+        title=title,
+        xname="step",
+    )
+    wandb_logger.log_metrics({tag: chart}, step=step)
     return True
 
 

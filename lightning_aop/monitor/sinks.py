@@ -11,10 +11,10 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lightning_aop.history.rows import COLUMNS, evolution_rows
+from lightning_aop.history.rows import COLUMNS, auc_lines, evolution_rows
 from lightning_aop.history.store import History
 from lightning_aop.monitor.explanation import Explanation, Moment
-from lightning_aop.monitor.loggers import has_tables, log_image, log_table
+from lightning_aop.monitor.loggers import has_tables, log_image, log_lines, log_table
 from lightning_aop.monitor.panels import draw_change, draw_probe
 from lightning_aop.monitor.run_folder import Earlier
 
@@ -105,9 +105,12 @@ class Pictures:
 
 
 def write_tables(folder: Path, loggers: Sequence[object], prefix: str, step: int) -> None:
-    """Log the run's explanations as a table, to the loggers that have tables."""
+    """Log the run's explanations as a table, and a chart with the controls, where loggers take them."""
     for logger in filter(has_tables, loggers):
-        log_table(logger, f"{prefix}evolution", COLUMNS, evolution_rows(History.load(folder)), step)
+        history = History.load(folder)
+        log_table(logger, f"{prefix}evolution", COLUMNS, evolution_rows(history), step)
+        title = "overall AUC, and of maps that know nothing of the model"
+        log_lines(logger, f"{prefix}overall_auc_and_controls", title, auc_lines(history), step)
 
 
 class Warnings:

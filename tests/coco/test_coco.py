@@ -389,7 +389,10 @@ def annotation(**values: Any) -> Any:
         (image(width=10_000, height=10_000), r"more than 89478485 pixels: .*MAX_IMAGE_PIXELS"),
         (lambda c: c.pop("categories"), "has no list 'categories' of objects"),
         (lambda c: c.update(images={"1": {}}), "has no list 'images' of objects"),
-        (lambda c: c["images"].append(c["images"][0] | {"width": 9}), r"'images' has the id \d+ twice"),
+        (
+            lambda c: c["images"].append(c["images"][0] | {"width": 9}),
+            r"'images' has the id \d+ twice",
+        ),
         (lambda c: c["categories"].append({"id": "x"}), "'categories' has the id 'x', where"),
         (lambda c: c["categories"].append({"id": True}), "'categories' has the id True, where"),
         (lambda c: c["categories"].append({"id": [1]}), r"'categories' has the id \[1\], where"),

@@ -435,3 +435,16 @@ def test_wandb_gets_the_table(tmp_path: Path) -> None:
     table = json.loads(path.read_text())
     assert table["columns"] == list(COLUMNS)
     assert [row[0] for row in table["data"]] == [0] * 6
+    assert {row[COLUMNS.index("verdict")] for row in table["data"]} <= {"right", "wrong"}
+    (path,) = tmp_path.rglob("files/media/table/explain/overall_auc_and_controls*.json")
+    table = json.loads(path.read_text())
+    found = History.load(next(tmp_path.rglob("maps.npy")).parent)
+    lines = {"overall AUC": [], "random map": [], "centre gaussian": []}
+    for record in found.records:
+        lines["overall AUC"].append([record.step, record.values["overall_auc"]])
+        for name, values in record.controls.items():
+            lines[name].append([record.step, values["overall_auc"]])
+    for name, line in lines.items():
+        drawn = [[row[0], row[2]] for row in table["data"] if row[1] == name]
+        assert drawn == [pytest.approx(point) for point in line]
+        assert drawn
