@@ -113,6 +113,9 @@ def write_tables(folder: Path, loggers: Sequence[object], prefix: str, step: int
         log_lines(logger, f"{prefix}overall_auc_and_controls", title, auc_lines(history), step)
 
 
+_UUID = r"\b[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}\b"
+
+
 class Warnings:
     """Says each trouble once, for the same comes back at every epoch, and counts it.
 
@@ -128,8 +131,8 @@ class Warnings:
 
     def __call__(self, message: str, more: str = "") -> None:
         """Warn of `message`, unless it was said before with other numbers; `more` is not compared."""
-        # Also hexadecimal ones: addresses, and the names of temporary files.
-        key = re.sub(r"\b(0x)?[\da-f]*\d[\da-f]*", "", message)
+        # Also hexadecimal ones: addresses, the names of temporary files and of requests.
+        key = re.sub(rf"{_UUID}|\b(0x)?[\da-f]*\d[\da-f]*", "", message)
         self._counts[key] = self._counts.get(key, 0) + 1
         if self._counts[key] == 1:
             self._words[key] = message

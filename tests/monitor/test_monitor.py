@@ -856,8 +856,8 @@ def test_misuse_is_refused_before_training(
             r"1 of 2 images are not explained.*\[9\].*none of the 5 classes",
         ),
         (
-            (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])),
-            "no logits of Classifier found.*unsigned char.*Set logits=fn",
+            (torch.zeros(2, 7, 8, 8), torch.tensor([0, 1])),
+            "no logits of Classifier found.*channels.*Set logits=fn",
         ),
     ],
 )

@@ -21,6 +21,7 @@ from lightning_aop.model.isolation import in_float32
 from lightning_aop.model.passes import Passes, pass_size
 from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explanation import Explanation, Moment
+from lightning_aop.monitor.sinks import Warnings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
@@ -248,6 +249,15 @@ def test_a_lost_logger_costs_its_own_pictures_only(tmp_path: Path) -> None:
     events = EventAccumulator(kept.log_dir, {"images": 0}).Reload()
     assert len(events.Images("explain/heatmaps")) == len(monitor.found) == 4
     assert len(pictures_in(tmp_path)) == 3  # the last step and the epoch have one
+
+
+def test_a_trouble_is_said_once_whatever_its_request_is_called() -> None:
+    said: list[str] = []
+    warnings = Warnings(said.append)
+    for name in ("0b4c", "abcd", "edfa"):  # a part of such a name may have no digit
+        warnings(f"no route, request 5f0a9c1e-{name}-4aaa-{name}-{3 * name} at 0x7fc8e9cf9380")
+    assert len(said) == 1
+    assert warnings.told[0].startswith("3 times: no route")
 
 
 def test_a_full_disk_does_not_stop_the_training(
