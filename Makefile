@@ -6,6 +6,8 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The tests start many processes: without bytecode each would compile torch and Lightning anew.
 unexport PYTHONDONTWRITEBYTECODE
+# As many processes as cores run the tests, one thread each: more would wait for one another.
+IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-quick test-slow test-gpu test-others test-lowest coverage mutants release-check reliability docs \
@@ -19,10 +21,10 @@ demo: $(VENV)/.demo  ## train a small network for a minute, and say where to loo
 	$(BIN)/lightning-aop demo
 
 test: $(VENV)/.dev  ## the tests, a few minutes; installs everything that any of them needs
-	$(BIN)/python -m pytest -m "not slow and not others" -n auto --maxprocesses 4
+	$(IN_PARALLEL) -m "not slow and not others"
 
 test-quick: $(VENV)/.test  ## the tests that need only the extra `test`, which is faster to install
-	$(BIN)/python -m pytest -m "not slow and not others" -n auto --maxprocesses 4
+	$(IN_PARALLEL) -m "not slow and not others"
 
 test-slow: $(VENV)/.dev  ## the slow tests; LIGHTNING_AOP_DATA names a folder of real photos
 	$(BIN)/python -m pytest -m slow -s
