@@ -1,6 +1,7 @@
 """What a probe is read from, apart from any Trainer: the kinds of batch, and what is refused."""
 
 import multiprocessing
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -225,6 +226,7 @@ def test_an_error_in_the_worker_is_one_sentence() -> None:
 
 class Stuck(Broken):
     def __getitem__(self, index: int) -> Any:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as good as stuck in a fork
         threading.Event().wait()
 
 
@@ -232,6 +234,8 @@ def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("lightning_aop.monitor.reading._SECONDS", 0.5)
     with pytest.raises(RuntimeError, match=r"timed out after 0\.5 seconds"):
         collect(3, DataLoader(Stuck(), num_workers=1))
+    # The process would wait for it at its end.
+    assert multiprocessing.active_children() == []
 
 
 def test_a_loader_without_a_dataset_gives_its_first_batch() -> None:
