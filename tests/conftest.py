@@ -1,5 +1,6 @@
 """Small real networks, and the switch that lets bad shapes through to our own messages."""
 
+import copy
 import os
 import random
 import shutil
@@ -149,6 +150,15 @@ def seeded() -> None:
 def net() -> nn.Module:
     torch.manual_seed(0)
     return SmallNet().eval()
+
+
+@pytest.fixture
+def double(net: nn.Module) -> nn.Module:
+    """A network whose scores move with the picture, in float64."""
+    network = copy.deepcopy(net).double()
+    head: Any = network.head
+    nn.init.normal_(head.weight, std=8.0, generator=torch.Generator().manual_seed(5))
+    return network
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import math
 from typing import Any
@@ -18,15 +17,6 @@ from lightning_aop.scores import logit, sigmoid
 
 BLUR = GaussianBlur(9, 5.0)
 METHOD = GreedyRanking(cells=3, baseline=BLUR)
-
-
-@pytest.fixture
-def double(net: nn.Module) -> nn.Module:
-    """A network whose scores move with the picture, in float64."""
-    network = copy.deepcopy(net).double()
-    head: Any = network.head
-    nn.init.normal_(head.weight, std=8.0, generator=torch.Generator().manual_seed(5))
-    return network
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
-import copy
-from typing import Any, Literal
+from typing import Literal
 
 import oracles
 import pytest
@@ -22,15 +21,6 @@ from lightning_aop.methods.igos import ArmijoSearch
 from lightning_aop.model.passes import count_evaluations
 from lightning_aop.ops import GaussianBlur, resize
 from lightning_aop.scores import sigmoid
-
-
-@pytest.fixture
-def double(net: nn.Module) -> nn.Module:
-    """A network whose scores move with the picture, in float64."""
-    network = copy.deepcopy(net).double()
-    head: Any = network.head
-    nn.init.normal_(head.weight, std=8.0, generator=torch.Generator().manual_seed(5))
-    return network
 
 
 @pytest.fixture

@@ -33,15 +33,6 @@ METHODS = [XRAI(**SMALL), XRAI(**SMALL, fast=True), RISE(masks=30, cells=4), REG
 
 
 @pytest.fixture
-def double(net: nn.Module) -> nn.Module:
-    """A network whose scores move with the picture, in float64."""
-    network = copy.deepcopy(net).double()
-    head: Any = network.head
-    nn.init.normal_(head.weight, std=8.0, generator=torch.Generator().manual_seed(5))
-    return network
-
-
-@pytest.fixture
 def pictures() -> tuple[Tensor, Tensor]:
     return patchwork(4, 3, 40, 32).double(), torch.tensor([0, 3, 1, 4])
 
