@@ -262,7 +262,7 @@ def _class_outputs(logits: Tensor, name: str, expected: Expected) -> Meaning:
     if expected.kind == "value" or (expected.kind == "multi-hot" and expected.values):
         return _values(classes)
     values = full_precision(logits.detach())
-    if _in_unit(values) and bool(((values.sum(dim=1) - 1).abs() < 1e-3).all()):
+    if _in_unit(values) and sums_to_one(values):
         return Meaning(
             lambda t, n: full_precision(t.reshape(n, classes)).clamp_min(_TINY).log(),
             f"{size}, probabilities by softmax, of which the logarithm is taken",
@@ -300,9 +300,7 @@ def _check_range(classes: int, expected: Expected) -> None:
 def _segmentation(maps: Tensor, expected: Expected) -> Meaning:
     """Return the share of the image that each class has: the mean of its pixels' probabilities."""
     classes = maps.shape[1]
-    probable = _in_unit(maps) and (
-        _ends_in(maps, "Sigmoid") or bool(((maps.detach().sum(dim=1) - 1).abs() < 1e-3).all())
-    )
+    probable = _in_unit(maps) and (_ends_in(maps, "Sigmoid") or sums_to_one(maps.detach()))
 
     def read(output: Tensor, count: int) -> Tensor:
         values = full_precision(output).reshape(count, classes, *output.shape[-2:])
@@ -393,6 +391,11 @@ def _query_detection(path: _Path, logits: Tensor, expected: Expected) -> Meaning
 
 def _logit(probability: Tensor) -> Tensor:
     return torch.logit(full_precision(probability), eps=_TINY)
+
+
+def sums_to_one(values: Tensor) -> bool:
+    """Tell whether the classes of each row, [B, K, …], sum to 1, as half precision rounds."""
+    return bool(((values.sum(dim=1) - 1).abs() < 1e-3).all())
 
 
 def _in_unit(values: Tensor) -> bool:

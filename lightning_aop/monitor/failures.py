@@ -18,6 +18,7 @@ from lightning_aop.history.failures import FailureRecord, url_of
 from lightning_aop.history.store import stored
 from lightning_aop.model.adapter import Adapter
 from lightning_aop.model.listening import Listener
+from lightning_aop.model.outputs import sums_to_one
 from lightning_aop.monitor.explanation import Explanation, Moment
 from lightning_aop.monitor.labels import Reading, fit_labels
 from lightning_aop.monitor.probe import Probe
@@ -264,8 +265,7 @@ def _judged(
         known, wrong = (truth >= 0).all(dim=1), mistaken.any(dim=1)
         confidence = certainty.where(mistaken, 0.0).amax(dim=1)
     else:
-        whole = bool(((logits.sum(dim=1) - 1).abs() < 1e-3).all() and (logits >= 0).all())
-        if whole:  # probabilities
+        if sums_to_one(logits) and bool((logits >= 0).all()):  # probabilities
             logits = logits.clamp_min(1e-12).log()
         known = labels >= 0
         losses = cross_entropy(logits, labels.clamp_min(0), reduction="none")

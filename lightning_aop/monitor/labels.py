@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_aop.model.adapter import Adapter
 from lightning_aop.model.batches import BatchError, Inputs, find_inputs, members
-from lightning_aop.model.outputs import Expected, Kind
+from lightning_aop.model.outputs import Expected, Kind, sums_to_one
 from lightning_aop.scores import sigmoid, value
 
 __all__ = ["Labels", "ReadBatch", "Reading", "read_batch"]
@@ -393,7 +393,7 @@ def _of_rows(values: Tensor) -> Labels | None:
     if not values.is_floating_point():
         return None
     if bool(((values >= 0) & (values <= 1)).all()):
-        shares = bool(((values.sum(dim=1) - 1).abs() < 1e-3).all())
+        shares = sums_to_one(values)
         return Labels("soft" if shares else "multi-hot", values)
     return Labels("value", values)
 
