@@ -379,6 +379,9 @@ class Network:
         mean: of the normalisation, one number per channel, for values in [0, 1].
         std: of the normalisation.
         size: of the input in pixels, where it is not that of the data.
+        channels_last: the weights of the convolutions lie channels last in memory, and with them the
+            feature maps: faster on a CPU and in half precision for most networks, the results the same
+            but for rounding. A network that calls `view` on its feature maps can't run so.
     """
 
     model: str | dict[str, Any]
@@ -387,6 +390,7 @@ class Network:
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     size: int | None = None
+    channels_last: bool = False
 
     def build(self) -> nn.Module:
         """Return the network in eval mode, on the CPU.
@@ -398,11 +402,14 @@ class Network:
         """
         weights = None if self.weights is None else os.path.expandvars(self.weights)
         if isinstance(self.model, str):
-            return load_network(self.model, weights).eval()
-        network = _called(self.model)
-        if weights not in (None, "DEFAULT"):
-            found = read_weights(Path(str(weights)).expanduser())
-            fill(network, str(self.model["class_path"]), found)
+            network = load_network(self.model, weights)
+        else:
+            network = _called(self.model)
+            if weights not in (None, "DEFAULT"):
+                found = read_weights(Path(str(weights)).expanduser())
+                fill(network, str(self.model["class_path"]), found)
+        if self.channels_last:
+            network = network.to(memory_format=torch.channels_last)
         return network.eval()
 
     def preprocess(self, size: int, resize: Literal["squash", "crop"]) -> Preprocess:

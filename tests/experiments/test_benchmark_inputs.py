@@ -1,5 +1,6 @@
 """ImageNet in its usual layouts, and networks as a configuration names them."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,21 @@ def test_environment_variables_in_paths(tmp_path: Path, monkeypatch: pytest.Monk
     torch.save(SmallNet().state_dict(), tmp_path / "net.pth")
     recipe = {"class_path": "conftest.SmallNet"}
     assert isinstance(Network(recipe, "$SOME_DATA/net.pth").build(), SmallNet)
+
+
+def test_channels_last_changes_the_layout_alone(tmp_path: Path) -> None:
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "file.pth")
+    plain = Network("squeezenet1_1", str(tmp_path / "file.pth"))
+    images = torch.randn(2, 3, 64, 64)
+    layouts, logits = [], []
+    for network in (plain, dataclasses.replace(plain, channels_last=True)):
+        model = network.build()
+        handle = model.features[0].register_forward_hook(lambda *call: layouts.append(call[-1]))
+        with handle, torch.no_grad():
+            logits.append(model(images))
+    order = torch.channels_last
+    assert [layout.is_contiguous(memory_format=order) for layout in layouts] == [False, True]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
