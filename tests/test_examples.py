@@ -82,7 +82,7 @@ def quickstart(folder: Path) -> None:
 def own_module(folder: Path) -> None:
     script("own_module").main(epochs=1, pictures=352, output=folder)
     history = history_in(folder)
-    assert [record.step for record in history.records] == [0, 10]
+    assert [record.step for record in history.records] == [0, 9]
     assert "layer3" in str(history.configuration)
     assert history.images.shape[0] == 4
 

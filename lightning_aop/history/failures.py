@@ -25,7 +25,7 @@ class FailureRecord:
     """The failures at one time.
 
     Attributes:
-        step: optimizer steps until then.
+        step: the one that the loggers show.
         epoch: which one, from 0.
         title: when, in words.
         samples: the worst first, each a dictionary of `id`, the same as long as the image is;

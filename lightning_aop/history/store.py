@@ -44,7 +44,7 @@ class Record:
     """The explanations made at one time.
 
     Attributes:
-        step: optimizer steps until then.
+        step: the one that the loggers show; 0 before training.
         epoch: which one, from 0.
         title: when, in words.
         values: the logged metrics by name, without `explain/`.

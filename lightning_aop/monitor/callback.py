@@ -418,7 +418,7 @@ class ExplanationMonitor(Callback):
         run = self._state
         with isolated_rng():
             if run.folder.folder is not None:
-                step = moment_of(trainer, "epoch").logged_step
+                step = moment_of(trainer, "epoch").step
                 try:
                     run.folder.finish()
                     write_tables(run.folder.folder, trainer.loggers, self._prefix, step)

@@ -38,8 +38,7 @@ class Moment:
 
     Attributes:
         kind: what has just happened.
-        step: optimizer steps until then.
-        logged_step: the step to log images at.
+        step: the one that Lightning's loggers show, which counts batches from 0: 9 after ten of them.
         epoch: which one, from 0.
         title: when, in words.
         fitting: under `fit`; otherwise under `validate` or `test`.
@@ -47,7 +46,6 @@ class Moment:
 
     kind: MomentKind
     step: int
-    logged_step: int
     epoch: int
     title: str
     fitting: bool

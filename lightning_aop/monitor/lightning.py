@@ -86,20 +86,20 @@ def misconfiguration(trainer: Trainer, message: str) -> Exception:
 
 def moment_of(trainer: Trainer, kind: MomentKind) -> Moment:
     """Return where the training is."""
-    step, epoch = trainer.global_step, trainer.current_epoch
+    epoch = trainer.current_epoch
     if kind == "end":
         epoch = max(epoch - 1, 0)  # Lightning has gone on to the one that will not be
     # What Lightning's own callbacks log at: of several optimizers' steps in a batch it counts one.
-    logged: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    if kind == "end" or (kind == "epoch" and trainer.training):
+        step -= 1  # the batch is counted by then; Lightning's own values go to the one before, too
     if kind != "start":
-        logged = max(
-            logged, 1
-        )  # a first epoch of a single batch ends at step 0, as training starts
+        step = max(step, 1)  # a first epoch of a single batch ends at step 0, as training starts
     fitting = trainer.state.fn == "fit"
     title = "validation"
     if fitting:
-        title = "before training" if step == 0 else f"epoch {epoch} · step {step}"
-    return Moment(kind, step, logged, epoch, title, fitting)
+        title = "before training" if kind == "start" else f"epoch {epoch} · step {step}"
+    return Moment(kind, step, epoch, title, fitting)
 
 
 def logs_folder(trainer: Trainer) -> Path:
@@ -224,7 +224,7 @@ def log_scalars(
         module.log_dict(scalars, on_step=True, on_epoch=False, logger=False, sync_dist=together)
     for logger in trainer.loggers:
         try:
-            logger.log_metrics(scalars, step=moment.logged_step)
+            logger.log_metrics(scalars, step=moment.step)
         except Exception as error:
             name = type(logger).__name__
             warn(f"could not log metrics to {name}. {type(error).__name__}: {error}")

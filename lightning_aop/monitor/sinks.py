@@ -82,7 +82,7 @@ class Pictures:
             self._log("heatmaps_change", change, moment)  # sorted after "heatmaps"
 
     def _log(self, tag: str, picture: Tensor, moment: Moment) -> None:
-        tag, step = self.prefix + tag, moment.logged_step
+        tag, step = self.prefix + tag, moment.step
         for logger in [*self.loggers] or [None]:
             fallback = None if logger else self.fallback
             try:

@@ -385,9 +385,7 @@ def test_curves_go_to_the_record(browser: Any, tmp_path: Path) -> None:
     texts = shown.js(
         f"return [...document.querySelectorAll('{curve} text')].map(t => t.textContent)"
     )
-    assert {"random map", "centre gaussian", "0", "0.5", "1.0", "160", "optimizer steps"} <= set(
-        texts
-    )
+    assert {"random map", "centre gaussian", "0", "0.5", "1.0", "160", "step"} <= set(texts)
     # NaN is a gap, not a point.
     points = shown.js(f"return document.querySelectorAll('{curve} circle').length")
     assert points == 4

@@ -245,7 +245,7 @@ def test_the_monitor_stores_what_it_logs(tmp_path: Path) -> None:
     _, logged = fit(tmp_path)
     found = History.load(tmp_path / "explanations")
     assert [r.title for r in found.records] == ["before training"] + [
-        f"epoch {n} · step {2 * n + 2}" for n in range(3)
+        f"epoch {n} · step {2 * n + 1}" for n in range(3)
     ]
     assert found.class_names == dict(enumerate(Data.classes))
     assert found.images.shape == (3, 24, 24, 3)

@@ -42,8 +42,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 def belongs(found: dict[str, Any]) -> None:
     """The trainer takes the monitor for one of its own callbacks, however it is given."""
     assert found["is a callback"]
-    assert found["given alone"] == [0, 3]
-    assert found["given by the module"] == [[0, 3]]
+    assert found["given alone"] == [0, 2]
+    assert found["given by the module"] == [[0, 2]]
     assert found["misconfiguration"] == "ExplanationMonitor: probe=0 must be at least 1 sample"
     assert found["by the command line"] == [[7], [7]]
 
@@ -55,7 +55,7 @@ def test_one_alone_is_enough(used: str, alone: dict[str, Any]) -> None:
     belongs(found)
     fit = found["fit"]
     assert fit["said"] == []
-    assert fit["steps"] == [0, 3, 6]
+    assert fit["steps"] == [0, 2, 5]
     assert len(set(fit["probes"])) == 1
     path, score, count = fit["best"]
     assert Path(path).is_file()
@@ -68,7 +68,7 @@ def test_one_alone_is_enough(used: str, alone: dict[str, Any]) -> None:
     assert score > 0.01
     # The last model, validated, is what the last validation of the fit saw.
     assert found["validate"] == pytest.approx(fit["figures"], abs=1e-6)
-    assert found["by step"] == {"steps": [0, 2], "saved": 1, "said": []}
+    assert found["by step"] == {"steps": [0, 1], "saved": 1, "said": []}
 
 
 @pytest.mark.parametrize("used", BOTH)
@@ -95,7 +95,7 @@ def goes_on(found: dict[str, Any], fit: dict[str, Any]) -> None:
     """A third epoch, with the pictures of the first two, and nothing explained a second time."""
     resumed = found["resumed"]
     assert resumed["said"] == []
-    assert resumed["steps"] == [9]
+    assert resumed["steps"] == [8]
     assert set(resumed["probes"]) == set(fit["probes"])
     assert math.isfinite(resumed["figures"]["explain/overall_auc"])
 

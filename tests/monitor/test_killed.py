@@ -42,7 +42,7 @@ def test_sigkill_at_any_moment(runs: Path) -> None:
     assert "explain/overall_auc" in seen["whole"]["epoch2.json"]
     assert [record["title"] for record in seen["whole"]["records"]] == [
         "before training",
-        *(f"epoch {n} · step {2 * n + 2}" for n in range(3)),
+        *(f"epoch {n} · step {2 * n + 1}" for n in range(3)),
     ]
     assert len(seen["killed"]) >= 6
     for fatal, found in seen["killed"].items():

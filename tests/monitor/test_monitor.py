@@ -163,7 +163,7 @@ def test_one_line_is_enough(grids: Grids, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path / "tb")
     run = trainer(tmp_path, monitor, checkpoint, logger=[logger, CSVLogger(tmp_path / "csv")])
     run.fit(Classifier(), *loaders())
-    assert monitor.steps == [0, 3, 6]
+    assert monitor.steps == [0, 2, 5]
     names = ("deletion_auc", "insertion_auc", "overall_auc", "seconds")
     assert {f"explain/{name}" for name in names} <= run.callback_metrics.keys()
     overall = (
@@ -455,13 +455,13 @@ def test_validate_explains_and_reports(grids: Grids, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "run", "steps"),
     [
-        ({"every_n_epochs": 2}, {"max_epochs": 4}, [0, 6, 12]),
-        ({"every_n_train_steps": 2}, {"max_epochs": 2}, [0, 2, 4, 6]),
-        ({"every_n_train_steps": 2}, {"accumulate_grad_batches": 3, "max_epochs": 4}, [0, 2, 4]),
+        ({"every_n_epochs": 2}, {"max_epochs": 4}, [0, 5, 11]),
+        ({"every_n_train_steps": 2}, {"max_epochs": 2}, [0, 1, 3, 5]),
+        ({"every_n_train_steps": 2}, {"accumulate_grad_batches": 3, "max_epochs": 4}, [0, 1, 3]),
         ({"every_n_epochs": 0}, {}, []),
-        ({}, {"val_check_interval": 1 / 3, "max_epochs": 1}, [0, 1, 2, 3]),
-        ({}, {"check_val_every_n_epoch": 2}, [0, 6]),
-        ({}, {"limit_val_batches": 0}, [0, 3, 6]),
+        ({}, {"val_check_interval": 1 / 3, "max_epochs": 1}, [0, 1, 1, 2]),  # 0 is before training
+        ({}, {"check_val_every_n_epoch": 2}, [0, 5]),
+        ({}, {"limit_val_batches": 0}, [0, 2, 5]),
         ({}, {"fast_dev_run": True}, [0, 1]),
     ],
 )
@@ -477,7 +477,7 @@ def test_without_a_validation_loop_the_training_samples_are_explained(tmp_path: 
     )
     monitor = Watch(WGradCAM(), probe=2)
     trainer(tmp_path, monitor, checkpoint).fit(Classifier(validates=False), loaders()[0])
-    assert monitor.steps == [0, 3, 6]
+    assert monitor.steps == [0, 2, 5]
     assert checkpoint.best_model_score is not None
 
 
@@ -688,7 +688,7 @@ def test_the_probe_survives_a_resume(tmp_path: Path) -> None:
     run = trainer(tmp_path, again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=3)
     with pytest.warns(UserWarning, match="data that the probe was taken from has changed"):
         run.fit(Classifier(), loaders()[0], other, ckpt_path=tmp_path / "last.ckpt")
-    assert again.steps == [9]
+    assert again.steps == [8]
     assert torch.equal(probe_of(first).images, probe_of(again).images)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
     (kept,) = (value for key, value in state.items() if key.startswith("Watch"))
@@ -703,7 +703,7 @@ def test_the_same_data_resumes_without_a_word(tmp_path: Path) -> None:
     np.random.seed(77)
     run = trainer(tmp_path, again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=3)
     run.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "last.ckpt")
-    assert again.steps == [9]
+    assert again.steps == [8]
     assert torch.equal(probe_of(first).images, probe_of(again).images)
 
 
@@ -740,7 +740,7 @@ def test_the_loaders_own_generator_is_not_touched(tmp_path: Path) -> None:
 
     monitor = Watch(WGradCAM(), metrics=False)
     trainer(tmp_path, Look(), monitor, Look(), max_epochs=1).fit(Classifier(), data, data)
-    assert monitor.steps == [0, 3]
+    assert monitor.steps == [0, 2]
     assert torch.equal(*states)
 
 
@@ -921,7 +921,7 @@ def test_lightning_pytorch_is_served_as_well(tmp_path: Path, unchecked: None) ->
         log_every_n_steps=1,
     )
     run.fit(Module(), *loaders())
-    assert monitor.steps == [0, 3]
+    assert monitor.steps == [0, 2]
     assert "explain/overall_auc" in run.callback_metrics
     events = EventAccumulator(logger.log_dir, {"images": 0}).Reload()
     assert len(events.Images("explain/heatmaps")) == 2

@@ -70,7 +70,7 @@ def test_a_page_that_cannot_be_written_costs_only_the_page(tmp_path: Path) -> No
     run = trainer(tmp_path, Blocked(), monitor, logger=CSVLogger(tmp_path))
     with pytest.warns(UserWarning, match=r"ExplanationMonitor: .*page|animation"):
         run.fit(Classifier(), *loaders())
-    assert monitor.steps == [0, 3, 6]
+    assert monitor.steps == [0, 2, 5]
     assert len(history_of(tmp_path).records) == 3
 
 
@@ -168,7 +168,7 @@ def test_two_monitors_log_and_store_under_their_own_names(tmp_path: Path) -> Non
     assert keys <= run.callback_metrics.keys()
     folders = {path.parent.name for path in tmp_path.rglob("run.json")}
     assert folders == {"explanations", "explanations-2", "explanations-fine"}
-    assert first.steps == second.steps == named.steps == [0, 3]
+    assert first.steps == second.steps == named.steps == [0, 2]
 
 
 def test_two_monitors_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -192,15 +192,16 @@ def test_a_step_is_not_missed_where_a_batch_takes_several(tmp_path: Path) -> Non
 
     monitor = Watch(GradCAM("net.features"), every_n_train_steps=4, **CHEAP)
     trainer(tmp_path, monitor, max_epochs=2).fit(Twice(), *loaders())
-    # Six batches of three steps: 4 is passed at 6, 8 at 9, 12 and 16 at 12 and 18.
-    assert monitor.steps == [0, 6, 9, 12, 18]
+    # Six batches of three steps: the 4th is in the second batch, the 8th in the third, the 12th and the
+    # 16th in the fourth and the sixth. The loggers count batches, from 0.
+    assert monitor.steps == [0, 1, 2, 3, 5]
 
 
 def test_a_validation_in_every_third_epoch_is_explained(tmp_path: Path) -> None:
     monitor = Watch(GradCAM("net.features"), every_n_epochs=2, **CHEAP)
     run = trainer(tmp_path, monitor, max_epochs=3, check_val_every_n_epoch=3)
     run.fit(Classifier(), *loaders())
-    assert monitor.steps == [0, 9]
+    assert monitor.steps == [0, 8]
 
 
 def test_another_module_is_explained_as_itself(tmp_path: Path) -> None:

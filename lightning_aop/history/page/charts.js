@@ -104,7 +104,7 @@ const chart = (name, heading, hint, values, lines, go, { band = [], share = true
   const [first, last] = span();
   if (last > first) label(String(first), left + 8, bottom + 18, "middle", "step");
   label(String(last), last > first ? right - 8 : (left + right) / 2, bottom + 18, "middle", "step");
-  label(last > first ? "optimizer steps" : "step", (left + right) / 2, bottom + (last > first ? 18 : 32), "middle", "axis-name");
+  label("step", (left + right) / 2, bottom + (last > first ? 18 : 32), "middle", "axis-name");
   if (!present.length) label("no value yet", (left + right) / 2, (top + bottom) / 2, "middle");
   // The interval of the mean over images, as far as there is one.
   const limits = records.map((record, i) => [X(record.step), band[i] && band[i].half !== null && exists(values[i]) ? band[i].half : null]);

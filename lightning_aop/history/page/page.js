@@ -560,7 +560,7 @@ const curves = () => {
     return chart(name, heading, hint, values, [...lines, ...others].filter(([, points]) => points.some(([, value]) => exists(value))), go,
       { share, band: of ? records.map((record) => estimate(samples(record, of))) : [] });
   });
-  $("metrics-sub").textContent = `Against optimizer steps. Click a point to go there.${records.some((record) => samples(record, overallAuc).length) ? " The shaded band is the 95 % interval over the images." : ""}`;
+  $("metrics-sub").textContent = `Over the steps of the logs. Click a point to go there.${records.some((record) => samples(record, overallAuc).length) ? " The shaded band is the 95 % interval over the images." : ""}`;
   // What explaining took, and counts that stay 0, are for who asks.
   const aside = (name) => costs.includes(name) || (counts.includes(name) && records.every((record) => !own(record.values, name)));
   $("curves").replaceChildren(...made.filter((_, i) => !aside(names[i])).map((each) => each.box));
