@@ -8,7 +8,7 @@ falls without it. Unlike the others it judges the values of a map, not only thei
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -22,7 +22,6 @@ from lightning_aop.checks import require_finite, require_positive
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.metrics.functional import BLUR, saliency_ranks
 from lightning_aop.model.adapter import Classifier, explaining
-from lightning_aop.model.passes import pass_size
 from lightning_aop.ops import Baseline
 from lightning_aop.scores import Score, full_precision, softmax
 from lightning_aop.types import Images, Maps, Targets
@@ -37,6 +36,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _NEIGHBOURS = torch.tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]) / 12
 _CLOSE = 1e-4  # the largest error of the imputation's equations, beside what they are equal to
 _LIMIT = 2000  # iterations
+_ASKED = 8  # iterations until somebody looks whether they were enough
 
 
 def impute(images: Images, missing: Bool[Tensor, "b h w"]) -> Images:
@@ -73,8 +73,9 @@ def impute(images: Images, missing: Bool[Tensor, "b h w"]) -> Images:
         residual, direction = wanted.clone(), wanted.clone()
         square = dot(residual, residual)
         enough = _CLOSE**2 * square
-        for _ in range(_LIMIT):
-            if not bool((square > enough).any()):
+        for iteration in range(_LIMIT):
+            # To ask an accelerator whether it is there yet takes as long as a few iterations.
+            if iteration % _ASKED == 0 and not bool((square > enough).any()):
                 break
             image = times(direction)
             step = torch.where(square > enough, square / dot(direction, image), 0.0)
@@ -120,14 +121,21 @@ def road(
         pixels = ranks[0].numel()
         generator = torch.Generator().manual_seed(seed)
         grain = noise * torch.randn(x.shape[1:], generator=generator).to(x)
-        total = torch.zeros(len(x), device=x.device)
-        for share in shares:
-            removed = round(share * pixels)
-            for sign, missing in ((-1, ranks < removed), (1, ranks >= pixels - removed)):
-                perturbed = impute(x, missing) + grain * missing[:, None]
-                total += sign * _scores(classifier, perturbed, t, score, eval_batch_size)
-        require_finite(total, t, "the class score of an imputed image")
-        return total / (2 * len(shares))
+        removed = torch.tensor([round(share * pixels) for share in shares], device=x.device)
+
+        def without(rows: Tensor, which: Tensor) -> Images:
+            # First the most salient pixels go, share by share, then the least salient.
+            order = torch.where(
+                (which < len(shares))[:, None, None], ranks[rows], pixels - 1 - ranks[rows]
+            )
+            missing = order < removed[which % len(shares)][:, None, None]
+            return impute(x[rows], missing) + grain * missing[:, None]
+
+        scores = _scores(classifier, x, t, score, 2 * len(shares), without, eval_batch_size)
+        most, least = scores.chunk(2, dim=1)
+        gain = (least - most).mean(dim=1) / 2
+        require_finite(gain, t, "the class score of an imputed image")
+        return gain
 
 
 def infidelity(
@@ -163,12 +171,16 @@ def infidelity(
     with explaining(model, images, targets) as (classifier, x, t), torch.no_grad():
         squares = random_squares((x.shape[2], x.shape[3]), samples, seed).to(x.device)
         heat = full_precision(maps.detach().to(x.device)).flatten(1) @ squares.flatten(1).T.to(x)
-        whole = _scores(classifier, x, t, score, eval_batch_size)
-        replaced, falls = baseline(x), []
-        for square in squares:
-            without = torch.where(square, replaced, x)
-            falls.append(whole - _scores(classifier, without, t, score, eval_batch_size))
-        fall = torch.stack(falls, dim=1)
+        replaced = baseline(x)
+        masks = torch.cat([torch.zeros_like(squares[:1]), squares])[
+            :, None
+        ]  # first the whole image
+
+        def without(rows: Tensor, which: Tensor) -> Images:
+            return torch.where(masks[which], replaced[rows], x[rows])
+
+        scores = _scores(classifier, x, t, score, samples + 1, without, eval_batch_size)
+        fall = scores[:, :1] - scores[:, 1:]
         require_finite(fall, t, "the class score of a perturbed image")
         size = heat.square().sum(dim=1)
         scale = torch.where(size > 0, (heat * fall).sum(dim=1) / size, 0.0).clamp_min(0)
@@ -191,11 +203,24 @@ def random_squares(size: tuple[int, int], count: int, seed: int) -> Bool[Tensor,
 
 
 def _scores(
-    classifier: Classifier, images: Images, targets: Targets, score: Score, wanted: int | None
-) -> Float[Tensor, " b"]:
-    size = pass_size(wanted)
-    parts = zip(images.split(size), targets.split(size), strict=True)
-    return torch.cat([classifier.scores(part, classes, score) for part, classes in parts])
+    classifier: Classifier,
+    images: Images,
+    targets: Targets,
+    score: Score,
+    each: int,
+    perturbed: Callable[[Tensor, Tensor], Images],
+    wanted: int | None,
+) -> Float[Tensor, "b each"]:
+    """Return the scores of `each` perturbations of all images, in full passes.
+
+    `perturbed(rows, which)` makes those of one pass: of the images in these rows, by number.
+    """
+    pairs = torch.arange(len(images) * each, device=images.device)
+    found = []
+    for part in pairs.split(classifier.pass_size(wanted, len(pairs), images)):
+        rows = part // each
+        found.append(classifier.scores(perturbed(rows, part % each), targets[rows], score))
+    return torch.cat(found).view(len(images), each)
 
 
 def tell_apart(metric: Metric, *settings: object) -> None:

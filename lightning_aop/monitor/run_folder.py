@@ -47,6 +47,7 @@ class RunFolder:
         self._earlier: tuple[Path, int] | None = None  # the folder and the records of a checkpoint
         self._paged = False  # the page is there, and holds all records
         self._failures: tuple[Path | None, int] = (None, 0)  # their file, and its records
+        self._pictured: set[str] | None = None  # whose images are in it; None before it was read
 
     @property
     def folder(self) -> Path | None:
@@ -69,6 +70,7 @@ class RunFolder:
         if "folder" in state:
             self._earlier = Path(state["folder"]), int(state["records"])
             self._failures = self._earlier[0] / FAILURES, int(state.get("failures", 0))
+            self._pictured = None
 
     def open(self, wanted: Path, images: int, begun: Callable[[Path], HistoryWriter]) -> None:
         """Make the folder, unless it is there; beside one that is damaged, go on with what is whole.
@@ -213,8 +215,10 @@ class RunFolder:
             return
         path, (earlier, count) = self._writer.folder / FAILURES, self._failures
         lines = lines_of(earlier)[:count] if earlier is not None else []
-        known = {name for line in lines for name in json.loads(line)["images"]}
-        new = {name: url for name, url in record.images.items() if name not in known}
+        if self._pictured is None:
+            self._pictured = {name for line in lines for name in json.loads(line)["images"]}
+        pictured = self._pictured
+        new = {name: url for name, url in record.images.items() if name not in pictured}
         record = replace(record, images=new)
         line = line_of(record)
         if earlier == path and len(lines_of(path)) == count:
@@ -223,6 +227,7 @@ class RunFolder:
         else:  # of another run, or of what came after the checkpoint
             write_whole(path, b"".join([*lines, line]))
         self._failures = path, len(lines) + 1
+        self._pictured |= new.keys()
         if self._paged:
             self._paged = False  # where it fails, the page is written anew
             add_failures_to_report(self._writer.folder, record)
