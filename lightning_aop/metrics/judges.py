@@ -9,6 +9,7 @@ falls without it. Unlike the others it judges the values of a map, not only thei
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -33,17 +34,18 @@ if TYPE_CHECKING:
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The shares of the pixels that ROAD removes."""
 
-_NEIGHBOURS = torch.tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]) / 12
 _CLOSE = 1e-4  # the largest error of the imputation's equations, beside what they are equal to
 _LIMIT = 2000  # iterations
 _ASKED = 8  # iterations until somebody looks whether they were enough
+_SMALLEST = 8  # pixels of a side: no start is looked for at half of it
 
 
 def impute(images: Images, missing: Bool[Tensor, "b h w"]) -> Images:
     """Return the images with every missing pixel the weighted mean of its eight neighbours.
 
     Neighbours to the sides weigh 1/6, diagonal ones 1/12; those beyond the border don't count. The
-    equations of all missing pixels are solved at once, by conjugate gradients.
+    equations of all missing pixels are solved at once, by conjugate gradients from the solution at half
+    the size.
 
     Raises:
         ValueError: of an image nothing is left.
@@ -51,39 +53,54 @@ def impute(images: Images, missing: Bool[Tensor, "b h w"]) -> Images:
     if bool(missing.flatten(1).all(dim=1).any()):
         raise InvalidValueError("nothing is left of an image to impute the rest from: remove less")
     known = full_precision(images).masked_fill(missing[:, None], 0.0)
-    gaps = missing[:, None].to(known)
-    count, channels = known.shape[:2]
+    with torch.autocast(images.device.type, enabled=False):
+        return _filled(known, missing[:, None].to(known)).to(images.dtype)
 
-    def around(values: Tensor) -> Tensor:
-        flat = values.flatten(0, 1)[:, None]
-        kernel = _NEIGHBOURS.to(values)[None, None]
-        return F.conv2d(flat, kernel, padding=1).view_as(values)
 
-    weight = around(torch.ones_like(known[:1, :1]))
+def _filled(known: Images, gaps: Float[Tensor, "b 1 h w"]) -> Images:
+    """Return the images, which are 0 where the gaps are 1, with these filled."""
+    height, width = known.shape[2:]
+    start = torch.zeros_like(known)
+    if min(height, width) > _SMALLEST:
+        halved = partial(F.avg_pool2d, kernel_size=2, ceil_mode=True, count_include_pad=False)
+        there = halved(1 - gaps)
+        means = torch.where(there > 0, halved(known) / there, 0.0)
+        coarse = _filled(means, (there == 0).to(known))
+        twice = [2 * side for side in coarse.shape[2:]]
+        start = F.interpolate(coarse, twice, mode="bilinear")[..., :height, :width] * gaps
+    weight = _around(torch.ones_like(known[:1, :1]))
 
     def times(values: Tensor) -> Tensor:
-        return gaps * (weight * values - around(values))
+        return gaps * (weight * values - _around(values))
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(dim=(2, 3), keepdim=True)
 
-    with torch.autocast(images.device.type, enabled=False):
-        wanted = gaps * around(known)
-        found = torch.zeros_like(known)
-        residual, direction = wanted.clone(), wanted.clone()
-        square = dot(residual, residual)
-        enough = _CLOSE**2 * square
-        for iteration in range(_LIMIT):
-            # To ask an accelerator whether it is there yet takes as long as a few iterations.
-            if iteration % _ASKED == 0 and not bool((square > enough).any()):
-                break
-            image = times(direction)
-            step = torch.where(square > enough, square / dot(direction, image), 0.0)
-            found += step * direction
-            residual -= step * image
-            before, square = square, dot(residual, residual)
-            direction = residual + torch.where(before > 0, square / before, 0.0) * direction
-    return (known + gaps * found).view(count, channels, *known.shape[2:]).to(images.dtype)
+    wanted = gaps * _around(known)
+    found = start
+    residual = wanted - times(found)
+    direction, square = residual, dot(residual, residual)
+    enough = _CLOSE**2 * dot(wanted, wanted)
+    for iteration in range(_LIMIT):
+        # To ask an accelerator whether it is there yet takes as long as a few iterations.
+        if iteration % _ASKED == 0 and not bool((square > enough).any()):
+            break
+        image = times(direction)
+        step = torch.where(square > enough, square / dot(direction, image), 0.0)
+        found = found.addcmul(step, direction)
+        residual = residual.addcmul(step, image, value=-1)
+        before, square = square, dot(residual, residual)
+        direction = residual.addcmul(torch.where(before > 0, square / before, 0.0), direction)
+    return known + gaps * found
+
+
+def _around(values: Images) -> Images:
+    """Return the weighted mean of the neighbours of each pixel, 0 beyond the border."""
+    # [1, 2, 1] down and across, less the 4 of the middle: a tenth of the time of a convolution.
+    wide = F.pad(values, (1, 1, 1, 1))
+    down = (wide[..., :-2, :] + wide[..., 2:, :]).add_(wide[..., 1:-1, :], alpha=2)
+    both = (down[..., :-2] + down[..., 2:]).add_(down[..., 1:-1], alpha=2)
+    return both.sub_(values, alpha=4).div_(12)
 
 
 def road(
