@@ -1,5 +1,8 @@
 """What is refused at the public edge: messages name the value, what was expected and what to do."""
 
+import math
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -54,10 +57,20 @@ def require_finite(values: Tensor, targets: Targets, what: str) -> None:
         )
 
 
-def require_positive(owner: str, **values: float | None) -> None:
-    """Raise ValueError for a setting that must be above zero where it is given."""
+def require_positive(owner: str, **values: object) -> None:
+    """Raise ValueError, or TypeError, for a setting that must be above zero where it is given."""
     for name, value in values.items():
-        if isinstance(value, str):
+        if value is None:
+            continue
+        if not isinstance(value, float | Integral):
             raise InvalidTypeError(f"{owner}: {name} must be a number, got {value!r}")
-        if value is not None and value <= 0:
+        if not 0 < float(value) < math.inf:
             raise InvalidValueError(f"{owner}: {name} must be above 0, got {value}")
+
+
+def require_counts(owner: str, **values: object) -> None:
+    """Raise ValueError for a setting that must be a whole number from 1 on where it is given."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Integral):
+            raise InvalidTypeError(f"{owner}: {name} must be a whole number, got {value!r}")
+    require_positive(owner, **values)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_positive
+from lightning_aop.checks import require_counts
 from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.ops import Baseline, GaussianBlur
 from lightning_aop.scores import full_precision
@@ -37,7 +37,7 @@ class RandomPatchBlur(nn.Module):
         for name, value in (("p", p), ("most", most)):
             if not 0 <= value <= 1:
                 raise InvalidValueError(f"RandomPatchBlur: {name} must lie in [0, 1], got {value}")
-        require_positive("RandomPatchBlur", cells=cells)
+        require_counts("RandomPatchBlur", cells=cells)
         self.p, self.most, self.cells = p, most, cells
         self.baseline = GaussianBlur() if baseline is None else baseline
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_counts, require_finite
 from lightning_aop.model.adapter import Classifier, explaining, name_of
 from lightning_aop.model.layers import (
     Capture,
@@ -68,7 +68,7 @@ class ActivationMap(ABC):
     reshape: Reshape | None = None
 
     def __post_init__(self) -> None:
-        require_positive(type(self).__name__, eval_batch_size=self.eval_batch_size)
+        require_counts(type(self).__name__, eval_batch_size=self.eval_batch_size)
 
     @property
     def evaluations(self) -> int:

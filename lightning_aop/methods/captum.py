@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_counts, require_finite, require_positive
 from lightning_aop.errors import InvalidValueError, MissingPackageError
 from lightning_aop.methods.superpixels import superpixels
 from lightning_aop.model.adapter import Classifier, explaining, name_of
@@ -95,7 +95,7 @@ class CaptumAttribution:
     eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive("CaptumAttribution", eval_batch_size=self.eval_batch_size)
+        require_counts("CaptumAttribution", eval_batch_size=self.eval_batch_size)
         if self.sign not in ("absolute", "positive"):
             raise InvalidValueError(
                 f"CaptumAttribution: sign must be 'absolute' or 'positive', got {self.sign!r}"
@@ -299,7 +299,8 @@ def vargrad(
 def _in_noise(
     kind: str, samples: int, noise: float, seed: int, eval_batch_size: int | None
 ) -> CaptumAttribution:
-    require_positive(kind, samples=samples, noise=noise)
+    require_counts(kind, samples=samples)
+    require_positive(kind, noise=noise)
     return CaptumAttribution(
         "Saliency",
         {"abs": False},
@@ -346,7 +347,7 @@ def lime(
         seed: one seed gives one answer.
         eval_batch_size: images in one pass of the model; None for the usual number.
     """
-    require_positive("lime", samples=samples, superpixels=superpixels)
+    require_counts("lime", samples=samples, superpixels=superpixels)
     try:
         from captum._utils.models.linear_model import SkLearnRidge
         from captum.attr._core.lime import get_exp_kernel_similarity_function

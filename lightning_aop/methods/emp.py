@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_counts, require_finite, require_positive
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
 from lightning_aop.ops import Baseline, GaussianBlur, total_variation
@@ -55,14 +55,13 @@ class EMP:
     eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(
+        require_counts(
             "EMP",
             iterations=self.iterations,
             mask_size=self.mask_size,
-            lr=self.lr,
-            tv_exponent=self.tv_exponent,
             eval_batch_size=self.eval_batch_size,
         )
+        require_positive("EMP", lr=self.lr, tv_exponent=self.tv_exponent)
 
     @property
     def evaluations(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_counts, require_finite
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.masks import PerturbedScore
 from lightning_aop.model.adapter import explaining
@@ -52,7 +52,7 @@ class GreedyRanking:
     eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive("GreedyRanking", eval_batch_size=self.eval_batch_size)
+        require_counts("GreedyRanking", cells=self.cells, eval_batch_size=self.eval_batch_size)
         if self.cells < 2:
             raise InvalidValueError(f"GreedyRanking: cells must be 2 or more, got {self.cells}")
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_counts, require_finite, require_positive
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import Classifier, explaining
@@ -49,9 +49,8 @@ class ArmijoSearch:
     at_once: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(
-            "ArmijoSearch", first=self.first, smallest=self.smallest, at_once=self.at_once
-        )
+        require_positive("ArmijoSearch", first=self.first, smallest=self.smallest)
+        require_counts("ArmijoSearch", at_once=self.at_once)
         if not 0 < self.decay < 1:
             raise InvalidValueError(
                 f"ArmijoSearch: decay must lie between 0 and 1, got {self.decay}"
@@ -156,7 +155,7 @@ class IGOS:
     eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(
+        require_counts(
             "IGOS",
             iterations=self.iterations,
             samples=self.samples,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_counts, require_finite, require_positive
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import Classifier, explaining
@@ -86,17 +86,20 @@ class RankedMask:
     eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(
+        require_counts(
             "RankedMask",
             iterations=self.iterations,
             mask_size=self.mask_size,
+            eval_batch_size=self.eval_batch_size,
+        )
+        require_positive(
+            "RankedMask",
             lr=self.lr,
             temperature=self.temperature,
             focus=self.focus,
             coarse=self.coarse,
             fine=self.fine,
             score_floor=self.score_floor,
-            eval_batch_size=self.eval_batch_size,
         )
         if not 0 <= self.momentum < 1:
             raise InvalidValueError(f"RankedMask: momentum must lie in [0, 1), got {self.momentum}")

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_counts, require_finite
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.superpixels import require_slic, superpixels
 from lightning_aop.model.adapter import explaining
@@ -67,7 +67,7 @@ class RegionalMultiscale:
     eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(
+        require_counts(
             "RegionalMultiscale",
             fills=self.fills,
             examples=self.examples,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_counts, require_finite
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import explaining
 from lightning_aop.ops import min_max, resize
@@ -47,7 +47,7 @@ class RISE:
     eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(
+        require_counts(
             "RISE", masks=self.masks, cells=self.cells, eval_batch_size=self.eval_batch_size
         )
         if not 0 < self.probability < 1:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_counts, require_finite
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.superpixels import require_slic, superpixels
 from lightning_aop.model.adapter import Classifier, explaining
@@ -44,7 +44,7 @@ def merge_segments(
         min_area: pixels, 1 or more.
         fast: settle the order at the start.
     """
-    require_positive("merge_segments", min_area=min_area)
+    require_counts("merge_segments", min_area=min_area)
     values = np.asarray(attribution, dtype=np.float64).ravel()
     if not np.isfinite(values).all():
         raise InvalidValueError("merge_segments: attribution holds NaN or infinity")
@@ -188,7 +188,9 @@ class XRAI:
     eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive("XRAI", min_area=self.min_area, eval_batch_size=self.eval_batch_size)
+        require_counts(
+            "XRAI", steps=self.steps, min_area=self.min_area, eval_batch_size=self.eval_batch_size
+        )
         if self.steps < 2:
             raise InvalidValueError(
                 f"XRAI: steps must be 2 or more, the ends of the path, got {self.steps}"

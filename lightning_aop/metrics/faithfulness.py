@@ -8,10 +8,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_aop.checks import require_counts
 from lightning_aop.metrics.functional import (
     BLUR,
     GameName,
     auc,
+    check_evaluations,
+    check_steps,
     deletion_curve,
     deletion_insertion_curves,
     estimate_curves,
@@ -74,6 +77,10 @@ class _FaithfulnessAUC(Metric, ABC):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_steps(type(self).__name__, steps, pixels_per_step)
+        require_counts(type(self).__name__, eval_batch_size=eval_batch_size)
+        if evaluations is not None:
+            check_evaluations(evaluations, self.games)
         self.normalise = normalise
         self.last_curves, self.last_evaluated, self.last_errors = {}, {}, {}
         self.evaluations = evaluations

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_finite, require_positive, require_tensors
+from lightning_aop.checks import require_counts, require_finite, require_tensors
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.model.passes import slices
@@ -199,11 +199,7 @@ def estimate_curves(  # noqa: D417
     """
     if games not in (_BOTH, _BOTH[:1], _BOTH[1:]):
         raise InvalidValueError(f"games must be {_BOTH}, or one of them in a tuple, got {games}")
-    if evaluations < 8 * len(games):
-        raise InvalidValueError(
-            f"evaluations must be 8 or more for each curve, {8 * len(games)} for {' and '.join(games)}, "
-            f"got {evaluations}: give more"
-        )
+    check_evaluations(evaluations, games)
     with _game(model, images, maps, targets, score, baseline, steps, pixels_per_step) as game:
         if evaluations >= (2 * game.steps if len(games) == 2 else game.steps + 1):
             whole = (
@@ -348,7 +344,7 @@ class _Game:
         self, steps: Int[Tensor, "b m"], insert: Bool[Tensor, "b m"], wanted: int | None
     ) -> Float[Tensor, "b m"]:
         """Return the scores after numbers of steps that may differ from image to image."""
-        require_positive("deletion and insertion", eval_batch_size=wanted)
+        require_counts("deletion and insertion", eval_batch_size=wanted)
         images, points = steps.shape
         chunk = self.classifier.pass_size(wanted, images * points, self.images)
         moved = (steps * self.pixels_per_step).to(self.ranks)
@@ -429,7 +425,7 @@ def _game(
     steps: int,
     pixels_per_step: int | None,
 ) -> Iterator[_Game]:
-    require_positive("deletion and insertion", steps=steps, pixels_per_step=pixels_per_step or 1)
+    check_steps("deletion and insertion", steps, pixels_per_step)
     require_tensors(images=images, maps=maps, targets=targets)
     if images.ndim == 4 and images.shape[2] * images.shape[3] < 2:
         raise InvalidValueError(
@@ -446,6 +442,26 @@ def _game(
         step = pixels_per_step or ceil(ranks[0].numel() / steps)
         score = _OfProbabilities() if score is softmax else score
         yield _Game(classifier, x, baseline(x), t, ranks.int(), score, step)
+
+
+def check_steps(owner: str, steps: object, pixels_per_step: object) -> None:
+    """Raise ValueError or TypeError for settings that make no curve."""
+    require_counts(owner, steps=steps, pixels_per_step=pixels_per_step)
+    if steps is None and pixels_per_step is None:
+        raise InvalidValueError(
+            f"{owner}: steps must be a whole number where pixels_per_step is None, got None: 112 are "
+            "the protocol's"
+        )
+
+
+def check_evaluations(evaluations: int, games: tuple[GameName, ...]) -> None:
+    """Raise ValueError or TypeError for too few of them."""
+    require_counts("curves", evaluations=evaluations)
+    if evaluations < 8 * len(games):
+        raise InvalidValueError(
+            f"evaluations must be 8 or more for each curve, {8 * len(games)} for {' and '.join(games)}, "
+            f"got {evaluations}: give more"
+        )
 
 
 class _OfProbabilities:

@@ -7,8 +7,9 @@ Sensitivity of Explanations*, NeurIPS 2019) asks whether the heat of a region sa
 falls without it. Unlike the others it judges the values of a map, not only their order.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_aop.checks import require_finite, require_positive
+from lightning_aop.checks import require_counts, require_finite
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.metrics.functional import BLUR, saliency_ranks
 from lightning_aop.model.adapter import Classifier, explaining
@@ -131,8 +132,7 @@ def road(
         seed: of the noise, the same for every image.
         eval_batch_size: images in one pass of the model; None for 32, or fewer where memory runs out.
     """
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise InvalidValueError(f"shares must lie between 0 and 1, got {list(shares)}: as {SHARES}")
+    _check_road(shares, noise, eval_batch_size)
     with explaining(model, images, targets) as (classifier, x, t), torch.no_grad():
         ranks = saliency_ranks(maps.detach().to(x.device))
         pixels = ranks[0].numel()
@@ -153,6 +153,15 @@ def road(
         gain = (least - most).mean(dim=1) / 2
         require_finite(gain, t, "the class score of an imputed image")
         return gain
+
+
+def _check_road(shares: Iterable[float], noise: float, eval_batch_size: int | None) -> None:
+    found = list(shares)
+    if not found or not all(0 < share < 1 for share in found):
+        raise InvalidValueError(f"ROAD: shares must lie between 0 and 1, got {found}: as {SHARES}")
+    if not isinstance(noise, float | int) or not 0 <= noise < math.inf:
+        raise InvalidValueError(f"ROAD: noise must be a number of 0 or more, got {noise!r}")
+    require_counts("ROAD", eval_batch_size=eval_batch_size)
 
 
 def infidelity(
@@ -184,7 +193,7 @@ def infidelity(
         seed: of the squares, the same for every image.
         eval_batch_size: images in one pass of the model; None for 32, or fewer where memory runs out.
     """
-    require_positive("infidelity", samples=samples)
+    require_counts("infidelity", samples=samples, eval_batch_size=eval_batch_size)
     with explaining(model, images, targets) as (classifier, x, t), torch.no_grad():
         squares = random_squares((x.shape[2], x.shape[3]), samples, seed).to(x.device)
         heat = full_precision(maps.detach().to(x.device)).flatten(1) @ squares.flatten(1).T.to(x)
@@ -309,6 +318,7 @@ class ROAD(_MeanJudge):
         eval_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_road(shares, noise, eval_batch_size)
         settings = {"score": score, "shares": shares, "noise": noise, "seed": seed}
         super().__init__(settings | {"eval_batch_size": eval_batch_size}, **kwargs)
 
@@ -338,6 +348,7 @@ class Infidelity(_MeanJudge):
         eval_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
+        require_counts("Infidelity", samples=samples, eval_batch_size=eval_batch_size)
         settings = {"score": score, "baseline": baseline, "samples": samples, "seed": seed}
         super().__init__(settings | {"eval_batch_size": eval_batch_size}, **kwargs)
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_positive
+from lightning_aop.checks import require_counts
 from lightning_aop.model.batches import members
 from lightning_aop.model.isolation import hooked, unwrap
 
@@ -140,7 +140,7 @@ class Passes:
     """
 
     def __init__(self, usual: int | None = None, graphs: Literal["auto", False] = "auto") -> None:
-        require_positive("Passes", eval_batch_size=usual)
+        require_counts("Passes", eval_batch_size=usual)
         self.usual = usual
         self.graphs = graphs
         self.limit: int | None = None

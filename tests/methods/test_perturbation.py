@@ -285,7 +285,12 @@ def test_multilabel_score(double: nn.Module, pictures: tuple[Tensor, Tensor]) ->
     assert not torch.equal(one, other)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_settings_are_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="IGOS: iterations must be a whole number"):
+        IGOS(iterations=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="RankedMask: lr must be above 0, got nan"):
+        RankedMask(lr=float("nan"))
     with pytest.raises(ValueError, match="IGOS: samples must be above 0, got 0"):
         IGOS(samples=0)
     with pytest.raises(ValueError, match=r"IGOS: noise must be a share .*, got -0.1"):

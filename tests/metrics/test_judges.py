@@ -213,5 +213,11 @@ def test_costs_and_refusals(net: nn.Module, batch: Any, unchecked: None) -> None
     for shares in ((), (0.0,), (0.5, 1.0)):
         with pytest.raises(ValueError, match="shares must lie between 0 and 1"):
             road(net, images, maps, targets, shares=shares)
+    wrong: dict[str, Any]
+    for wrong in ({"shares": (0, 0.5)}, {"shares": ()}, {"noise": -1.0}, {"eval_batch_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ROAD(**wrong)
+    with pytest.raises(TypeError, match="samples must be a whole number"):
+        Infidelity(samples=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="samples must be above 0"):
         infidelity(net, images, maps, targets, samples=0)

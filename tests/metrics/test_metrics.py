@@ -329,9 +329,20 @@ def test_bad_input_is_refused(net: nn.Module, batch: Any, maps: Tensor, unchecke
     with pytest.raises(ValueError, match="maps hold NaN"):
         insertion_curve(net, images, maps * torch.nan, targets)
     with pytest.raises(ValueError, match="steps must be above 0, got 0"):
-        OverallAUC(steps=0).update(net, images, maps, targets)
+        deletion_curve(net, images, maps, targets, steps=0)
+    # A metric of a training run refuses them where it is made.
+    with pytest.raises(ValueError, match="OverallAUC: steps must be above 0, got 0"):
+        OverallAUC(steps=0)
+    settings: dict[str, Any]
+    for settings in ({"steps": "8"}, {"pixels_per_step": 2.5}, {"evaluations": 1e3}):
+        with pytest.raises(TypeError, match=f"{next(iter(settings))} must be a whole number"):
+            OverallAUC(**settings)
+    with pytest.raises(ValueError, match="where pixels_per_step is None, got None"):
+        OverallAUC(steps=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="OverallAUC: eval_batch_size must be above 0"):
+        OverallAUC(eval_batch_size=-1)
     with pytest.raises(ValueError, match="16 for deletion and insertion, got 15"):
-        OverallAUC(evaluations=15).update(net, images, maps, targets)
+        OverallAUC(evaluations=15)
     assert estimate_curves(net, images, maps, targets, 16)["deletion"].evaluated.any()
     with pytest.raises(ValueError, match=r"games must be .*, got \('rise',\)"):
         estimate_curves(net, images, maps, targets, 56, games=("rise",))  # type: ignore[arg-type]
