@@ -46,6 +46,8 @@ def test_two_processes_find_what_one_finds(
         torch.testing.assert_close(mine["maps"], expected["maps"], atol=1e-5, rtol=0)
         assert mine["values"] == pytest.approx(expected["values"], abs=1e-5, nan_ok=True)
         torch.testing.assert_close(mine["curves"], expected["curves"], atol=1e-5, rtol=0)
+        assert mine["controls"].shape == (5, 2)
+        torch.testing.assert_close(mine["controls"], expected["controls"], atol=1e-5, rtol=0)
         for name in ("", "_random_map", "_centre_gaussian"):
             key = f"explain/overall_auc{name}"
             assert each["metrics"][key] == pytest.approx(alone["metrics"][key], abs=1e-5)

@@ -44,7 +44,10 @@ def explained(
     )
     images = torch.rand(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(1))
     probe = Probe.from_batch((images, labels), None)
-    found = replace(Explanation.of(probe, plan, maps, curves, {}, {}), look=Look(NAMES))
+    found = replace(
+        Explanation.of(probe, plan, maps, curves, {}, {}, maps.new_zeros(count, 0)),
+        look=Look(NAMES),
+    )
     return found if drift is None else replace(found, drift=drift)
 
 

@@ -99,6 +99,7 @@ class Watch(ExplanationMonitor):
                 "maps": explanation.maps,
                 "values": {k: v for k, v in explanation.values.items() if k not in TIMES},
                 "curves": explanation.curves,
+                "controls": explanation.control_aucs,
                 "state": self.state,
             }
         )
