@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -238,7 +238,9 @@ def explain_probe(
     # Where a process would have nothing to judge, each does all the work.
     shared = not processes.alike and int(plan.judged.sum()) >= processes.size
     workers = processes if shared else Processes.alone()
-    possible = plan.finite.nonzero()[:, 0]
+    # Judged ones first, so that each share has some of them.
+    judged_first = (plan.judged, plan.finite & ~plan.judged)
+    possible = torch.cat([each.nonzero()[:, 0] for each in judged_first])
     mine = possible[workers.share(len(possible))]
     pictures, targets = images[plan.rows[mine]], plan.targets[mine].to(images.device)
     judged = plan.judged[mine].to(images.device)
@@ -284,7 +286,9 @@ def explain_probe(
                 again = partial(other.explain, model)
                 floor = partial(_floor, again, pictures, targets, worked.maps, len(possible))
                 values |= floor(workers, processes, passes)
-    maps, curves, lines = (_with_nan(found, plan.finite) for found in (maps, curves, lines))
+    maps, curves, lines = (
+        _with_nan(found, possible, len(plan.rows)) for found in (maps, curves, lines)
+    )
     masks, known = probe.masks_of(plan.rows, plan.targets)
     known &= plan.finite
     values |= located(maps[known], masks[known], plan.targets[known], plan.logits.shape[1])
@@ -433,8 +437,10 @@ def _grid(
         return {}
 
 
-def _with_nan(maps: Float[Tensor, "f h w"], finite: Bool[Tensor, " p"]) -> Float[Tensor, "p h w"]:
+def _with_nan(
+    maps: Float[Tensor, "f h w"], places: Int[Tensor, " f"], count: int
+) -> Float[Tensor, "p h w"]:
     """Return a map for each pair, or its curves, NaN for those that could not be explained."""
-    every = maps.new_full((len(finite), *maps.shape[1:]), torch.nan)
-    every[finite.to(maps.device)] = maps
+    every = maps.new_full((count, *maps.shape[1:]), torch.nan)
+    every[places.to(maps.device)] = maps
     return every.cpu()
