@@ -35,11 +35,11 @@ class Timed(ExplanationMonitor):
         self.seconds: list[dict[str, float]] = []
 
     def _time(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        started = time.perf_counter()
+        started = time.process_time()
         result = work(*arguments)
         if part == "explain":
             self.seconds.append(dict.fromkeys(PARTS, 0.0))
-        self.seconds[-1][part] += time.perf_counter() - started
+        self.seconds[-1][part] += time.process_time() - started
         return result
 
     def _explain(self, *arguments: Any) -> Any:
