@@ -39,6 +39,8 @@ _LARGEST = 224  # longer side of a panel in pixels, unless `cell` asks for anoth
 
 _SMALLEST = 32
 
+_LEGIBLE = 128  # a panel of a narrow picture, from which on its card is no larger
+
 # Deletion and insertion: apart by brightness too, and none of them a colour of the maps.
 _GAMES = {"deletion": (248, 150, 160), "insertion": (120, 200, 255)}
 
@@ -80,7 +82,8 @@ def heatmap_grid(
         mean: see ``displayable``.
         std: see ``displayable``.
         cell: longer side of a panel in pixels, at least 32. By default larger images are reduced to
-            224, smaller ones are upsampled by the largest whole factor that stays within 224.
+            224, smaller ones are upsampled by the largest whole factor that stays within 224; in a
+            narrow picture by the smallest that reaches 128.
         outlines: (b, h, w), where the class of each sample is; its border is drawn on both panels
             and explained beside the colour bar. An empty mask has none, and none runs along the edge
             of the picture.
@@ -111,6 +114,9 @@ def heatmap_grid(
     count = len(images)
     members = _runs(groups) if groups is not None else [[i] for i in range(count)]
     pictures = displayable(images[[samples[0] for samples in members]], mean, std)
+    longer = max(images.shape[2:])
+    if narrow and cell is None and longer < _LEGIBLE:
+        cell = math.ceil(_LEGIBLE / longer) * longer
     drawn, labels = panels_of(pictures, maps, cell, outlines, members, panels)
     high, wide = drawn.shape[2:4]
     em = min(max(round(max(high, wide) / (9 if narrow else 13)), 11), 24)
