@@ -78,7 +78,7 @@ def lay_out_charts(loggers: Sequence[object], prefixes: Sequence[str]) -> None:
     """
     charts = {
         prefix.strip("/"): {
-            "overall AUC, and of maps that know nothing of the model": [
+            "overall AUC and its controls": [
                 "Multiline",
                 [f"^{re.escape(prefix)}overall_auc(_random_map|_centre_gaussian)?$"],
             ],

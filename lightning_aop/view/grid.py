@@ -48,8 +48,6 @@ _CHART, _AXIS = (31, 34, 41), (75, 80, 90)
 
 _ABREAST = 5  # overlays of one group in a row
 
-_NARROW = 4  # panels in a row of a narrow picture, the input being one
-
 
 def heatmap_grid(
     images: Images,
@@ -66,7 +64,7 @@ def heatmap_grid(
     headings: Sequence[str] | None = None,
     panels: Sequence[Panel] = ("overlay",),
     curves: Float[Tensor, "b 2 points"] | None = None,
-    narrow: bool = False,
+    narrow: int | None = None,
 ) -> Picture:
     """Draw every sample as "input | overlay" with its caption, and one colour bar for all.
 
@@ -96,8 +94,8 @@ def heatmap_grid(
             deletion and insertion.
         curves: of each sample the scores in deletion and in insertion, in equal steps from nothing to
             all, as ``metrics.functional`` gives them; NaN for a sample without.
-        narrow: four panels in a row, whatever their number, and larger text, which stays legible in a
-            card a third of a screen wide; each group has rows of its own.
+        narrow: so many panels in a row, the input being one, whatever their number; and larger text,
+            which stays legible in a card a fourth of a screen wide. Each group has rows of its own.
 
     Returns:
         (3, H, W) uint8 on the CPU, reached by one copy from the device of ``maps``.
@@ -119,7 +117,9 @@ def heatmap_grid(
         cell = math.ceil(_LEGIBLE / longer) * longer
     drawn, labels = panels_of(pictures, maps, cell, outlines, members, panels)
     high, wide = drawn.shape[2:4]
-    em = min(max(round(max(high, wide) / (9 if narrow else 13)), 11), 24)
+    em = max(high, wide) / (7 if narrow else 13)
+    em = min(max(round(em), 11), 32 if narrow else 24)
+    key = round(0.75 * em) if narrow else em  # of the legend
     font, bold = font_of("DejaVuSans.ttf", em), font_of("DejaVuSans-Bold.ttf", round(1.15 * em))
     small = font_of("DejaVuSans.ttf", max(round(0.8 * em), 10))
 
@@ -139,7 +139,7 @@ def heatmap_grid(
     step = last + em // 2  # from one sample of a group to the next
     down = high + em // 2 + line * rows + em
     # As many in each row of a group that is too long for one.
-    most = max((_NARROW - 1) // len(panels), 1) if narrow else _ABREAST
+    most = max((narrow - 1) // len(panels), 1) if narrow else _ABREAST
     across = [math.ceil(len(s) / math.ceil(len(s) / most)) for s in members]
     if narrow and groups is not None:
         across = [most] * len(members)  # each group takes rows of its own
@@ -147,10 +147,13 @@ def heatmap_grid(
         (first + (n - 1) * step + last + margin, math.ceil(len(samples) / n) * down)
         for n, samples in zip(across, members, strict=True)
     ]
-    bar_w, bar_h = 12 * em, round(0.7 * em)
-    note = "outline: annotated mask" if outlines is not None else ""
-    legend_w = math.ceil(font.getlength("saliency")) + em + bar_w
-    legend_w += math.ceil(font.getlength(note)) + 5 * em if note else 0
+    bar_w, bar_h = (8 if narrow else 12) * key, round(0.7 * key)
+    note, lettering = (
+        "outline: annotated mask" if outlines is not None else "",
+        font_of("DejaVuSans.ttf", key),
+    )
+    legend_w = math.ceil(lettering.getlength("saliency")) + key + bar_w
+    legend_w += math.ceil(lettering.getlength(note)) + 5 * key if note else 0
     top, bottom = margin + (2 * line if title else 0), bar_h + em + margin
 
     def size(limit: int) -> tuple[int, int]:
@@ -161,7 +164,7 @@ def heatmap_grid(
         return max(right - margin, legend_w) + 2 * margin, top + under + bottom
 
     if narrow and groups is None:
-        columns = max(_NARROW // (1 + len(panels)), 1)
+        columns = max(narrow // (1 + len(panels)), 1)
         limit = columns * sizes[0][0]
     elif narrow:
         limit = sizes[0][0]
@@ -207,12 +210,12 @@ def heatmap_grid(
             else:
                 write(texts[i], x, y + below, last - em // 4)
 
-    colour_bar(canvas, (margin + content - bar_w, foot), (bar_w, bar_h), em)
+    colour_bar(canvas, (margin + content - bar_w, foot), (bar_w, bar_h), key)
     if note:
         colour = tuple(round(255 * c) for c in LINE)
         middle = foot + bar_h // 2
-        draw.line((margin, middle, margin + 2 * em, middle), colour, max(em // 6, 2))
-        draw.text((margin + round(2.7 * em), middle), note, INK, font, "lm")
+        draw.line((margin, middle, margin + 2 * key, middle), colour, max(key // 6, 2))
+        draw.text((margin + round(2.7 * key), middle), note, INK, lettering, "lm")
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
 
 
@@ -280,7 +283,7 @@ def _check_layout(
     outlines: Tensor | None,
     groups: Sequence[int] | None,
     headings: Sequence[str] | None,
-    narrow: bool,
+    narrow: int | None,
 ) -> None:
     count = len(images)
     if isinstance(captions, str) or len(captions) != count:
@@ -294,9 +297,14 @@ def _check_layout(
             f"images must hold at least one image of at least one pixel, got {list(images.shape)}: "
             "draw nothing when there is nothing to draw"
         )
-    if columns is not None and narrow:
+    if columns is not None and narrow is not None:
         raise InvalidValueError(
-            f"columns={columns} and narrow=True both choose the columns: leave one of them out"
+            f"columns={columns} and narrow={narrow} both choose the columns: leave one of them out"
+        )
+    if narrow is not None and narrow < 2:
+        raise InvalidValueError(
+            f"narrow must be 2 or more, an input and a map, got {narrow}: leave it out for a wide "
+            "picture"
         )
     if columns is not None and columns < 1:
         raise InvalidValueError(

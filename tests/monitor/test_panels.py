@@ -82,6 +82,18 @@ def test_captions_tell_score_auc_and_what_is_wrong(monkeypatch: pytest.MonkeyPat
             assert said == []
 
 
+def test_of_two_maps_of_an_image_each_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = random_logits(2).argmax(dim=1).tolist()
+    labels = torch.tensor([(said[0] + 1) % 5, said[1]])  # the first is wrong, the second right
+    rows, targets = [0, 0, 1], [int(labels[0]), said[0], said[1]]
+    grids = Grids(monkeypatch)
+    list(draw_probe(explained(rows, targets, labels), title="t"))
+    (call,) = grids.calls
+    assert [caption.split("\n")[-1] for caption in call["captions"][:2]] == ["label", "predicted"]
+    assert not {"label", "predicted"} & set(call["captions"][2].split("\n"))
+    assert call["groups"] == rows
+
+
 def test_hundreds_of_explanations_take_several_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = Grids(monkeypatch)
     what = explained(list(range(300)), [0] * 300, torch.zeros(300).long())
