@@ -176,7 +176,7 @@ def _enlarged(map_: Float[Tensor, "i j"], height: int, width: int) -> Float[Tens
 
 def _in_lines(title: str) -> str:
     """Return the title of a moment for a place that is no wider than a panel."""
-    return title.replace(" · ", "\n")
+    return title.replace(" · ", "\n").replace("before ", "before\n")
 
 
 def _captions(

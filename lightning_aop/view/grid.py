@@ -131,8 +131,9 @@ def heatmap_grid(
     last = max(wide, math.ceil(small.getlength("blank map")) + em)
     first = wide + seam  # from the input to the first sample
     if groups is not None:
-        # Of each caption a verdict must fit, and with it a score.
-        last = max(last, math.ceil(font.getlength("false positive")) + em // 4)
+        # Of each caption a verdict must fit, and with it a score; or a time.
+        widest = max(map(font.getlength, ("false positive", "since epoch 99")))
+        last = max(last, math.ceil(widest) + em // 4)
         first = last + em // 2
     head_width, strip = last - em // 4, len(panels) * (wide + seam) - seam
     last = max(last, strip)
