@@ -18,7 +18,7 @@ def write_numbers(folder: str | Path, kind: str = "csv") -> Path:
     """Write the numbers of a run into its folder, as `explanations.csv` or `explanations.json`.
 
     The first has a row for each explanation at each time; the second also has the metrics of each time,
-    those of the controls, and the curves.
+    those of the controls, their overall AUC for each explanation, and the curves.
 
     Args:
         folder: the `explanations` folder that the monitor has written.
@@ -86,6 +86,9 @@ def _times(history: History, curves: bool = False) -> list[dict[str, Any]]:
             }
             if curves:
                 row |= {"deletion": _at(record.deletion, n), "insertion": _at(record.insertion, n)}
+                row["control_aucs"] = {
+                    name: _at(values, n) for name, values in record.control_aucs.items()
+                }
             rows.append(row)
         times.append(
             {

@@ -68,6 +68,8 @@ class Record:
         hits: whether its hottest pixel does, a share where several are equally hot; None likewise.
         peaks: where each map is hottest, as shares of the height and the width; None for a blank map.
         away: how far that is from the object, as a share of the longer side; None as for `energy`.
+        control_aucs: the overall AUC of each control map for each explanation, by the control's name;
+            empty where they were not measured.
         time: when, in seconds since 1970.
         first: its maps are `maps[first : first + len(images)]`.
     """
@@ -93,6 +95,7 @@ class Record:
     hits: list[float | None] = field(default_factory=list)
     peaks: list[list[float] | None] = field(default_factory=list)
     away: list[float | None] = field(default_factory=list)
+    control_aucs: dict[str, list[float | None]] = field(default_factory=dict)
     time: float | None = None
     first: int = 0
 
@@ -364,6 +367,7 @@ _OF_EACH: dict[str, Callable[[object], bool]] = {
     "away": _is_number_or_none,
     "energy": _is_number_or_none,
     "hits": _is_number_or_none,
+    "control_aucs": _is_number_or_none,
 }
 """What the entries of its lists must be, of which there is one for each explanation."""
 
@@ -384,10 +388,12 @@ def _record(line: bytes, images: int) -> tuple[Record, set[str]]:
         if name in _CHECKS:
             fits = _CHECKS[name](value)
         else:
+            lists = value.values() if name == "control_aucs" else [value]
+            fits = all(isinstance(each, list) and all(map(_OF_EACH[name], each)) for each in lists)
             # Earlier versions did not know what the model predicted, and maps need not be judged.
             optional = known[name] or name.endswith("_auc")
-            fits = isinstance(value, list) and all(map(_OF_EACH[name], value))
-            fits = fits and (len(value) == len(own["images"]) or (optional and not value))
+            count = len(own["images"])
+            fits = fits and all(len(each) == count or (optional and not each) for each in lists)
         if not fits:
             raise InvalidValueError(f"{name} can't be {str(value)[:80]}")
     record = Record(**own)

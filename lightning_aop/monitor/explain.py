@@ -2,19 +2,21 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_aop.history.store import stored
 from lightning_aop.methods.aop import OrBlank, fast_sigcam
 from lightning_aop.methods.cam import WGradCAM
+from lightning_aop.metrics.functional import auc
 from lightning_aop.metrics.grid import GridPointing
 from lightning_aop.metrics.similarity import rank_correlation
 from lightning_aop.model.adapter import LogitsFunction, find_adapter, predict
@@ -236,7 +238,9 @@ def explain_probe(
     # Where a process would have nothing to judge, each does all the work.
     shared = not processes.alike and int(plan.judged.sum()) >= processes.size
     workers = processes if shared else Processes.alone()
-    possible = plan.finite.nonzero()[:, 0]
+    # Judged ones first, so that each share has some of them.
+    judged_first = (plan.judged, plan.finite & ~plan.judged)
+    possible = torch.cat([each.nonzero()[:, 0] for each in judged_first])
     mine = possible[workers.share(len(possible))]
     pictures, targets = images[plan.rows[mine]], plan.targets[mine].to(images.device)
     judged = plan.judged[mine].to(images.device)
@@ -263,6 +267,7 @@ def explain_probe(
     controls: dict[str, dict[str, float]] = {}
     maps = images.new_zeros(0, *images.shape[2:], dtype=torch.float32)
     curves = images.new_zeros(0, 2, 2, dtype=torch.float32)
+    lines = images.new_zeros(len(possible), 0, 1, dtype=torch.float32)
     if judge.controls_due:
         judge.seconds = 0.0
     if len(possible):
@@ -272,20 +277,24 @@ def explain_probe(
         if worked.metric is not None:
             values |= _computed(worked.metric, workers, processes)
             if judge.controls_due:
-                batch = pictures[judged], targets[judged]
-                controls = _controls(judge, metric, model, batch, workers, processes, passes, warn)
+                with _rarely(judge, "metrics of the controls", warn):
+                    measure = partial(_controls, judge, metric, model, pictures, targets, judged)
+                    controls, lines = measure(len(possible), workers, processes, passes)
         other = with_another_seed(method) if judge.controls_due and judge.drifts else None
         if other is not None:
-            again = partial(other.explain, model)
-            floor = partial(_floor, again, pictures, targets, worked.maps, len(possible))
-            values |= floor(judge, workers, processes, passes, warn)
-    maps, curves = (_with_nan(found, plan.finite) for found in (maps, curves))
+            with _rarely(judge, "floor of the drift", warn):
+                again = partial(other.explain, model)
+                floor = partial(_floor, again, pictures, targets, worked.maps, len(possible))
+                values |= floor(workers, processes, passes)
+    maps, curves, lines = (
+        _with_nan(found, possible, len(plan.rows)) for found in (maps, curves, lines)
+    )
     masks, known = probe.masks_of(plan.rows, plan.targets)
     known &= plan.finite
     values |= located(maps[known], masks[known], plan.targets[known], plan.logits.shape[1])
     if judge.grid and probe.labels is not None and not probe.multilabel:
         values |= _grid(model, probe, images, method, plan.score, processes, passes, warn)
-    return Explanation.of(probe, plan, maps, curves, values, controls)
+    return Explanation.of(probe, plan, maps, curves, values, controls, lines[..., 0])
 
 
 def _evaluations(method: SaliencyMethod, judge: Judge, maps: int, judged: int) -> int | None:
@@ -329,35 +338,47 @@ def _computed(metric: Judging, workers: Processes, processes: Processes) -> dict
     return processes.together(lambda: computed(metric))
 
 
+@contextmanager
+def _rarely(judge: Judge, what: str, warn: Callable[[str], None]) -> Iterator[None]:
+    """Time what is measured rarely; a failure costs this only."""
+    started = time.perf_counter()
+    try:
+        yield
+    except Exception as error:
+        warn(f"no {what}. {type(error).__name__}: {error}")
+    finally:
+        judge.seconds += time.perf_counter() - started
+
+
 def _controls(
     judge: Judge,
     metric: Callable[[], Judging | None],
     model: nn.Module,
-    batch: tuple[Images, Targets],
+    images: Images,
+    targets: Targets,
+    judged: Bool[Tensor, " mine"],
+    count: int,
     workers: Processes,
     processes: Processes,
     passes: Passes,
-    warn: Callable[[str], None],
-) -> dict[str, dict[str, float]]:
-    """Return the metrics of the controls; a failure costs them only."""
-    started = time.perf_counter()
-    judging = metric()
-    assert judging is not None
+) -> tuple[dict[str, dict[str, float]], Float[Tensor, "all controls 1"]]:
+    """Return the metrics of the controls, and the overall AUC of each for each image and class."""
 
-    def work() -> dict[str, Judging]:
-        update = judge.update_controls
-        return passes.within_memory(lambda: update(judging, model, *batch, passes), len(batch[0]))[
-            0
-        ]
+    def work() -> dict[str, tuple[Judging, Float[Tensor, "b 2 points"] | None]]:
+        judging = metric()
+        assert judging is not None
+        batch = images[judged], targets[judged]
+        update = partial(judge.update_controls, judging, model, *batch, passes)
+        return passes.within_memory(update, len(batch[0]))[0]
 
-    try:
-        judged = processes.together(work)
-        return {name: _computed(each, workers, processes) for name, each in judged.items()}
-    except Exception as error:
-        warn(f"no metrics of the controls. {type(error).__name__}: {error}")
-        return {}
-    finally:
-        judge.seconds += time.perf_counter() - started
+    found = processes.together(work)
+    values = {name: _computed(each, workers, processes) for name, (each, _) in found.items()}
+    mine = images.new_full((len(images), len(found), 1), torch.nan, dtype=torch.float32)
+    for n, (_, curves) in enumerate(found.values()):
+        if curves is not None:
+            deletion, insertion = (auc(curves[:, game]) for game in range(2))
+            mine[judged, n, 0] = (insertion - deletion).float()
+    return values, workers.gather(mine, count)
 
 
 def _floor(
@@ -366,14 +387,11 @@ def _floor(
     targets: Targets,
     maps: Maps,
     count: int,
-    judge: Judge,
     workers: Processes,
     processes: Processes,
     passes: Passes,
-    warn: Callable[[str], None],
 ) -> dict[str, float]:
-    """Return how much maps differ by their random numbers alone, a failure costs this only."""
-    started = time.perf_counter()
+    """Return how much maps differ by their random numbers alone."""
 
     def work() -> Float[Tensor, "mine 1 1"]:
         first, second = (
@@ -383,15 +401,9 @@ def _floor(
         blank = first.flatten(1).amax(dim=1) == first.flatten(1).amin(dim=1)
         return differ.masked_fill(blank, torch.nan)[:, None, None].to(images.device, torch.float32)
 
-    try:
-        mine = processes.together(lambda: passes.within_memory(work, len(images))[0])
-        found = float(workers.gather(mine, count).nanmean())
-        return {"drift_floor": found} if math.isfinite(found) else {}
-    except Exception as error:
-        warn(f"no floor of the drift. {type(error).__name__}: {error}")
-        return {}
-    finally:
-        judge.seconds += time.perf_counter() - started
+    mine = processes.together(lambda: passes.within_memory(work, len(images))[0])
+    found = float(workers.gather(mine, count).nanmean())
+    return {"drift_floor": found} if math.isfinite(found) else {}
 
 
 def _grid(
@@ -425,8 +437,10 @@ def _grid(
         return {}
 
 
-def _with_nan(maps: Float[Tensor, "f h w"], finite: Bool[Tensor, " p"]) -> Float[Tensor, "p h w"]:
+def _with_nan(
+    maps: Float[Tensor, "f h w"], places: Int[Tensor, " f"], count: int
+) -> Float[Tensor, "p h w"]:
     """Return a map for each pair, or its curves, NaN for those that could not be explained."""
-    every = maps.new_full((len(finite), *maps.shape[1:]), torch.nan)
-    every[finite.to(maps.device)] = maps
+    every = maps.new_full((count, *maps.shape[1:]), torch.nan)
+    every[places.to(maps.device)] = maps
     return every.cpu()

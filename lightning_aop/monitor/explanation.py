@@ -94,6 +94,8 @@ class Explanation:
         values: the metrics, by name.
         controls: the metrics of maps that don't depend on the model, by their name; empty where they
             were not measured this time.
+        control_aucs: the overall AUC of each of them for each pair, in their order; NaN where it was not
+            judged.
         look: how it is shown.
     """
 
@@ -113,6 +115,7 @@ class Explanation:
     chances: Float[Tensor, "n k"]
     values: dict[str, float]
     controls: dict[str, dict[str, float]]
+    control_aucs: Float[Tensor, "p controls"]
     look: Look = field(default_factory=Look)
 
     @classmethod
@@ -124,6 +127,7 @@ class Explanation:
         curves: Float[Tensor, "p 2 points"],
         values: dict[str, float],
         controls: dict[str, dict[str, float]],
+        control_aucs: Float[Tensor, "p controls"],
     ) -> "Explanation":
         """Find out all that follows from the maps, the logits and the labels."""
         rows, targets, maps, curves = plan.rows, plan.targets, maps.cpu(), curves.cpu()
@@ -150,6 +154,7 @@ class Explanation:
             of_all_classes(plan.score, plan.logits).float(),
             values | {"blank_maps": float((faint | ~finite).sum())},
             controls,
+            control_aucs,
         )
 
     @property

@@ -31,7 +31,7 @@ __all__ = ["Failure", "Failures", "Place"]
 Place = tuple[int, int]
 """A sample's loader, and its number in there."""
 
-_KINDS = ("highest loss", "newly wrong", "confidently wrong")
+_KINDS = ("highest loss", "newly wrong", "sure but wrong")
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Failures:
     @property
     def headings(self) -> list[str]:
         """What to say of each sample: why it is one, and since when."""
-        return [f"{each.why}\nsince {each.entered}" for each in self.now]
+        return [f"{each.why}\nsince {each.entered}".replace(" · ", "\n") for each in self.now]
 
     def record(self, explanation: Explanation, moment: Moment) -> FailureRecord:
         """Return what is stored of them; who has left is told once."""

@@ -115,8 +115,8 @@ class Judge:
 
     def update_controls(
         self, metric: Judging, model: nn.Module, images: Images, targets: Targets, passes: Passes
-    ) -> dict[str, Judging]:
-        """Judge the maps of the controls by the metric's `Faithfulness` or `OverallAUC`."""
+    ) -> dict[str, tuple[Judging, Float[Tensor, "b 2 points"] | None]]:
+        """Judge the maps of the controls as `updated` does, by a `Faithfulness` or `OverallAUC`."""
         judges = [part for part in _parts(metric) if isinstance(part, (Faithfulness, OverallAUC))]
         return {
             name: updated(
@@ -126,7 +126,7 @@ class Judge:
                 control.explain(model, images, targets),
                 targets,
                 passes,
-            )[0]
+            )
             for name, control in _CONTROLS.items()
             if judges
         }

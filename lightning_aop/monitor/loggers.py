@@ -7,6 +7,7 @@ vendor need be installed. Nothing of a vendor is imported before the user has su
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_aop.errors import InvalidValueError
-from lightning_aop.view.png import write_png
+from lightning_aop.view.png import png, write_png
 
 __all__ = ["log_image"]
 
@@ -77,7 +78,7 @@ def lay_out_charts(loggers: Sequence[object], prefixes: Sequence[str]) -> None:
     """
     charts = {
         prefix.strip("/"): {
-            "overall AUC, and of maps that know nothing of the model": [
+            "overall AUC and its controls": [
                 "Multiline",
                 [f"^{re.escape(prefix)}overall_auc(_random_map|_centre_gaussian)?$"],
             ],
@@ -189,7 +190,21 @@ def _adapter(logger: object) -> Adapter | None:
 
 
 def _log_tensorboard(logger: Any, tag: str, image: Tensor, step: int, caption: str | None) -> None:
-    logger.experiment.add_image(_prefixed(logger, tag), image, step)
+    experiment, tag = logger.experiment, _prefixed(logger, tag)
+    torchs: Any = sys.modules.get("torch.utils.tensorboard.writer")
+    plain = (
+        torchs and getattr(type(experiment), "add_image", None) is torchs.SummaryWriter.add_image
+    )
+    if not plain or experiment.file_writer is None:
+        experiment.add_image(tag, image, step)
+        return
+    # What `add_image` writes, but for its PNG, which takes longer than all of the drawing.
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    height, width = image.shape[1:]
+    held = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png(image))
+    summary = Summary(value=[Summary.Value(tag=tag, image=held)])
+    experiment.file_writer.add_summary(summary, step)
 
 
 def _log_wandb(logger: Any, tag: str, image: Tensor, step: int, caption: str | None) -> None:

@@ -20,6 +20,9 @@ _EXPLANATIONS = 20
 # Drawing takes longer than explaining: these take seconds, thousands would take minutes.
 _DRAWN = 320
 _CHANGES = 16
+# Panels in a row, the input being one: two pairs; the label and what is said instead; several classes,
+# or times. As many at every epoch, so that nothing moves under a logger's slider.
+_PAIRS, _CONFUSED, _SEVERAL = 4, 3, 4
 
 
 def draw_probe(
@@ -57,7 +60,7 @@ def draw_probe(
             "mean": look.mean,
             "std": look.std,
             "panels": panels,
-            "narrow": True,
+            "narrow": _SEVERAL if probe.multilabel else _CONFUSED if together else _PAIRS,
         }
         layout["title"] = title if len(pages) == 1 else f"{title} · {number + 1} of {len(pages)}"
         if together:
@@ -70,7 +73,10 @@ def draw_probe(
             layout["outlines"] = part.masks
         if "curves" in panels:
             layout["curves"] = part.curves.cpu()
-        captions = (_multilabel_captions if probe.multilabel else _captions)(part, names)
+        if probe.multilabel:
+            captions = _multilabel_captions(part, names)
+        else:
+            captions = _captions(part, names, together)
         images = probe.images[part.rows].to(part.maps.device)
         yield heatmap_grid(images, part.maps, captions, **layout)
 
@@ -138,7 +144,7 @@ def draw_change(
     for group, (n, pair) in enumerate(known[:_CHANGES]):
         headings.append(f"{_name(names, pair[1])}\n{float(explanation.scores[n]):.2f}")
         times = [
-            (f"{word}\n{when}", earlier[pair].to(explanation.maps) / 255)
+            (f"{word}\n{_in_lines(when)}", earlier[pair].to(explanation.maps) / 255)
             for word, (when, earlier) in zip(names_of_times, before, strict=True)
             if pair in earlier
         ]
@@ -158,7 +164,7 @@ def draw_change(
         std=look.std,
         groups=groups,
         headings=headings,
-        narrow=True,
+        narrow=_SEVERAL,
     )
 
 
@@ -168,18 +174,31 @@ def _enlarged(map_: Float[Tensor, "i j"], height: int, width: int) -> Float[Tens
     return interpolate(map_[None, None], (height, width), mode="bilinear")[0, 0]
 
 
-def _captions(explanation: Explanation, names: Sequence[str] | None) -> list[str]:
-    """Return the class, its score and AUC of each pair; for a wrong prediction that one as well."""
+def _in_lines(title: str) -> str:
+    """Return the title of a moment for a place that is no wider than a panel."""
+    return title.replace(" · ", "\n").replace("before ", "before\n")
+
+
+def _captions(
+    explanation: Explanation, names: Sequence[str] | None, together: bool = False
+) -> list[str]:
+    """Return the class, its score and AUC of each pair; for a wrong prediction that one as well.
+
+    Where its map stands beside that of the label, which of the two each is.
+    """
     columns = (
         explanation.targets.tolist(),
         explanation.scores.tolist(),
         explanation.predicted.tolist(),
         explanation.predicted_scores.tolist(),
         _areas(explanation),
+        explanation.verdicts,
     )
     captions = []
-    for target, value, other, higher, area in zip(*columns, strict=True):
+    for target, value, other, higher, area, verdict in zip(*columns, strict=True):
         wrong = [] if other == target else [f"predicted {_name(names, other)} {higher:.2f}"]
+        if together and verdict == "wrong":
+            wrong = ["predicted" if other == target else "label"]
         captions.append("\n".join([f"{_name(names, target)} {value:.2f}", *area, *wrong]))
     return captions
 

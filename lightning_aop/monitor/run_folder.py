@@ -162,10 +162,7 @@ class RunFolder:
         """
         if self._writer is None:
             return
-        deletion, insertion = (
-            [None if math.isnan(value) else value for value in column]
-            for column in explanation.aucs.T.tolist()
-        )
+        deletion, insertion = _columns(explanation.aucs)
         curves = [_curves(explanation.curves[:, game]) for game in range(2)]
         places = _places(explanation)
         record = Record(
@@ -190,6 +187,9 @@ class RunFolder:
             hits=places["hits"],
             peaks=places["peaks"],
             away=places["away"],
+            control_aucs=dict(
+                zip(explanation.controls, _columns(explanation.control_aucs), strict=True)
+            ),
             time=round(time.time(), 1),
         )
         small = stored(explanation.maps)
@@ -245,6 +245,11 @@ class RunFolder:
                 if self._paged:
                     end_report(self.folder)
             write_animation(self.folder)
+
+
+def _columns(values: Float[Tensor, "p columns"]) -> list[list[float | None]]:
+    """Return each column, None for NaN."""
+    return [[None if math.isnan(v) else v for v in column] for column in values.T.tolist()]
 
 
 def _curves(curves: Float[Tensor, "p points"]) -> list[list[float] | None]:

@@ -184,8 +184,9 @@ def resized(x: Float[Tensor, "b c h w"], scale: float) -> Float[Tensor, "b c H W
     size = [max(round(side * scale), 1) for side in x.shape[2:]]
     if size == list(x.shape[2:]):
         return x
-    if x.shape[1] == 3 and scale == int(scale):
-        # Whole pixels stay what they are: smoothing a 32-pixel image only blurs it.
+    if scale == int(scale) and (x.shape[1] == 3 or scale == 2):
+        # Whole pixels stay what they are: smoothing a 32-pixel image only blurs it. So do those of a
+        # map where they are too small to be seen, and make the file half as large.
         return F.interpolate(x, size, mode="nearest")
     # Not bicubic: its overshoot would invent heat beside a sharp edge.
     return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)

@@ -1,6 +1,7 @@
 """Write a picture as a PNG file."""
 
 import io
+import zlib
 from pathlib import Path
 
 import torch
@@ -44,5 +45,7 @@ def png(image: Picture) -> bytes:
             f"{list(image.shape)}: give what heatmap_grid() returned"
         )
     content = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(content, "PNG")
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+    # A third of the usual time, and a few per cent larger: filtered rows have runs, and few repeats.
+    picture.save(content, "PNG", compress_type=zlib.Z_RLE)
     return content.getvalue()

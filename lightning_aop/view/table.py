@@ -81,9 +81,8 @@ def map_table(
         # A map with fewer warm pixels than that is seen anyway.
         high = torch.where(high > 0, high, 1.0)[:, None, None]
         flat = (flat / high).clamp(max=1)
-    panels, labels = panels_of(
-        pictures.repeat_interleave(many, dim=0), flat, cell, None, [[i] for i in range(len(flat))]
-    )
+    members = torch.arange(len(flat)).view(-1, many).tolist()
+    panels, labels = panels_of(pictures, flat, cell, None, members)
     labels = [
         "no map" if m is None else label
         for m, label in zip((m for row in maps for m in row), labels, strict=True)

@@ -114,6 +114,10 @@ def synthetic(
                     for k in range(explanations if r != 3 else 0)
                 ],
                 controls=controls.get(r, {}),
+                control_aucs={
+                    name: [0.01 * k if k % 4 else None for k in range(explanations)]
+                    for name in controls.get(r, {})
+                },
                 predicted=[(k + (k % 3 == 2)) % classes for k in range(explanations)],
                 verdicts=[VERDICTS[k % 3 if k != 1 or r < 3 else 1] for k in range(explanations)],
                 predicted_scores=[0.6 + 0.01 * k for k in range(explanations)],

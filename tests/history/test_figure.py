@@ -101,6 +101,7 @@ def test_the_numbers_of_a_run_go_to_other_programs(tmp_path: Path) -> None:
             row = rows[number]
             number += 1
             assert each["deletion"] == record.deletion[k]
+            assert each["control_aucs"] == {n: v[k] for n, v in record.control_aucs.items()}
             expected = {
                 "epoch": record.epoch,
                 "step": record.step,

@@ -42,6 +42,7 @@ def test_page_holds_the_same_numbers() -> None:
             *("step", "epoch", "title", "images", "targets", "scores", "blank", "drift"),
             *("deletion_auc", "insertion_auc", "controls", "predicted", "verdicts", "peaks"),
             *("predicted_scores", "deletion", "insertion", "energy", "hits", "away", "time"),
+            "control_aucs",
         ):
             assert got[name] == getattr(record, name)
         assert got["values"] == {

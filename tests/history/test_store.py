@@ -42,6 +42,9 @@ def record(step: int, pairs: list[tuple[int, int]]) -> Record:
         deletion_auc=[0.125 * image if image else None for image, _ in pairs],
         insertion_auc=[0.25 * image if image else None for image, _ in pairs],
         controls={"random map": {"overall_auc": 0.01}} if step == 1 else {},
+        control_aucs={"random map": [0.01 * image or None for image, _ in pairs]}
+        if step == 1
+        else {},
     )
 
 
@@ -81,6 +84,7 @@ def check(folder: Path, count: int) -> None:
         assert each.deletion_auc == made.deletion_auc
         assert each.insertion_auc == made.insertion_auc
         assert each.controls == made.controls
+        assert each.control_aucs == made.control_aucs
         assert each.values["overall_auc"] == 0.5 / (1 + step)
         assert math.isnan(each.values["pointing_game"])
         expected = maps(step, len(pairs)).numpy()

@@ -118,7 +118,7 @@ def slow_choice(
         "newly wrong": sorted(
             (i for i in rows if wrong[i] and before[i]), key=lambda i: -losses[i]
         ),
-        "confidently wrong": sorted((i for i in rows if wrong[i]), key=lambda i: -sure[i]),
+        "sure but wrong": sorted((i for i in rows if wrong[i]), key=lambda i: -sure[i]),
     }
     chosen: dict[int, str] = {}
     for rank in rows:
@@ -239,7 +239,7 @@ def test_a_shuffled_loader_has_its_worst_but_nothing_is_newly_wrong(tmp_path: Pa
         run.fit(Module(), *loaders(shuffle=True))
     folder = Path(run.logger.log_dir) / "explanations"  # type: ignore[union-attr, arg-type]
     records = History.load(folder).failures
-    assert {s["why"] for r in records for s in r.samples} == {"highest loss", "confidently wrong"}
+    assert {s["why"] for r in records for s in r.samples} == {"highest loss", "sure but wrong"}
     # The same image is known again, wherever it is now.
     assert any(s["entered"] != r.title for r in records for s in r.samples)
 

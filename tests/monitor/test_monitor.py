@@ -33,7 +33,7 @@ from lightning_aop import (
     fast_sigcam,
 )
 from lightning_aop.history.store import History, stored
-from lightning_aop.methods.controls import RandomMap
+from lightning_aop.methods.controls import CentreGaussian, RandomMap
 from lightning_aop.metrics import (
     DeletionAUC,
     Faithfulness,
@@ -234,6 +234,42 @@ def test_controls_are_judged_as_the_maps_are(tmp_path: Path) -> None:
     assert "explain/overall_auc_centre_gaussian" not in result
 
 
+def test_the_controls_of_each_image_and_class_are_stored(tmp_path: Path) -> None:
+    images, labels = torch.rand(4, 3, 32, 32), torch.zeros(4, 5)
+    images[:, :, 8:24, 8:24] += 3
+    images[1] = torch.nan  # has no logits that could be judged
+    labels[0, [1, 2]] = labels[1, 0] = labels[2, 4] = labels[3, 3] = 1
+    model = Classifier(multilabel=True)
+    with torch.no_grad():
+        model.net.head.weight *= 20
+        model.net.head.bias += 1  # so that classes are seen that are not there
+    monitor = Watch(GradCAM("net.features"), probe=(images, labels))
+    start = copy.deepcopy(model)
+    given = DataLoader(TensorDataset(images[2:], labels[2:]), batch_size=2)
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, monitor, logger=logger, max_epochs=1).fit(model, given, given)
+    record = History.load(Path(logger.log_dir) / "explanations").records[0]
+    assert record.pairs[:5] == [(0, 1), (0, 2), (1, 0), (2, 4), (3, 3)]
+    assert "false positive" in record.verdicts[5:]
+    kinds = {"random map": RandomMap(), "centre gaussian": CentreGaussian()}
+    assert list(record.control_aucs) == list(record.controls) == list(kinds)
+    for name, control in kinds.items():
+        found = record.control_aucs[name]
+        assert [value is None for value in found] == [n == 2 or n >= 5 for n in range(len(found))]
+        pairs = [(row, target) for row, target in record.pairs[:5] if row != 1]
+        rows, classes = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        maps = control.explain(start, images[rows], classes)
+        alone = []
+        for n in range(len(rows)):
+            metric = OverallAUC(sigmoid, steps=28)
+            metric.update(start, images[rows[n : n + 1]], maps[n : n + 1], classes[n : n + 1])
+            alone.append(float(metric.compute()))
+        known = [value for value in found if value is not None]
+        assert known == pytest.approx(alone, abs=1e-6)
+        assert record.controls[name]["overall_auc"] == pytest.approx(np.mean(alone), abs=1e-6)
+        assert np.std(alone) > 1e-3
+
+
 def test_tensorboard_shows_the_controls_in_the_chart_of_the_auc(tmp_path: Path) -> None:
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
@@ -286,6 +322,7 @@ def test_controls_are_measured_ever_more_seldom(tmp_path: Path) -> None:
     records = History.load(Path(logger.log_dir) / "explanations").records
     assert [bool(r.controls) for r in records] == [True, True, False, True, False, False]
     assert set(records[0].controls) == {"random map", "centre gaussian"}
+    assert all(record.control_aucs.keys() == record.controls.keys() for record in records)
     # In between the figure stays, so that loggers draw a line as long as the others.
     with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["explain/overall_auc"]]

@@ -13,10 +13,12 @@ from lightning_aop.metrics import Faithfulness
 SCRIPT = Path(__file__).parents[1] / "scripts" / "distributed.py"
 
 
-def run(out: Path, processes: int, probe: int, failing: int = -1) -> dict[str, list[Any]]:
+def run(
+    out: Path, processes: int, probe: int, failing: int = -1, *targets: str
+) -> dict[str, list[Any]]:
     """Return what each process found, by what was done; a hanging run ends the test."""
     out.mkdir()
-    command = [sys.executable, SCRIPT, out, processes, probe, failing]
+    command = [sys.executable, SCRIPT, out, processes, probe, failing, *targets]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     finish(command, env=environment, timeout=150, cwd=out)
     return {
@@ -46,9 +48,29 @@ def test_two_processes_find_what_one_finds(
         torch.testing.assert_close(mine["maps"], expected["maps"], atol=1e-5, rtol=0)
         assert mine["values"] == pytest.approx(expected["values"], abs=1e-5, nan_ok=True)
         torch.testing.assert_close(mine["curves"], expected["curves"], atol=1e-5, rtol=0)
+        assert mine["controls"].shape == (5, 2)
+        torch.testing.assert_close(mine["controls"], expected["controls"], atol=1e-5, rtol=0)
         for name in ("", "_random_map", "_centre_gaussian"):
             key = f"explain/overall_auc{name}"
             assert each["metrics"][key] == pytest.approx(alone["metrics"][key], abs=1e-5)
+
+
+def test_each_process_has_maps_to_judge(tmp_path: Path) -> None:
+    """Every second map, that of what the model says instead of the label, is not judged."""
+    found = {
+        processes: run(tmp_path / str(processes), processes, 4, -1, "confused")["validate"]
+        for processes in (1, 2)
+    }
+    (expected,) = found[1][0]["found"]
+    assert expected["maps"].shape == (8, 32, 32)
+    assert expected["curves"].isnan().all(dim=(1, 2)).tolist() == [False, True] * 4
+    for each in found[2]:
+        assert each["warnings"] == []
+        (mine,) = each["found"]
+        for name in ("maps", "curves", "controls"):
+            torch.testing.assert_close(
+                mine[name], expected[name], atol=1e-5, rtol=0, equal_nan=True
+            )
 
 
 def test_all_processes_explain_the_first_one_s_network(two: dict[str, list[Any]]) -> None:

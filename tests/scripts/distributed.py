@@ -1,8 +1,8 @@
 """Fit or validate with the monitor on several processes, and save what each of them found.
 
-    python distributed.py OUT PROCESSES PROBE FAILING
+    python distributed.py OUT PROCESSES PROBE FAILING [TARGETS]
 
-FAILING is the process whose explanations fail, or -1.
+FAILING is the process whose explanations fail, or -1. With TARGETS "confused" all labels are wrong.
 """
 
 import sys
@@ -27,7 +27,8 @@ from lightning_aop import ExplanationMonitor, fast_sigcam
 from lightning_aop.monitor import callback
 from lightning_aop.monitor.explanation import Explanation, Moment
 
-out, processes, probe, failing = Path(sys.argv[1]), *map(int, sys.argv[2:])
+out, processes, probe, failing = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+targets: Any = sys.argv[5] if len(sys.argv) > 5 else "label"
 torch.set_num_threads(1)
 TIMES = ("seconds", "overhead")
 said: list[str] = []
@@ -70,7 +71,7 @@ class Failing:
 
 class Watch(ExplanationMonitor):
     def __init__(self, **settings: Any) -> None:
-        super().__init__(Failing(), probe=probe, sinks=[self], **settings)
+        super().__init__(Failing(), probe=probe, targets=targets, sinks=[self], **settings)
         self.found: list[Any] = []
         self.shares: list[int] = []
 
@@ -99,6 +100,7 @@ class Watch(ExplanationMonitor):
                 "maps": explanation.maps,
                 "values": {k: v for k, v in explanation.values.items() if k not in TIMES},
                 "curves": explanation.curves,
+                "controls": explanation.control_aucs,
                 "state": self.state,
             }
         )
@@ -108,6 +110,8 @@ if __name__ == "__main__":
     generator = torch.Generator().manual_seed(9)
     images = torch.rand(24, 3, 32, 32, generator=generator)
     labels = torch.randint(0, 5, (24,), generator=generator)
+    if targets == "confused":
+        labels = (Module().eval()(images).argmax(dim=1) + 1) % 5
     data = TensorDataset(images, labels)
     for what in ("validate", "fit"):
         said.clear()

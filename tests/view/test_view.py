@@ -401,19 +401,33 @@ def test_a_caption_has_up_to_three_lines() -> None:
     assert not torch.equal(drawn_text("ä"), drawn_text("ж"))
 
 
-@pytest.mark.parametrize("count", [1, 3, 12])
-def test_a_narrow_grid_is_four_panels_wide_whatever_their_number(count: int) -> None:
-    """Two pairs, or an input and three overlays, of 144 pixels: a picture that doesn't jump."""
+@pytest.mark.parametrize(("narrow", "count"), [(4, 1), (4, 3), (4, 12), (3, 2), (5, 12)])
+def test_a_narrow_grid_is_so_many_panels_wide_whatever_their_number(
+    narrow: int, count: int
+) -> None:
+    """Pairs, or an input and its overlays, of 160 pixels: a picture that doesn't jump."""
     images, maps, texts = pictures(count), ramps(count), ["a"] * count
     widths = set()
     for layout in ({}, {"groups": [0] * count}, {"groups": list(range(count))}):
-        grid = heatmap_grid(images, maps, texts, narrow=True, **layout)
-        side = images.shape[-1] * (224 // images.shape[-1])
-        assert 4 * side < grid.shape[2] < 5.2 * side
+        grid = heatmap_grid(images, maps, texts, narrow=narrow, **layout)
+        side, panels = images.shape[-1], narrow if layout else 2 * (narrow // 2)
+        assert panels * side < grid.shape[2] < 1.4 * panels * side
         widths.add((bool(layout), grid.shape[2]))
     assert len(widths) == 2  # of pairs, and of groups
-    with pytest.raises(ValueError, match=r"columns=2 and narrow=True both .*: leave one"):
-        heatmap_grid(images, maps, texts, narrow=True, columns=2)
+    with pytest.raises(ValueError, match=r"columns=2 and narrow=4 both .*: leave one"):
+        heatmap_grid(images, maps, texts, narrow=4, columns=2)
+    with pytest.raises(ValueError, match=r"narrow must be 2 or more, .* got 1: leave it out"):
+        heatmap_grid(images, maps, texts, narrow=1)
+
+
+@pytest.mark.parametrize(("size", "factor"), [(28, 5), (32, 4), (64, 2), (96, 2), (128, 1)])
+def test_small_images_are_no_larger_in_a_narrow_grid_than_is_legible(
+    size: int, factor: int
+) -> None:
+    images = pictures(1, (size, size))
+    grid = heatmap_grid(images, ramps(1, (size, size)), ["a"], narrow=4)
+    large = as_bytes(images)[0].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    assert len(find(grid, large)) == 1
 
 
 def test_a_long_title_stays_inside() -> None:
@@ -608,7 +622,7 @@ def test_a_group_shows_its_input_once_with_all_outlines() -> None:
     images[1] = images[0]
     maps = torch.zeros(3, 64, 64)
     masks = torch.stack([disc(64, 16, 16, 8), disc(64, 48, 48, 8), disc(64, 32, 32, 8)])
-    panels, _ = grids.panels_of(images, maps, 64, masks, [[0, 1], [2]])
+    panels, _ = grids.panels_of(images[[0, 2]], maps, 64, masks, [[0, 1], [2]])
     line = np.round(np.array(overlays.LINE) * 255).astype(np.uint8)
     lines = (panels == line).all(-1)
     inner = torch.stack([disc(64, 16, 16, 8), disc(64, 48, 48, 8)]).any(0).numpy()

@@ -31,6 +31,16 @@ const changes = (before, after, of) => after.images.flatMap((image, k) => {
   return exists(now) && exists(then) ? [{ image, value: now - then }] : [];
 });
 
+// The overall AUC of a control for the same image and class, as last measured.
+const controlAuc = (records, name, k) => {
+  const key = keyOf(records.at(-1), k);
+  for (let r = records.length - 1; r >= 0; r--) {
+    const aucs = records[r].control_aucs?.[name], value = aucs?.[place(records[r], key)];
+    if (exists(value)) return value;
+  }
+  return null;
+};
+
 const isOff = (record, k) => {
   const away = record.away?.[k], energy = energyOf(record, k);
   return exists(away) && exists(energy) && away > AWAY && energy < LITTLE;
@@ -157,18 +167,26 @@ const judge = (records, { when, areas }) => {
   if (blank === count) say(trust, "Blank maps can't be trusted or doubted");
   else if (faithful) {
     const controls = (name) => records.map((each) => each.controls?.[name]?.overall_auc).filter(exists).at(-1);
-    const [name, line] = [["centre gaussian", controls("centre gaussian")], ["random map", controls("random map")]].find(([, value]) => exists(value)) ?? [];
+    const name = ["centre gaussian", "random map"].find((each) => exists(controls(each)));
     const to = { chart: "overall_auc" };
-    if (!exists(line)) say(trust, `Overall AUC ${within(faithful)}; no control was measured`, to);
+    if (!name) say(trust, `Overall AUC ${within(faithful)}; no control was measured`, to);
     else {
-      const gain = { ...faithful, mean: faithful.mean - line }, both = `Overall AUC ${number(faithful.mean)}, ${name} ${number(line)}`;
+      // What makes an image easy makes it so for both, so that their differences vary less.
+      const pairs = samples(record, (_, k) => {
+        const auc = overallAuc(record, k), control = controlAuc(records, name, k);
+        return exists(auc) && exists(control) ? auc - control : null;
+      });
+      const paired = pairs.length === faithful.count;
+      const gain = paired ? estimate(pairs) : { ...faithful, mean: faithful.mean - controls(name) };
+      const line = faithful.mean - gain.mean, alone = paired ? "" : " (± of the maps alone)";
+      const both = `Overall AUC ${number(faithful.mean)}, ${name} ${number(line)}`;
       const clear = gain.half !== null && Math.abs(gain.mean) > gain.half;
       const guess = name === "random map" ? "chance" : "a guess";
       if (!trained) say(trust, both, to);
       else if (gain.half === null) say(trust, `${both}: ${signed(gain.mean)} for one image, which proves nothing`, to);
-      else if (clear && gain.mean > 0) say(trust, `${both}: maps beat ${guess} by ${within(gain)}`, { ...to, beats: true });
-      else if (clear) say(trust, `${both}: maps are worse than ${guess} by ${within({ ...gain, mean: -gain.mean })}`, { ...to, bad: true });
-      else say(trust, `${both}: not clearly better than ${guess}, ${signed(gain.mean)} ± ${number(gain.half)}`, { ...to, bad: true });
+      else if (clear && gain.mean > 0) say(trust, `${both}: maps beat ${guess} by ${within(gain)}${alone}`, { ...to, beats: true });
+      else if (clear) say(trust, `${both}: maps are worse than ${guess} by ${within({ ...gain, mean: -gain.mean })}${alone}`, { ...to, bad: true });
+      else say(trust, `${both}: not clearly better than ${guess}, ${signed(gain.mean)} ± ${number(gain.half)}${alone}`, { ...to, bad: true });
     }
   } else say(trust, "How faithful the maps are was not measured");
   // A faithful map of the wrong thing.
