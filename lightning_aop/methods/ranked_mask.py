@@ -141,7 +141,8 @@ class RankedMask:
                         lowest = torch.minimum(lowest, raw)
                 (slope,) = torch.autograd.grad(enlarged, ranking, gradient)
                 slope = slope - slope.mean(dim=(1, 2), keepdim=True)
-                slope = smooth @ slope @ smooth.T
+                with torch.autocast(x.device.type, enabled=False):
+                    slope = smooth @ slope @ smooth.T
                 largest = slope.abs().amax(dim=(1, 2), keepdim=True)
                 velocity *= self.momentum
                 velocity += slope / largest.clamp_min(torch.finfo(slope.dtype).tiny)

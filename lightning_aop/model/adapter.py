@@ -21,6 +21,7 @@ from lightning_aop.checks import check_batch
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
 from lightning_aop.model.collectives import collectives_noticed
+from lightning_aop.model.float16 import Raise, in_float16
 from lightning_aop.model.graphs import Graphs, Work
 from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
@@ -55,16 +56,24 @@ class Classifier:
         highest: the largest target.
         graphs: the graphs of this explanation.
         channels_last: the images go in with their channels last in memory. The weights stay as they are.
+        raises: gradients are raised inside a model in float16, and true again at the images; those of
+            values inside it are so after `lowered`.
     """
 
     model: nn.Module
     highest: int
     graphs: Graphs = field(default_factory=Graphs)
     channels_last: bool = False
+    raises: bool = True
+    _raise: Raise = field(default_factory=Raise)
 
     def logits(self, images: Images) -> Float[Tensor, "b k"]:
         """Evaluate the model in its own dtype and return logits in float32 or wider."""
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        self._raise = Raise()
+        raises = self.raises and in_float16(self.model, images.device.type)
+        if raises and images.requires_grad:
+            images = self._raise.leaving(images)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         output = self.model(images if dtype is None else images.to(dtype))
@@ -81,7 +90,12 @@ class Classifier:
                 f"targets must lie in 0..{logits.shape[1] - 1}, the classes of "
                 f"{name_of(self.model)}, got {self.highest}"
             )
-        return full_precision(logits)
+        logits = full_precision(logits)
+        return self._raise.entering(logits) if raises else logits
+
+    def lowered(self, gradient: Float[Tensor, "b *more"]) -> Float[Tensor, "b *more"]:
+        """Return the gradient of some of the model's values, from the last pass, as it truly is."""
+        return self._raise.lowered(gradient)
 
     def scores(self, images: Images, targets: Targets, score: Score) -> Float[Tensor, " b"]:
         """Return F_c of each image."""
