@@ -120,7 +120,7 @@ class RankedMask:
             sign = torch.ones_like(whole).repeat(2)
             sign[: len(x)] = -1
             both = x.repeat(2, 1, 1, 1), baseline.repeat(2, 1, 1, 1), t.repeat(2), sign
-            parts = slices(len(sign), perturbed.size(len(sign)))
+            parts = slices(len(sign), perturbed.size(len(sign), self.iterations))
             through_model = classifier.repeated(
                 partial(self._gradient, classifier), self.iterations * (len(sign) // len(parts))
             )
