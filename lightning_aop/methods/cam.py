@@ -146,7 +146,7 @@ class GradientWeightedMap(ActivationMap):
         scores = classifier.scores(images, targets, self.score)
         a, g = captured.activation_and_gradient(scores)
         # Not einsum, which autocast would compute in half precision.
-        return (self.weights(a, g) * a).sum(dim=1), scores
+        return (self.weights(a, classifier.lowered(g)) * a).sum(dim=1), scores
 
 
 @dataclass(frozen=True)

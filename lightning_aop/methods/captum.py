@@ -166,6 +166,8 @@ class CaptumAttribution:
         """Return the function that attributes, and how many images it may be given at once."""
         import captum.attr
 
+        # Gradients of a layer are out of reach here, where they could be lowered again.
+        classifier.raises = self.layer is None
         network = _Scored(classifier, self.score)
         settings = dict(self.settings)
         kind = self._class()

@@ -82,7 +82,7 @@ class EMP:
                 keep = enlarged.detach().requires_grad_()
                 through_model = torch.zeros_like(keep)
                 scores = []
-                for rows in everyone.split(perturbed.size(len(x))):
+                for rows in everyone.split(perturbed.size(len(x), self.iterations)):
                     score = perturbed.at(keep[rows], rows)
                     through_model += torch.autograd.grad(score.sum(), keep)[0]
                     scores.append(score.detach())

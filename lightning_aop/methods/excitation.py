@@ -76,7 +76,7 @@ class ExcitationBackprop(ActivationMap):
         # Sums are often written into the output of a layer: the signal is wanted before that.
         with not_overwritten(classifier.model, captured.name), _Rules():
             scores = classifier.scores(traced, targets, logit)
-        _, signal = captured.activation_and_gradient(scores)
+        signal = classifier.lowered(captured.activation_and_gradient(scores)[1])
         if scores.isfinite().all():  # else the logit is to blame, which is looked at for all passes
             require_finite(signal, targets, "the excitation signal (images counted in their pass)")
         return signal.sum(dim=1), scores

@@ -32,9 +32,9 @@ class PerturbedScore:
     eval_batch_size: int | None
     times: int = 1
 
-    def size(self, rows: int) -> int:
-        """Return how many of so many perturbed images go through the model in one pass."""
-        return self.classifier.pass_size(self.eval_batch_size, rows, self.images)
+    def size(self, rows: int, rounds: int = 1) -> int:
+        """Return how many of so many perturbed images, a round, go through the model in one pass."""
+        return self.classifier.pass_size(self.eval_batch_size, rows, self.images, rounds)
 
     def at(self, keep: Float[Tensor, "a h w"], rows: Int[Tensor, " a"]) -> Float[Tensor, " a"]:
         """Return the score of images[rows] seen through the masks `keep`, differentiable."""

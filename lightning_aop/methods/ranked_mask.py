@@ -120,7 +120,7 @@ class RankedMask:
             sign = torch.ones_like(whole).repeat(2)
             sign[: len(x)] = -1
             both = x.repeat(2, 1, 1, 1), baseline.repeat(2, 1, 1, 1), t.repeat(2), sign
-            parts = slices(len(sign), perturbed.size(len(sign)))
+            parts = slices(len(sign), perturbed.size(len(sign), self.iterations))
             through_model = classifier.repeated(
                 partial(self._gradient, classifier), self.iterations * (len(sign) // len(parts))
             )
@@ -141,7 +141,8 @@ class RankedMask:
                         lowest = torch.minimum(lowest, raw)
                 (slope,) = torch.autograd.grad(enlarged, ranking, gradient)
                 slope = slope - slope.mean(dim=(1, 2), keepdim=True)
-                slope = smooth @ slope @ smooth.T
+                with torch.autocast(x.device.type, enabled=False):
+                    slope = smooth @ slope @ smooth.T
                 largest = slope.abs().amax(dim=(1, 2), keepdim=True)
                 velocity *= self.momentum
                 velocity += slope / largest.clamp_min(torch.finfo(slope.dtype).tiny)

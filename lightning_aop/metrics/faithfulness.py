@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_aop.checks import require_counts
+from lightning_aop.metrics.apart import tell_apart
 from lightning_aop.metrics.functional import (
     BLUR,
     GameName,
@@ -103,6 +104,8 @@ class _FaithfulnessAUC(Metric, ABC):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
         if normalise:
             self.add_state("undefined", torch.tensor(0), dist_reduce_fx="sum")
+        # Not by their kind, which states tell by name: Faithfulness and OverallAUC share one work.
+        tell_apart(self, self.settings, evaluations)
 
     def update(self, model: nn.Module, images: Images, maps: Maps, targets: Targets) -> None:
         """Evaluate the curves of a batch.

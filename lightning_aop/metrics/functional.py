@@ -426,19 +426,14 @@ def _game(
     pixels_per_step: int | None,
 ) -> Iterator[_Game]:
     check_steps("deletion and insertion", steps, pixels_per_step)
-    require_tensors(images=images, maps=maps, targets=targets)
+    require_tensors(images=images, targets=targets)
     if images.ndim == 4 and images.shape[2] * images.shape[3] < 2:
         raise InvalidValueError(
             f"images must have 2 pixels or more for an order to count, got {list(images.shape)}: give "
             "larger images"
         )
     with explaining(model, images, targets) as (classifier, x, t), torch.no_grad():
-        if tuple(maps.shape) != (len(x), *x.shape[-2:]):
-            raise InvalidValueError(
-                f"maps must be one [H, W] map for each image, {[len(x), *x.shape[-2:]]}, got "
-                f"{list(maps.shape)}: upsample them to the images' size first"
-            )
-        ranks = saliency_ranks(maps.detach().to(x.device))
+        ranks = saliency_ranks(fitting(maps, x))
         step = pixels_per_step or ceil(ranks[0].numel() / steps)
         score = _OfProbabilities() if score is softmax else score
         yield _Game(classifier, x, baseline(x), t, ranks.int(), score, step)
@@ -478,6 +473,22 @@ class _OfProbabilities:
             whole = (logits.sum(dim=1) - 1).abs() < 1e-3  # half precision rounds
             self._given = bool((whole & (logits >= 0).all(dim=1)).all())
         return logit(logits, targets) if self._given else softmax(logits, targets)
+
+
+def fitting(maps: Maps, images: Images) -> Maps:
+    """Return maps on the device of the images that they are of.
+
+    Raises:
+        ValueError: they are not one for each image, at its size.
+        TypeError: they are no tensor.
+    """
+    require_tensors(maps=maps)
+    if tuple(maps.shape) != (len(images), *images.shape[-2:]):
+        raise InvalidValueError(
+            f"maps must be one [H, W] map for each image, {[len(images), *images.shape[-2:]]}, got "
+            f"{list(maps.shape)}: upsample them to the images' size first"
+        )
+    return maps.detach().to(images.device)
 
 
 def saliency_ranks(maps: Maps) -> Int[Tensor, "b h w"]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_aop.errors import InvalidValueError
-from lightning_aop.metrics.judges import tell_apart
+from lightning_aop.metrics.apart import tell_apart
 from lightning_aop.metrics.pointing import energy_in_mask
 from lightning_aop.model.adapter import predict
 from lightning_aop.scores import Score, softmax

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_aop.checks import require_counts, require_finite
+from lightning_aop.checks import require_counts, require_finite, require_tensors
 from lightning_aop.errors import InvalidValueError
-from lightning_aop.metrics.functional import BLUR, saliency_ranks
+from lightning_aop.metrics.apart import tell_apart
+from lightning_aop.metrics.functional import BLUR, fitting, saliency_ranks
 from lightning_aop.model.adapter import Classifier, explaining
 from lightning_aop.ops import Baseline
 from lightning_aop.scores import Score, full_precision, softmax
@@ -130,11 +130,13 @@ def road(
         shares: which parts of the pixels are removed, each above 0 and below 1.
         noise: the standard deviation of what is added to imputed pixels, in units of the image.
         seed: of the noise, the same for every image.
-        eval_batch_size: images in one pass of the model; None for 32, or fewer where memory runs out.
+        eval_batch_size: images in one pass of the model, which bounds the memory; None
+            for what suits the device, or fewer where memory runs out.
     """
     _check_road(shares, noise, eval_batch_size)
+    require_tensors(images=images, targets=targets)
     with explaining(model, images, targets) as (classifier, x, t), torch.no_grad():
-        ranks = saliency_ranks(maps.detach().to(x.device))
+        ranks = saliency_ranks(fitting(maps, x))
         pixels = ranks[0].numel()
         generator = torch.Generator().manual_seed(seed)
         grain = noise * torch.randn(x.shape[1:], generator=generator).to(x)
@@ -191,12 +193,20 @@ def infidelity(
         baseline: what takes the place of a square.
         samples: squares, with sides from an eighth to a half of the shorter side.
         seed: of the squares, the same for every image.
-        eval_batch_size: images in one pass of the model; None for 32, or fewer where memory runs out.
+        eval_batch_size: images in one pass of the model, which bounds the memory; None
+            for what suits the device, or fewer where memory runs out.
     """
     require_counts("infidelity", samples=samples, eval_batch_size=eval_batch_size)
+    require_tensors(images=images, targets=targets)
     with explaining(model, images, targets) as (classifier, x, t), torch.no_grad():
         squares = random_squares((x.shape[2], x.shape[3]), samples, seed).to(x.device)
-        heat = full_precision(maps.detach().to(x.device)).flatten(1) @ squares.flatten(1).T.to(x)
+        values = fitting(maps, x).to(x)
+        if not bool(values.isfinite().all()):
+            raise InvalidValueError(
+                "maps hold NaN or infinite values, which infidelity can't weigh: give finite maps"
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            heat = values.flatten(1) @ squares.flatten(1).T.to(x)
         replaced = baseline(x)
         masks = torch.cat([torch.zeros_like(squares[:1]), squares])[
             :, None
@@ -247,16 +257,6 @@ def _scores(
         rows = part // each
         found.append(classifier.scores(perturbed(rows, part % each), targets[rows], score))
     return torch.cat(found).view(len(images), each)
-
-
-def tell_apart(metric: Metric, *settings: object) -> None:
-    """Make the settings a state.
-
-    A MetricCollection lets metrics share their states if these are equal after the first batch, as those
-    of blank maps are.
-    """
-    rule = torch.tensor(crc32(repr(settings).encode()))
-    metric.add_state("rule", rule, dist_reduce_fx="max")
 
 
 class _MeanJudge(Metric, ABC):

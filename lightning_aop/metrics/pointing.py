@@ -20,6 +20,7 @@ from torchmetrics import Metric
 
 from lightning_aop.checks import require_tensors
 from lightning_aop.errors import InvalidTypeError, InvalidValueError
+from lightning_aop.metrics.apart import tell_apart
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Maps, Targets
 
@@ -121,15 +122,7 @@ class _PairGame(Metric, ABC):
         for side in ("hits", "misses"):
             empty = torch.zeros(num_classes, dtype=torch.float64)
             self.add_state(side, empty, dist_reduce_fx="sum")
-        self._tell_apart("threshold_rule", -1 if score_threshold is None else score_threshold)
-
-    def _tell_apart(self, name: str, value: float) -> None:
-        """Make the setting a state.
-
-        A MetricCollection lets metrics share their states if these are equal after the first batch, as
-        hits easily are between metrics with different rules.
-        """
-        self.add_state(name, torch.tensor(value, dtype=torch.float64), dist_reduce_fx="max")
+        tell_apart(self, type(self).__name__, score_threshold)
 
     def update(
         self,
@@ -320,7 +313,7 @@ class PointingGame(_PairGame):
         _check_tolerance(tolerance)
         super().__init__(num_classes, score_threshold, untested_as_zero, class_names, **kwargs)
         self.tolerance = tolerance
-        self._tell_apart("tolerance_rule", tolerance)
+        tell_apart(self, type(self).__name__, score_threshold, tolerance)
 
     def _shares(self, maps: Maps, masks: Masks) -> Float[Tensor, " b"]:
         return _hits(maps, masks, self.tolerance)

@@ -21,10 +21,11 @@ from lightning_aop.checks import check_batch
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
 from lightning_aop.model.collectives import collectives_noticed
+from lightning_aop.model.float16 import Raise, in_float16
 from lightning_aop.model.graphs import Graphs, Work
 from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
-from lightning_aop.model.passes import kept_bytes, pass_size, seconds
+from lightning_aop.model.passes import kept_bytes, pass_size, seconds, uncounted
 from lightning_aop.scores import Score, full_precision
 from lightning_aop.types import Images, Targets
 
@@ -55,16 +56,23 @@ class Classifier:
         highest: the largest target.
         graphs: the graphs of this explanation.
         channels_last: the images go in with their channels last in memory. The weights stay as they are.
+        raises: gradients are raised inside a model in float16, and true again at the images; those of
+            values inside it are so after `lowered`.
     """
 
     model: nn.Module
     highest: int
     graphs: Graphs = field(default_factory=Graphs)
     channels_last: bool = False
+    raises: bool = True
+    _raise: Raise = field(default_factory=Raise)
 
     def logits(self, images: Images) -> Float[Tensor, "b k"]:
         """Evaluate the model in its own dtype and return logits in float32 or wider."""
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        dtype, self._raise = self._dtype, Raise()
+        raises = self.raises and in_float16(self.model, images.device.type)
+        if raises and images.requires_grad:
+            images = self._raise.leaving(images)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         output = self.model(images if dtype is None else images.to(dtype))
@@ -81,20 +89,25 @@ class Classifier:
                 f"targets must lie in 0..{logits.shape[1] - 1}, the classes of "
                 f"{name_of(self.model)}, got {self.highest}"
             )
-        return full_precision(logits)
+        logits = full_precision(logits)
+        return self._raise.entering(logits) if raises else logits
+
+    def lowered(self, gradient: Float[Tensor, "b *more"]) -> Float[Tensor, "b *more"]:
+        """Return the gradient of some of the model's values, from the last pass, as it truly is."""
+        return self._raise.lowered(gradient)
 
     def scores(self, images: Images, targets: Targets, score: Score) -> Float[Tensor, " b"]:
         """Return F_c of each image."""
         return score(self.logits(images), targets)
 
-    def pass_size(self, wanted: int | None, rows: int, images: Images) -> int:
+    def pass_size(self, wanted: int | None, rows: int, images: Images, rounds: int = 1) -> int:
         """Return how many of so many images like these to take through the model in one pass.
 
-        Of more than go through at once anyway, an accelerator is shown a few, once for each model and
-        kind of images: what an image takes of the memory, and in half precision, which order of the
-        channels is faster.
+        Of more than go through at once anyway, in all rounds, an accelerator is shown a few, once for
+        each model and kind of images: what an image takes of the memory, and in half precision, which
+        order of the channels is faster. These count as no evaluations.
         """
-        return pass_size(wanted, rows, images, lambda: self._probed(images))
+        return pass_size(wanted, rows, images, lambda: self._probed(images), rounds)
 
     def _probed(self, images: Images) -> int | None:
         """Return the bytes that an image takes in a pass, and choose the order of the channels.
@@ -103,20 +116,30 @@ class Classifier:
         memory each of them has.
         """
         device = images.device.type
-        kind = images.shape[1:], images.dtype, torch.is_autocast_enabled(device)
-        known = _probes.setdefault(self.model, {})
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        kind = images.shape[1:], images.dtype, self._dtype, autocast
+        # By the user's own module, of which each explanation may make a model anew.
+        known = _probes.setdefault(_own(self.model), {})
         if kind not in known:
-            two = images[:1].repeat(2, 1, 1, 1).requires_grad_()
             exchanges: set[str] = set()
-            with torch.enable_grad(), collectives_noticed(exchanges):
-                taken = kept_bytes(lambda: self.logits(two), self.model) // 2
+            with uncounted(), torch.enable_grad(), collectives_noticed(exchanges):
+                # A difference, for no image's is what is kept once: autocast's copies of the weights.
+                one, three = (
+                    kept_bytes(partial(self.logits, some.requires_grad_()), self.model)
+                    for some in (images[:1].clone(), images[:1].repeat(3, 1, 1, 1))
+                )
             if exchanges:
                 known[kind] = None, False
             else:
-                faster = self._is_half(device) and self._faster_channels_last(images)
-                known[kind] = taken, faster
+                with uncounted():
+                    faster = self._is_half(device) and self._faster_channels_last(images)
+                known[kind] = (three - one) // 2, faster
         found, self.channels_last = known[kind]
         return found
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
 
     def _is_half(self, device: str) -> bool:
         half = (torch.float16, torch.bfloat16)
@@ -249,9 +272,15 @@ class Adapted(nn.Module):
         return module.get_submodule(target)
 
 
+def _own(model: nn.Module) -> nn.Module:
+    """Return the user's module of an adapted one, and any other as it is."""
+    own: nn.Module = vars(model)["module"] if isinstance(model, Adapted) else model
+    return own
+
+
 def name_of(model: nn.Module) -> str:
     """Return the name of a model's class; of an adapted one, that of the user's."""
-    return type(vars(model).get("module", model) if isinstance(model, Adapted) else model).__name__
+    return type(_own(model)).__name__
 
 
 def find_adapter(

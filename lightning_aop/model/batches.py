@@ -154,7 +154,7 @@ class Inputs:
 
     def rows(self, images: Images) -> Int[Tensor, " n"]:
         """Return for each image the row of the batch whose image it is most like."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             given = normalize(full_precision(images.detach()).flatten(1), dim=1)
             return (given @ self._directions.to(given).T).argmax(dim=1)
 

@@ -39,15 +39,18 @@ def pass_size(
     rows: int = 0,
     images: Tensor | None = None,
     cost: Callable[[], int | None] | None = None,
+    rounds: int = 1,
 ) -> int:
     """Return how many images to take through the model in one pass.
 
     Args:
         wanted: the `eval_batch_size` of a method or a metric; None for what suits the device.
-        rows: how many images there are; the usual number goes through without a look at the memory.
+        rows: how many images there are; the usual number goes through without a look at the memory,
+            unless there are several rounds of them.
         images: some of them, by which the device and their size are known.
         cost: returns how many bytes an image takes in a pass, None if the memory may not decide; is
             called only on an accelerator.
+        rounds: how often so many images will go through.
 
     Returns:
         `wanted`, or fewer inside `Passes.within_memory` where there was too little memory for it.
@@ -57,7 +60,7 @@ def pass_size(
     if size is None:
         size = _USUAL
         if images is not None and cost is not None:
-            size = _suiting(rows, images, cost)
+            size = _suiting(rows, images, cost, rounds)
     if active is None:
         return size
     if active.limit is not None:
@@ -66,14 +69,16 @@ def pass_size(
     return size
 
 
-def _suiting(rows: int, images: Tensor, cost: Callable[[], int | None]) -> int:
+def _suiting(rows: int, images: Tensor, cost: Callable[[], int | None], rounds: int) -> int:
     """Return as many images as make a pass faster, and on an accelerator as fit into its memory."""
     free = FREE_MEMORY.get(images.device.type)
     pixels = images[0, 0].numel()
+    if free is None and images.device.type != "cpu":
+        return _USUAL
     if free is None:
         # Larger ones take longer for an image, and up to twice as long with a backward.
         return min(_USUAL, max(4, _ON_CPU[torch.is_grad_enabled()] // pixels))
-    if rows <= _USUAL:
+    if rows * rounds <= _USUAL:
         return _USUAL
     taken = cost()
     if taken is None:

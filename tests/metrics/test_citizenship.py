@@ -17,6 +17,7 @@ from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Run
 from lightning_aop import GradCAM
 from lightning_aop import metrics as own
 from lightning_aop.metrics import BLUR
+from lightning_aop.ops import Constant
 from lightning_aop.scores import logit
 
 torch.manual_seed(2)
@@ -68,6 +69,11 @@ CITIZENS = [
         "Faithfulness, estimated and normalised",
         faithful(own.Faithfulness, steps=30, evaluations=20, normalise=True),
         {"evaluations": 24},
+    ),
+    Citizen(
+        "OverallAUC, of another baseline",
+        faithful(own.OverallAUC),
+        {"baseline": Constant(0.0)},
     ),
     Citizen("PointingGame", lambda **k: own.PointingGame(5, **k), {"tolerance": 3}, PAIRS),
     Citizen(
@@ -143,6 +149,31 @@ def test_collections_keep_metrics_of_other_settings_apart(citizen: Citizen) -> N
         part = collection[name].compute()
         same(part, value)
     same(collection["same"].compute(), expected["first"])
+
+
+class Flat(torch.nn.Module):
+    """Gives every image the same logits, so that metrics agree whatever their settings."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 5) + 0 * images.sum()
+
+
+@citizens
+def test_a_first_batch_on_which_they_agree_ties_no_metrics_of_other_settings(
+    citizen: Citizen,
+) -> None:
+    flat = {"model": Flat(), "scores": torch.ones(6), "masks": torch.zeros_like(MASKS[:6])}
+    if citizen.name == "GridPointing":
+        flat = {"targets": torch.zeros(6, dtype=torch.long)}  # of which no four are tiled
+    first = {name: flat.get(name, value) for name, value in citizen.batches[0].items()}
+    members = {"one": citizen.make(), "other": citizen.make(**citizen.other)}
+    collection = MetricCollection(members, compute_groups=True)
+    collection.update(**first)
+    collection.reset()
+    for batch in citizen.batches:
+        collection.update(**batch)
+    same(collection["one"].compute(), whole(citizen))
+    same(collection["other"].compute(), whole(citizen, **citizen.other))
 
 
 def test_a_collection_of_all_judges_gives_each_what_it_takes() -> None:

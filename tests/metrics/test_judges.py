@@ -221,3 +221,66 @@ def test_costs_and_refusals(net: nn.Module, batch: Any, unchecked: None) -> None
         Infidelity(samples=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="samples must be above 0"):
         infidelity(net, images, maps, targets, samples=0)
+
+
+JUDGES = [road, infidelity]
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize("shape", [(4, 20, 16), (4, 1, 40, 32), (2, 40, 32), (1, 40, 32)])
+def test_maps_of_another_shape_are_refused(
+    judge: Any, shape: tuple[int, ...], net: nn.Module, batch: Any, unchecked: None
+) -> None:
+    with pytest.raises(ValueError, match=r"maps must be one \[H, W\] map for each image"):
+        judge(net, batch[0], torch.rand(shape), batch[1])
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_maps_without_values_or_order_are_refused(
+    judge: Any, value: float, net: nn.Module, batch: Any, unchecked: None
+) -> None:
+    maps = torch.rand(4, 40, 32)
+    maps[2, 3, 3] = value
+    if judge is road and value == torch.inf:  # which comes first
+        assert road(net, batch[0], maps, batch[1], shares=(0.5,)).isfinite().all()
+        return
+    with pytest.raises(ValueError, match="maps hold NaN"):
+        judge(net, batch[0], maps, batch[1])
+    with pytest.raises(TypeError, match=r"maps must be a torch\.Tensor, got ndarray"):
+        judge(net, batch[0], maps.numpy(), batch[1])
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize("of_model", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of_maps", [torch.float16, torch.float32, torch.float64])
+def test_maps_and_models_of_any_precision_are_judged_alike(
+    judge: Any, of_model: torch.dtype, of_maps: torch.dtype, net: nn.Module, batch: Any
+) -> None:
+    net.head.weight.data *= 20  # type: ignore[operator, union-attr]
+    images, targets = batch
+    # Values that float16 holds, too, without ties.
+    maps = torch.stack([torch.randperm(40 * 32).view(40, 32) for _ in range(4)]) / 1024
+    expected = judge(net, images, maps, targets)
+    found = judge(net.to(of_model), images.to(of_model), maps.to(of_maps), targets)
+    torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_the_heat_of_a_square_alone(dtype: torch.dtype) -> None:
+    class Weighed(nn.Module):
+        """Its logit is a sum of the pixels, which no autocast touches."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.rand(16, 16))
+
+        def forward(self, images: Tensor) -> Tensor:
+            total = (images[:, 0] * self.weights).sum(dim=(1, 2))
+            return torch.stack([total, torch.zeros_like(total)], dim=1)
+
+    model, images, zero = Weighed(), torch.ones(1, 3, 16, 16), torch.tensor([0])
+    maps = model.weights.detach()[None]
+    with torch.autocast("cpu", dtype):
+        found = infidelity(model, images, maps, zero, score=logit, baseline=Constant(0.0))
+    assert found < 1e-8

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_aop import GradCAM
+from lightning_aop import GradCAM, fast_sigcam
 from lightning_aop.model import adapter, passes
-from lightning_aop.model.adapter import explaining, predict
+from lightning_aop.model.adapter import explaining, find_adapter, predict
 from lightning_aop.model.passes import Passes, count_evaluations, kept_bytes, pass_size, slices
 
 GIB = 2**30
@@ -105,7 +105,7 @@ def test_the_bytes_of_an_image_are_those_that_its_graph_keeps() -> None:
         assert kept_bytes(lambda images=images: model(images), model) == count * (3 + 4) * 64 * 4
 
 
-def test_one_probe_of_two_images_for_each_model_and_size(
+def test_one_probe_for_each_model_and_size_which_counts_for_nothing(
     monkeypatch: pytest.MonkeyPatch, net: nn.Module
 ) -> None:
     images, targets = torch.rand(40, 3, 16, 16), torch.zeros(40, dtype=torch.long)
@@ -115,14 +115,91 @@ def test_one_probe_of_two_images_for_each_model_and_size(
     # Room for 10 images: passes of 8.
     monkeypatch.setitem(passes.FREE_MEMORY, "cpu", lambda device: 30 * each)
     expected = GradCAM("features.4", 40).explain(net, images, targets)
+    probes = seen(monkeypatch)
     with count_evaluations(net) as count:
         maps = GradCAM("features.4").explain(net, images, targets)
     torch.testing.assert_close(maps, expected)
-    assert count.forward == 40 + 2
-    assert count.backward == 40
-    with count_evaluations(net) as again:
-        GradCAM("features.4").explain(net, images, targets)
-    assert again.forward == 40
+    assert count.total == 2 * 40
+    assert len(probes) == 2
+    GradCAM("features.4").explain(net, images, targets)
+    assert len(probes) == 2
+
+
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the bytes of each piece of work that is looked at from now on."""
+    found: list[int] = []
+
+    def looked_at(work: Callable[[], object], model: nn.Module) -> int:
+        found.append(kept_bytes(work, model))
+        return found[-1]
+
+    monkeypatch.setattr(adapter, "kept_bytes", looked_at)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_what_autocast_keeps_of_the_weights_is_no_images_cost(
+    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(passes.FREE_MEMORY, "cpu", lambda device: GIB)
+    found: list[int | None] = []
+    suiting = passes._suiting
+
+    def noted(rows: int, images: Tensor, cost: Callable[[], int | None], rounds: int) -> int:
+        found.append(cost())
+        return suiting(rows, images, cost, rounds)
+
+    monkeypatch.setattr(passes, "_suiting", noted)
+    # A layer of a thousand times as many weights as an image has values.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4096), nn.Tanh(), nn.Linear(4096, 10))
+    model.requires_grad_(False)
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        predict(model, torch.rand(40, 3, 4, 4))
+        leaf = [torch.rand(n, 3, 4, 4, requires_grad=True) for n in (4, 12)]
+        few, many = (kept_bytes(lambda x=x: model(x), model) for x in leaf)
+    assert found == [pytest.approx((many - few) / 8, rel=0.1, abs=1024)]
+    assert found[0] is not None
+    assert found[0] < 2**16
+
+
+def test_the_module_behind_an_adapter_is_probed_once(
+    monkeypatch: pytest.MonkeyPatch, net: nn.Module
+) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            logits: Tensor = self.net(batch["image"])
+            return logits
+
+    monkeypatch.setitem(passes.FREE_MEMORY, "cpu", lambda device: GIB)
+    module, probes = Wrapped(), seen(monkeypatch)
+    batch = {"image": torch.rand(40, 3, 16, 16)}
+    predict(find_adapter(module, batch).model(module), batch["image"])
+    first = len(probes)
+    assert first > 0
+    predict(find_adapter(module, batch).model(module), batch["image"])
+    assert len(probes) == first
+
+
+def test_a_few_images_in_many_rounds_are_looked_at_too(
+    monkeypatch: pytest.MonkeyPatch, net: nn.Module
+) -> None:
+    monkeypatch.setitem(passes.FREE_MEMORY, "cpu", lambda device: GIB)
+    images, targets = torch.rand(3, 3, 16, 16), torch.tensor([0, 1, 2])
+    probes = seen(monkeypatch)
+    fast_sigcam("features.4", iterations=5).explain(net, images, targets)
+    assert probes == []  # 2 x 3 images, 5 times
+    fast_sigcam("features.4", iterations=6).explain(net, images, targets)
+    assert len(probes) == 2
+
+
+@pytest.mark.parametrize("rows", [8, 10_000])
+def test_of_other_devices_passes_have_the_usual_number(rows: int) -> None:
+    images = torch.zeros(1, 3, 448, 448, device="meta")
+    assert pass_size(None, rows, images, lambda: 1) == 32
 
 
 class Watching(nn.Module):
