@@ -124,8 +124,10 @@ def ranked_mask(
     momentum: float,
     temperature: float,
     spreads: list[float],
+    balance: float,
+    prior: float,
 ) -> tuple[Tensor, float]:
-    """Ranking the pixels of one image: the last ranking, and the mean gain of its games."""
+    """Ranking the pixels of one image: the ranking of the map, and the mean gain of its games."""
     height, width = image.shape[1:]
     n = len(start)
 
@@ -157,13 +159,17 @@ def ranked_mask(
         leaf = ranking.clone().requires_grad_()
         removed = torch.sigmoid((leaf - exceeded_by(a, leaf)) / temperature)
         alone = torch.sigmoid((leaf - exceeded_by(b, leaf)) / temperature)
-        gain = score(alone) - score(1 - removed)
-        gains.append(gain.item())
-        (slope,) = torch.autograd.grad(gain, leaf)
-        slope = smoothed(slope - slope.mean(), spread)
+        games = [score(alone), -score(1 - removed)]
+        gains.append(sum(game.item() for game in games))
+        slope = torch.zeros_like(ranking)
+        for game in games:
+            (own,) = torch.autograd.grad(game, leaf, retain_graph=True)
+            own = smoothed(own - own.mean(), spread)
+            slope += own / own.abs().max() ** balance
         velocity = momentum * velocity + slope / slope.abs().max()
         ranking = ranking + lr * velocity
-    return ranking, sum(gains) / len(gains)
+    ranking = (ranking - ranking.min()) / (ranking.max() - ranking.min())
+    return ranking + prior * start, sum(gains) / len(gains)
 
 
 def greedy_ranking(

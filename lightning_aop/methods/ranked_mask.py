@@ -1,5 +1,6 @@
 """RankedMask: a ranking of the pixels, optimised for deletion and insertion at once."""
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -38,9 +39,13 @@ class RankedMask:
 
     The gradient is centred, for a ranking has no level, smoothed by a gaussian that narrows from
     `coarse` to `fine` cells, and divided by its largest absolute value; steps have a `momentum`. So
-    no step depends on how sure the model is.
+    no step depends on how sure the model is. Before, those of both terms are brought nearer to one size
+    by `balance`: else the term whose share lies where the score falls most would have its way.
 
-    The map is R min-max normalised to [0, 1], squared (which emphasises the top and keeps the order),
+    A few gradients are noisy, and the start is not: in the end R, min-max normalised to [0, 1], gets
+    `prior` times the start added.
+
+    The map is this R min-max normalised, squared (which emphasises the top and keeps the order),
     times its strength: twice the mean of [F_c(Φ(m_b)) − F_c(Φ(1 − m_a))] / F_c(x) over the iterations,
     at most 1. Of a `value`, the difference that all of the image makes takes the place of F_c(x), of a
     `contrast()` that to the lowest of the iterations. A ranking that the score doesn't follow, as of a
@@ -61,6 +66,9 @@ class RankedMask:
         focus: above 1, small shares are used more often than large ones.
         coarse: the gradient's smoothing in the first iteration, standard deviation in cells.
         fine: that in the last.
+        balance: the gradient of each term is divided by its largest absolute value to this power: 0
+            leaves it as it is, 1 makes both as large.
+        prior: the weight of the start in the map, beside that of the optimised ranking.
         score_floor: a score F_c(x) below this counts as this much in the map's strength.
         score: F_c; `softmax`, or `sigmoid` for a multilabel model.
         baseline: the image without information.
@@ -78,6 +86,8 @@ class RankedMask:
     focus: float = 1.5
     coarse: float = 3.0
     fine: float = 1.0
+    balance: float = 0.5
+    prior: float = 0.35
     score_floor: float = 0.05
     score: Score = softmax
     baseline: Baseline = field(default_factory=GaussianBlur)
@@ -103,6 +113,9 @@ class RankedMask:
         )
         if not 0 <= self.momentum < 1:
             raise InvalidValueError(f"RankedMask: momentum must lie in [0, 1), got {self.momentum}")
+        for name, given in (("balance", self.balance), ("prior", self.prior)):
+            if not 0 <= given < math.inf:
+                raise InvalidValueError(f"RankedMask: {name} must be 0 or more, got {given}")
 
     @property
     def evaluations(self) -> int:
@@ -117,44 +130,40 @@ class RankedMask:
             rows = torch.arange(len(x), device=x.device)
             whole = perturbed.values(torch.ones_like(x[:, 0]), rows)
             require_finite(whole, t, "the class score")
-            sign = torch.ones_like(whole).repeat(2)
-            sign[: len(x)] = -1
-            both = x.repeat(2, 1, 1, 1), baseline.repeat(2, 1, 1, 1), t.repeat(2), sign
-            parts = slices(len(sign), perturbed.size(len(sign), self.iterations))
+            both = x.repeat(2, 1, 1, 1), baseline.repeat(2, 1, 1, 1), t.repeat(2)
+            count = 2 * len(x)
+            parts = slices(count, perturbed.size(count, self.iterations))
             through_model = classifier.repeated(
-                partial(self._gradient, classifier), self.iterations * (len(sign) // len(parts))
+                partial(self._gradient, classifier), self.iterations * (count // len(parts))
             )
-            ranking = 1 - starting_mask(start, x, self.mask_size, self.align_corners)
-            velocity, gained = torch.zeros_like(ranking), torch.zeros_like(whole)
-            lowest = whole.clone()
+            first = ranking = 1 - starting_mask(start, x, self.mask_size, self.align_corners)
+            edges = torch.tensor([-1.0, 1.0]).to(x).view(2, 1, 1, 1) / self.temperature
+            velocity = torch.zeros_like(ranking)
+            games: list[Tensor] = []
             for shares, smooth in zip(self._shares(x), self._filters(x), strict=True):
-                ranking.requires_grad_()
-                kept = self._kept(ranking, shares)
+                kept, steep = self._kept(ranking, shares, edges)
+                kept.requires_grad_()
                 enlarged = upsampled(kept, x, self.align_corners)
                 keep = enlarged.detach()
                 passes = [through_model(*(each[part] for each in (*both, keep))) for part in parts]
                 gradient, scores = map(torch.cat, zip(*passes, strict=True))
-                for gain in scores.to(gained).chunk(2):
-                    gained += gain
-                if contrasts(self.score):
-                    for raw in (sign * scores).to(lowest).chunk(2):
-                        lowest = torch.minimum(lowest, raw)
-                (slope,) = torch.autograd.grad(enlarged, ranking, gradient)
-                slope = slope - slope.mean(dim=(1, 2), keepdim=True)
-                with torch.autocast(x.device.type, enabled=False):
-                    slope = smooth @ slope @ smooth.T
-                largest = slope.abs().amax(dim=(1, 2), keepdim=True)
-                velocity *= self.momentum
-                velocity += slope / largest.clamp_min(torch.finfo(slope.dtype).tiny)
-                ranking = ranking.detach() + self.lr * velocity
+                games.append(scores)
+                (slope,) = torch.autograd.grad(enlarged, kept, gradient)
+                velocity = torch.add(
+                    self._direction(slope * steep, smooth), velocity, alpha=self.momentum
+                )
+                ranking = torch.add(ranking, velocity, alpha=self.lr)
+            removed, held = torch.stack(games).to(whole).unflatten(1, (2, -1)).unbind(1)
             level = whole.abs().clamp_min(self.score_floor)
             if self.score is value:  # has no zero to fall to, nor a scale
                 nothing = perturbed.values(torch.zeros_like(x[:, 0]), rows)
                 level = (whole - nothing).abs()
             elif contrasts(self.score):  # likewise
+                lowest = torch.minimum(removed, held).amin(dim=0)
                 level = (whole - lowest).clamp_min(self.score_floor)
-            strength = 2 * gained / self.iterations / level
-            maps = upsampled(min_max(ranking), x, self.align_corners).square()
+            strength: Tensor = 2 * (held - removed).mean(dim=0) / level
+            ranking = min_max(min_max(ranking) + self.prior * first)
+            maps: Tensor = upsampled(ranking, x, self.align_corners).square()
             return maps * strength.clamp(0, 1)[:, None, None].to(maps)
 
     def _gradient(
@@ -163,23 +172,38 @@ class RankedMask:
         images: Images,
         baseline: Images,
         targets: Targets,
-        sign: Float[Tensor, " a"],
         keep: Float[Tensor, "a h w"],
     ) -> tuple[Float[Tensor, "a h w"], Float[Tensor, " a"]]:
-        """Return the gradient of the terms for the masks, and the terms."""
+        """Return the scores' gradient for the masks, and the scores."""
         keep = keep.detach().requires_grad_()
         scores = classifier.scores(blend(images, baseline, keep), targets, self.score)
-        (gradient,) = torch.autograd.grad(scores, keep, sign.to(scores))
-        return gradient, sign * scores.detach()
+        (gradient,) = torch.autograd.grad(scores.sum(), keep)
+        return gradient, scores.detach()
+
+    def _direction(
+        self, slope: Float[Tensor, "both n n"], smooth: Float[Tensor, "n n"]
+    ) -> Float[Tensor, "b n n"]:
+        """Return a step's direction from both terms' gradients; its largest absolute value is 1."""
+        slope = slope - slope.mean(dim=(1, 2), keepdim=True)
+        with torch.autocast(slope.device.type, enabled=False):
+            slope = smooth @ slope @ smooth.T
+        both = (slope / _largest(slope) ** self.balance).view(2, -1, *slope.shape[1:]).sum(dim=0)
+        return both / _largest(both)
 
     def _kept(
-        self, ranking: Float[Tensor, "b n n"], shares: Float[Tensor, " 2"]
-    ) -> Float[Tensor, "2*b n n"]:
-        """Return the masks 1 − m_a of all images, then m_b of all images."""
-        cuts = ranking.detach().flatten(1).quantile(1 - shares, dim=1)
-        top = torch.sigmoid((ranking - cuts[..., None, None]) / self.temperature)
-        removed, held = top.unbind()
-        return torch.cat([1 - removed, held])
+        self,
+        ranking: Float[Tensor, "b n n"],
+        shares: Float[Tensor, " 2"],
+        edges: Float[Tensor, "2 1 1 1"],
+    ) -> tuple[Float[Tensor, "2*b n n"], Float[Tensor, "2*b n n"]]:
+        """Return the masks 1 − m_a of all images, then m_b of all images, and their slopes.
+
+        These are d m / d R, up to a factor that cancels out. Of 1 − m_a the sign is missing, as it is
+        before that score: one cancels the other.
+        """
+        cuts = ranking.flatten(1).quantile(1 - shares, dim=1)
+        kept = torch.sigmoid((ranking - cuts[..., None, None]) * edges).flatten(0, 1)
+        return kept, kept * (1 - kept)
 
     def _shares(self, like: Images) -> Float[Tensor, "n 2"]:
         """Return a and b of each iteration."""
@@ -197,3 +221,9 @@ class RankedMask:
         apart = (place[:, None] - place) / spreads[:, None, None]
         weights = torch.exp(-0.5 * apart.square())
         return (weights / weights.sum(dim=2, keepdim=True)).to(like)
+
+
+def _largest(values: Float[Tensor, "b n n"]) -> Float[Tensor, "b 1 1"]:
+    """Return the largest absolute value of each, and never 0."""
+    largest: Tensor = torch.linalg.vector_norm(values, math.inf, dim=(1, 2), keepdim=True)
+    return largest.clamp_min(torch.finfo(values.dtype).tiny)

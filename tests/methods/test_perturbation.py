@@ -165,6 +165,8 @@ def test_ranked_mask_is_the_slow_float64_loop(
             method.momentum,
             method.temperature,
             spreads,
+            method.balance,
+            method.prior,
         )
         with torch.no_grad():
             whole = float(double(images[i : i + 1]).softmax(dim=1)[0, targets[i]])
@@ -291,6 +293,8 @@ def test_settings_are_refused_by_name() -> None:
         IGOS(iterations=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="RankedMask: lr must be above 0, got nan"):
         RankedMask(lr=float("nan"))
+    with pytest.raises(ValueError, match="RankedMask: prior must be 0 or more, got -1"):
+        RankedMask(prior=-1)
     with pytest.raises(ValueError, match="IGOS: samples must be above 0, got 0"):
         IGOS(samples=0)
     with pytest.raises(ValueError, match=r"IGOS: noise must be a share .*, got -0.1"):
