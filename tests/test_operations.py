@@ -91,7 +91,7 @@ ROUNDS = {
         operations=20,
     ),
     # Adam counts its steps in a tensor on the host.
-    "EMP": Work(emp, passes=1, operations=87, waits=1),
+    "EMP": Work(emp, passes=1, operations=81, waits=1),
     "XRAI": Work(xrai, passes=1, operations=32),
     # On each level one look before it starts, and one after 32 iterations or 64.
     "ROAD": Work(roads, passes=1, operations=1440, waits=2 * LEVELS),
