@@ -86,8 +86,12 @@ class GaussianBlur:
         height, width = images.shape[-2:]
         with torch.autocast(images.device.type, enabled=False):
             pixels = full_precision(images)
-            rows = _blur_matrix(height, self.kernel, self.sigma, self.padding).to(pixels)
-            columns = _blur_matrix(width, self.kernel, self.sigma, self.padding).to(pixels)
+            rows, columns = (
+                _blur_matrix(
+                    side, self.kernel, self.sigma, self.padding, pixels.dtype, pixels.device
+                )
+                for side in (height, width)
+            )
             return (rows @ pixels @ columns.T).to(images.dtype)
 
 
@@ -113,11 +117,14 @@ Baseline: TypeAlias = GaussianBlur | Constant | Callable[[Images], _Replaced]
 
 
 @lru_cache(maxsize=16)
-def _blur_matrix(n: int, kernel: int, sigma: float, padding: str) -> Float[Tensor, "n n"]:
-    """Return the 1-D blur of n pixels as a banded matrix, the padding folded in.
+@torch.inference_mode(False)  # what is kept may be asked for by a gradient later
+def _blur_matrix(
+    n: int, kernel: int, sigma: float, padding: str, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "n n"]:
+    """Return the 1-D blur of n pixels as a banded matrix on a device, the padding folded in.
 
     Two products with it equal the padded separable convolution and need no pad, so that an image
-    may be smaller than the kernel.
+    may be smaller than the kernel. Kept, as an accelerator would have to be waited for each time.
     """
     radius = kernel // 2
     offsets = torch.arange(-radius, radius + 1)
@@ -131,4 +138,5 @@ def _blur_matrix(n: int, kernel: int, sigma: float, padding: str) -> Float[Tenso
     else:
         weights = torch.where((sources >= 0) & (sources < n), weights, 0.0)
         sources = sources.clamp(0, n - 1)
-    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, sources, weights)
+    matrix = torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, sources, weights)
+    return matrix.to(device, dtype)

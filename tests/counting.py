@@ -78,7 +78,9 @@ class _Called(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         name = getattr(func, "__name__", "")
-        if not self._own[0] and name in _READ:
+        # A tensor made of numbers is taken to its device, which is waited for, too.
+        taken = name in ("tensor", "as_tensor") and (kwargs or {}).get("device") is not None
+        if not self._own[0] and (name in _READ or taken):
             self._counts.waits[name] += 1
         return func(*args, **(kwargs or {}))
 

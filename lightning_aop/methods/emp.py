@@ -8,6 +8,7 @@ from torch import nn
 from lightning_aop.checks import require_counts, require_finite, require_positive
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
 from lightning_aop.model.adapter import explaining
+from lightning_aop.model.passes import slices
 from lightning_aop.ops import Baseline, GaussianBlur, total_variation
 from lightning_aop.scores import Score, softmax
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
@@ -71,27 +72,25 @@ class EMP:
     def refine(self, model: nn.Module, images: Images, targets: Targets, start: CoarseMaps) -> Maps:
         """Return 1 − M of the last iterate, from M = 1 − start, at the images' size."""
         with explaining(model, images, targets) as (classifier, x, t):
-            perturbed = PerturbedScore(
-                classifier, x, self.baseline(x), t, self.score, self.eval_batch_size
-            )
-            everyone = torch.arange(len(x), device=x.device)
+            baseline = self.baseline(x)
+            perturbed = PerturbedScore(classifier, x, baseline, t, self.score, self.eval_batch_size)
             mask = starting_mask(start, x, self.mask_size, self.align_corners)
             optimizer = torch.optim.Adam([mask.requires_grad_()], lr=self.lr)
+            parts = slices(len(x), perturbed.size(len(x), self.iterations))
+            through_model = classifier.repeated(perturbed.gradient, self.iterations)
             for iteration in range(self.iterations):
                 enlarged = upsampled(mask, x, self.align_corners)
-                keep = enlarged.detach().requires_grad_()
-                through_model = torch.zeros_like(keep)
-                scores = []
-                for rows in everyone.split(perturbed.size(len(x), self.iterations)):
-                    score = perturbed.at(keep[rows], rows)
-                    through_model += torch.autograd.grad(score.sum(), keep)[0]
-                    scores.append(score.detach())
+                passes = [
+                    through_model(x[part], baseline[part], t[part], enlarged.detach()[part])
+                    for part in parts
+                ]
+                gradient, scores = map(torch.cat, zip(*passes, strict=True))
                 if iteration == 0:
-                    require_finite(torch.cat(scores), t, "the class score")
+                    require_finite(scores, t, "the class score")
                 penalty = self.l1 * (1 - mask).abs().mean(dim=(1, 2))
                 penalty = penalty + self.tv * total_variation(mask, self.tv_exponent)
                 (mask.grad,) = torch.autograd.grad(
-                    (enlarged, penalty.sum()), mask, (through_model, None)
+                    (enlarged, penalty.sum()), mask, (gradient, None)
                 )
                 optimizer.step()
                 with torch.no_grad():

@@ -65,19 +65,20 @@ class ArmijoSearch:
         masks: CoarseMaps,
         direction: Float[Tensor, "b i j"],
         loss: Float[Tensor, " b"],
+        steps: Float[Tensor, " n"] | None = None,
     ) -> tuple[CoarseMaps, Float[Tensor, " b"]]:
         """Return the new masks in [0, 1] and the score that the objective reports beside its loss.
 
         `objective(masks[rows], rows)` gives loss and score of the images `rows`; `loss` [b] is its
-        value at `masks`.
+        value at `masks`; `steps` are those of `steps_for(masks)`, where there are many searches.
         """
         fall = self.slope * direction.square().sum(dim=(1, 2))
         found, scores = masks, torch.empty_like(loss)
         active = torch.arange(len(masks), device=masks.device)
-        trials = self.steps()
+        trials = self.steps_for(masks) if steps is None else steps
         at_once = self.at_once or (1 if masks.is_cpu else len(trials))
         for part in slices(len(trials), at_once):
-            steps = torch.tensor(trials[part], dtype=masks.dtype, device=masks.device)
+            steps = trials[part]
             tried = masks[active, None] - steps[:, None, None] * direction[active, None]
             tried = tried.clamp(0, 1)
             value, score = objective(tried.flatten(0, 1), active.repeat_interleave(len(steps)))
@@ -100,6 +101,10 @@ class ArmijoSearch:
         while steps[-1] >= self.smallest:
             steps.append(steps[-1] * self.decay)
         return steps
+
+    def steps_for(self, masks: CoarseMaps) -> Float[Tensor, " n"]:
+        """Return them beside the masks; to take them there, an accelerator has to be waited for."""
+        return torch.tensor(self.steps(), dtype=masks.dtype, device=masks.device)
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,7 @@ class IGOS:
             generator = torch.Generator(x.device).manual_seed(self.seed)
             everyone = torch.arange(len(x), device=x.device)
             mask = starting_mask(start, x, self.mask_size, self.align_corners)
+            steps = self.search.steps_for(mask)
             l1 = torch.full((len(x),), self.l1, device=x.device, dtype=x.dtype)
             fractions = torch.arange(1, self.samples + 1, device=x.device).to(x) / self.samples
             spread = (0.0 if self.noise == "port" else self.noise) * _span(x.flatten(2))
@@ -228,7 +234,7 @@ class IGOS:
                     return self._regularisers(trial, l1[rows]) + score, score
 
                 loss = regularisers.detach() + score
-                mask, score = self.search(objective, mask, direction, loss)
+                mask, score = self.search(objective, mask, direction, loss, steps)
             return 1 - self._up(mask, x)
 
     def _up(self, mask: Float[Tensor, "a i j"], images: Images) -> Float[Tensor, "a h w"]:

@@ -47,6 +47,15 @@ class PerturbedScore:
             parts = slices(len(keep), self.size(len(keep)))
             return torch.cat([self._values(*(each[part] for each in batch))[0] for part in parts])
 
+    def gradient(
+        self, images: Images, baseline: Images, targets: Targets, keep: Float[Tensor, "a h w"]
+    ) -> tuple[Float[Tensor, "a h w"], Float[Tensor, " a"]]:
+        """Return the gradient of the score of images seen through masks, for these, and the score."""
+        keep = keep.detach().requires_grad_()
+        (scores,) = self._seen(images, baseline, targets, keep)
+        (gradient,) = torch.autograd.grad(scores.sum(), keep)
+        return gradient, scores.detach()
+
     @cached_property
     def _values(self) -> Work:
         return self.classifier.repeated(self._seen, self.times)

@@ -67,12 +67,17 @@ class RISE:
             masks = _RandomMasks.drawn(self, x)
             # An image after the other for each mask, so that a pass has few masks to upsample.
             count, first = len(x), 0
-            for part in torch.arange(self.masks * count, device=x.device).split(
-                classifier.pass_size(self.eval_batch_size, self.masks * count, x)
-            ):
+            at_once = classifier.pass_size(self.eval_batch_size, self.masks * count, x)
+            seen = classifier.repeated(
+                lambda images, keep, classes: (
+                    classifier.scores(images * keep[:, None], classes, self.score),
+                ),
+                self.masks * count // at_once,
+            )
+            for part in torch.arange(self.masks * count, device=x.device).split(at_once):
                 rows, mask = part % count, part // count - first // count
                 keep = masks.enlarged(first // count, (first + len(part) - 1) // count + 1)
-                scores = classifier.scores(x[rows] * keep[mask, None], t[rows], self.score)
+                (scores,) = seen(x[rows], keep[mask], t[rows])
                 weights = torch.zeros(count, len(keep), device=x.device, dtype=x.dtype)
                 weights[rows, mask] = scores.to(x)
                 with torch.autocast(x.device.type, enabled=False):

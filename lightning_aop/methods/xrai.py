@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -239,15 +240,16 @@ class XRAI:
         origins = torch.stack([low, high], dim=1).repeat_interleave(self.steps, dim=1)[:, :points]
         total = torch.zeros_like(images)
         scores = torch.empty(len(images) * points, device=images.device, dtype=images.dtype)
-        for part in torch.arange(len(scores), device=images.device).split(
-            classifier.pass_size(self.eval_batch_size, len(scores), images)
-        ):
+        at_once = classifier.pass_size(self.eval_batch_size, len(scores), images)
+        through_model = classifier.repeated(
+            partial(self._gradient, classifier), len(scores) // at_once
+        )
+        for part in torch.arange(len(scores), device=images.device).split(at_once):
             rows, point = part // points, part % points
             x, origin = images[rows], origins[rows, point][:, None, None, None]
-            inputs = torch.lerp(origin, x, fractions[point][:, None, None, None]).requires_grad_()
-            values = classifier.scores(inputs, targets[rows], self.score)
-            (gradient,) = torch.autograd.grad(values.sum(), inputs)
-            scores[part] = values.detach().to(scores)
+            inputs = torch.lerp(origin, x, fractions[point][:, None, None, None])
+            gradient, values = through_model(inputs, targets[rows])
+            scores[part] = values.to(scores)
             # The image's own gradient counts for both paths.
             other = (point == last).to(x)[:, None, None, None]
             distance = (x - origin) + other * (x - high[rows][:, None, None, None])
@@ -255,3 +257,12 @@ class XRAI:
         require_finite(scores.view(-1, points), targets, "the class score")
         require_finite(total, targets, "the gradient of the class score")
         return total / (2 * self.steps)
+
+    def _gradient(
+        self, classifier: Classifier, inputs: Images, targets: Targets
+    ) -> tuple[Float[Tensor, "a c h w"], Float[Tensor, " a"]]:
+        """Return the gradient of the score, and the score."""
+        inputs = inputs.detach().requires_grad_()
+        values = classifier.scores(inputs, targets, self.score)
+        (gradient,) = torch.autograd.grad(values.sum(), inputs)
+        return gradient, values.detach()

@@ -349,7 +349,7 @@ class _Game:
         chunk = self.classifier.pass_size(wanted, images * points, self.images)
         moved = (steps * self.pixels_per_step).to(self.ranks)
         # Blocks of images × steps: no image is copied only to be perturbed.
-        at_once = max(min(8, chunk), chunk // points)
+        at_once = _block(images, points, chunk)
         seen = self.classifier.repeated(self._seen, images * points // chunk)
         parts = []
         for some in slices(images, at_once):
@@ -382,6 +382,17 @@ class _Game:
         perturbed = perturbed.flatten(0, 1)
         scores = self.classifier.scores(perturbed, targets.repeat(len(below)), self.score)
         return (scores.view(below.shape),)
+
+
+def _block(images: int, points: int, chunk: int) -> int:
+    """Return of how many images the blocks are that fill passes of `chunk` best, the most of several."""
+
+    def passes(block: int) -> int:
+        whole, rest = divmod(images, block)
+        of_rest = ceil(points / (chunk // rest)) if rest else 0
+        return whole * ceil(points / (chunk // block)) + of_rest
+
+    return min(range(min(images, chunk), 0, -1), key=passes)
 
 
 def _variances(

@@ -65,7 +65,7 @@ class Classifier:
     graphs: Graphs = field(default_factory=Graphs)
     channels_last: bool = False
     raises: bool = True
-    _raise: Raise = field(default_factory=Raise)
+    _raise: Raise = field(default_factory=Raise, init=False)
 
     def logits(self, images: Images) -> Float[Tensor, "b k"]:
         """Evaluate the model in its own dtype and return logits in float32 or wider."""

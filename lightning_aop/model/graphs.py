@@ -203,7 +203,8 @@ class CudaGraphs:
 
     def close(self) -> None:
         """Give the graphs and their memory back."""
-        torch.cuda.current_stream(self._device).synchronize()  # they may be at work still
+        if self._graphs:  # they may be at work still
+            torch.cuda.current_stream(self._device).synchronize()
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()

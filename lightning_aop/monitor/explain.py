@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.history.store import stored
 from lightning_aop.methods.aop import OrBlank, fast_sigcam
 from lightning_aop.methods.cam import WGradCAM
@@ -79,7 +80,16 @@ class Way:
     max_classes_per_image: int = 3
 
     def score_for(self, probe: Probe) -> Score:
-        """Return the class score: by default sigmoid for multi-hot labels, softmax for others."""
+        """Return the class score: by default sigmoid for multi-hot labels, softmax for others.
+
+        Raises:
+            ValueError: the score compares classes, of which an image has several.
+        """
+        if probe.multilabel and self.score is not None and contrasts(self.score):
+            raise InvalidValueError(
+                f"score={self.score} compares classes of which an image has one, and the labels are "
+                "multi-hot: take scores.sigmoid, or leave score out"
+            )
         return self.score or (sigmoid if probe.multilabel else softmax)
 
     def method_for(

@@ -405,3 +405,24 @@ def test_a_model_that_ends_in_a_softmax_has_the_curves_of_its_logits(
     ]
     assert curves[0].amax() > 1.01 * curves[0].amin(), "the test needs scores that move"
     torch.testing.assert_close(curves[1], curves[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("images", "chunk"), [(8, 15), (8, 20), (8, 12), (16, 9), (3, 64), (1, 7), (5, 1), (9, 4)]
+)
+def test_the_passes_of_curves_are_full(images: int, chunk: int, net: nn.Module) -> None:
+    pictures, maps = torch.rand(images, 3, 24, 24), torch.rand(images, 24, 24)
+    targets, sizes = torch.arange(images) % 5, []
+    # Not on the network, with which it would be put back.
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: sizes.append(len(output)) if module is net else None
+    )
+    with handle:
+        found = deletion_insertion_curves(
+            net, pictures, maps, targets, steps=28, eval_batch_size=chunk
+        )
+    assert sum(sizes) == images * 56
+    assert max(sizes) <= chunk
+    assert len(sizes) <= 1.06 * -(-images * 56 // chunk)
+    alone = deletion_insertion_curves(net, pictures[-1:], maps[-1:], targets[-1:], steps=28)
+    torch.testing.assert_close(torch.cat(alone), torch.stack(found)[:, -1])

@@ -14,7 +14,7 @@ from conftest import SmallNet, assert_same, snapshot
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lightning_aop import IGOS, fast_sigcam
+from lightning_aop import EMP, IGOS, RISE, XRAI, fast_sigcam
 from lightning_aop.methods.igos import ArmijoSearch
 from lightning_aop.metrics.functional import deletion_insertion_curves
 from lightning_aop.model import graphs
@@ -154,6 +154,9 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 METHODS = {
     "fast_sigcam": fast_sigcam(),
     "I-GOS": IGOS(iterations=8, samples=4, search=ArmijoSearch(at_once=20)),
+    "EMP": EMP(iterations=8, eval_batch_size=3),
+    "RISE": RISE(masks=20, eval_batch_size=8),
+    "XRAI": XRAI(steps=8, segments=(9,), eval_batch_size=7),
 }
 
 
@@ -164,15 +167,17 @@ def explained(name: str, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor
             len(images), *images.shape[2:], generator=torch.Generator().manual_seed(0)
         )
         return torch.stack(deletion_insertion_curves(net, images, maps, targets, eval_batch_size=8))
-    if name == "I-GOS":
+    if name in ("I-GOS", "EMP"):
         return METHODS[name].refine(net, images, targets, torch.zeros(len(images), 28, 28))
     return METHODS[name].explain(net, images, targets)
 
 
-@pytest.mark.parametrize("name", ["fast_sigcam", "I-GOS", "curves"])
+@pytest.mark.parametrize("name", [*METHODS, "curves"])
 def test_maps_and_curves_are_those_of_eager_passes(
     name: str, net: nn.Module, batch: Any, recordings: list[Recording]
 ) -> None:
+    if name == "XRAI":
+        pytest.importorskip("skimage")
     explained(name, net, batch)  # finds the layer
     recordings.clear()
     with count_evaluations(net) as eager:

@@ -19,7 +19,7 @@ from torchvision.transforms import Compose, Normalize
 from lightning_aop import ExplanationMonitor, GradCAM, explain, fast_sigcam
 from lightning_aop.metrics import deletion_insertion_curves
 from lightning_aop.metrics.functional import auc
-from lightning_aop.scores import sigmoid, softmax
+from lightning_aop.scores import contrast, sigmoid, softmax
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 3, 1, 4])
@@ -64,6 +64,20 @@ def test_every_positive_class_is_explained_by_its_own_score(model: SmallNet) -> 
     assert {(0, 1), (0, 2), (2, 0)} <= set(found.pairs)
     scores = sigmoid(model.eval()(IMAGES[found.rows]), found.targets)
     torch.testing.assert_close(found.scores, scores.detach())
+
+
+def test_several_labels_of_an_image_are_not_contrasted(model: SmallNet) -> None:
+    images = torch.rand(3, 3, 16, 16)
+    labels = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 1, 0]]).float()
+    with pytest.raises(ValueError, match=r"score=contrast\(gamma=0.6.* the labels are multi-hot"):
+        explain(model, (images, labels), method=GradCAM(), score=contrast())
+    single = explain(model, (images, labels.argmax(dim=1)), method=GradCAM(), score=contrast())
+    assert len(single.maps) == 3
+
+
+def test_graphs_are_wanted_or_not(model: SmallNet, unchecked: None) -> None:
+    with pytest.raises(ValueError, match='graphs=True must be "auto" or False'):
+        explain(model, IMAGES, method=GradCAM(), graphs=True)  # type: ignore[arg-type]
 
 
 def test_a_notebook_shows_images_and_maps(model: SmallNet, tmp_path: Path) -> None:
