@@ -106,12 +106,12 @@ def heatmap_grid(
             ``narrow``, ``headings`` come without them, ``cell`` is below 32, ``mean`` and ``std``
             are wrong, or ``panels`` are unknown, none, or "curves" without ``curves``.
     """
-    check_same_size(images, maps)
     _check_layout(images, captions, columns, cell, outlines, groups, headings, narrow)
     _check_panels(panels, curves, len(images))
     count = len(images)
     members = _runs(groups) if groups is not None else [[i] for i in range(count)]
     pictures = displayable(images[[samples[0] for samples in members]], mean, std)
+    check_same_size(images, maps)
     longer = max(images.shape[2:])
     if narrow and cell is None and longer < _LEGIBLE:
         cell = math.ceil(_LEGIBLE / longer) * longer

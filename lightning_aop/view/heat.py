@@ -146,7 +146,7 @@ def coloured(heat: Maps) -> RGB:
     return _colours().to(heat.device)[level].movedim(-1, 1)
 
 
-def check_same_size(images: RGB, maps: Maps) -> None:
+def check_same_size(images: Images, maps: Maps) -> None:
     expected = [images.shape[0], *images.shape[2:]]
     if list(maps.shape) != expected:
         raise InvalidValueError(

@@ -155,16 +155,16 @@ def test_change_shows_the_first_the_previous_and_the_map_of_now(
     stored = torch.randint(0, 256, (4, 32, 32), dtype=torch.uint8, generator=generator)
     before = [
         ("before training", {(0, 0): stored[0]}),
-        ("epoch 1", {(0, 0): stored[1], (1, 1): stored[2], (9, 9): stored[3]}),
+        ("epoch 1 · step 7", {(0, 0): stored[1], (1, 1): stored[2], (9, 9): stored[3]}),
     ]
     picture = draw_change(what, before, title="epoch 2")
     assert picture is not None
     (call,) = grids.calls
     assert call["captions"] == [
-        "first\nbefore training",
-        "previous\nepoch 1",
+        "first\nbefore\ntraining",
+        "previous\nepoch 1\nstep 7",
         "now\ndrift 0.25",
-        "previous\nepoch 1",
+        "previous\nepoch 1\nstep 7",
         "now\ndrift 0.50",
     ]
     assert call["groups"] == [0, 0, 0, 1, 1]
