@@ -27,7 +27,7 @@ from lightning_aop.monitor.explanation import Explanation, Moment, MomentKind, m
 from lightning_aop.monitor.facts import Look, found_look
 from lightning_aop.monitor.failures import Failures, is_steady
 from lightning_aop.monitor.judge import CONTROLS, Judge
-from lightning_aop.monitor.labels import ReadBatch, read_batch
+from lightning_aop.monitor.labels import ReadBatch
 from lightning_aop.monitor.lightning import (
     Callback,
     LightningModule,
@@ -92,6 +92,7 @@ class _Run:
         explained: how many there were.
         alike: all processes do all the work, since the model's forward exchanges something.
         failures: the worst samples of the last validation.
+        drawn: what the probe was made of; None where that can't be read any more.
     """
 
     judge: Judge
@@ -114,6 +115,7 @@ class _Run:
     explained: int = 0
     alike: bool = False
     failures: Failures = field(default_factory=lambda: Failures(0))
+    drawn: Drawn | None = None
 
     def hold(self, values: dict[str, float]) -> dict[str, float]:
         """Return the values, and the last ones in place of those that are missing or not finite."""
@@ -375,6 +377,18 @@ class ExplanationMonitor(Callback):
         if self._follows(trainer):
             self._attempt(pl_module, lambda: self._listen(trainer, pl_module))
 
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Listen to the batch."""
+        if self._follows(trainer):
+            self._state.failures.listen()
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -459,7 +473,7 @@ class ExplanationMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave no hook on the module of a validation that was broken off."""
-        self._state.failures.stop()
+        self._state.failures.end()
 
     @property
     def _enabled(self) -> bool:
@@ -618,8 +632,8 @@ class ExplanationMonitor(Callback):
                 with ExitStack() as stack:
                     # What fails on one process must not leave the others waiting.
                     processes.together(lambda: stack.enter_context(isolated(pl_module)))
-                    shown = run.failures.now if kind == "epoch" else []
-                    explanation, failed = self._explain(trainer, pl_module, processes, bool(shown))
+                    shown, run.failures.fresh = run.failures.fresh, False
+                    explanation, failed = self._explain(trainer, pl_module, processes, shown)
                 before: list[Earlier] = []  # for the one process that draws
 
                 def drift_since() -> list[float | None]:
@@ -741,23 +755,25 @@ class ExplanationMonitor(Callback):
 
     def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = self._state
+        run.failures.end()  # of a validation that was broken off
         if run.module is not pl_module:
             processes = Processes(run.alike)
             with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
                 processes.together(lambda: stack.enter_context(isolated(pl_module)))
                 self._prepare(trainer, pl_module, processes)
         assert run.adapter is not None
-        assert run.probe is not None
-        run.failures.begin(run.adapter, pl_module, run.probe.images.shape[1:])
+        reading = None if run.drawn is None else run.drawn.reading
+        names = self.class_names if run.drawn is None else run.drawn.names
+        run.failures.begin(run.adapter, pl_module, reading, names)
 
     def _see(self, trainer: Trainer, outputs: Any, batch: Any, loader: int) -> None:
-        reading = read_batch(batch, None, self.read_batch, self.class_names)
         steady = is_steady(trainer.val_dataloaders, loader)
-        self._state.failures.see(reading, outputs, loader, Processes(), steady)
+        failures = self._state.failures
+        failures.see(batch, outputs, loader, Processes(), steady, self.read_batch)
 
     def _choose(self, trainer: Trainer) -> None:
         run = self._state
-        if trouble := run.failures.choose(moment_of(trainer, "epoch").title, Processes()):
+        for trouble in run.failures.choose(moment_of(trainer, "epoch").title, Processes()):
             run.warn(trouble)
 
     def _description(self, trainer: Trainer) -> str:
@@ -803,6 +819,7 @@ class ExplanationMonitor(Callback):
 
         way = run.adapter = processes.together(adapter)
         run.alike = processes.alike = processes.any(bool(noticed) or is_sharded(pl_module))
+        run.drawn = found
         run.integers = found is not None and found.reading.inputs.form.integer
         if run.probe is None:
             assert found is not None

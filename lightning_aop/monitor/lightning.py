@@ -176,8 +176,9 @@ def draw(
         trainer.state.stage = stage
     given = [] if names is None else [{"class_names": list(names)}]
     sources = [*given, *fact_sources(source, trainer)]
-    reading = read_batch(batch, found.limit, read, class_names(sources).value)
-    return Drawn(reading, class_count(sources), found.limit, found.read_masks, given)
+    known = class_names(sources).value
+    reading = read_batch(batch, found.limit, read, known)
+    return Drawn(reading, class_count(sources), found.limit, found.read_masks, given, known)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -306,6 +306,7 @@ class Drawn:
         limit: how many samples were asked for, None for all.
         read_masks: what gives the masks of a class, where the dataset has masks.
         named: the user's own names of the classes, which have to fit the model.
+        names: of the classes, for labels that are text.
     """
 
     reading: Reading
@@ -313,6 +314,7 @@ class Drawn:
     limit: int | None
     read_masks: MaskReader | None
     named: Sequence[Any] = ()
+    names: Sequence[str] | None = None
 
     def probe(self, adapter: Adapter, warn: Callable[[str], None]) -> Probe:
         """Return the probe, with labels that fit the model's outputs."""
