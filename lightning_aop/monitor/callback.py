@@ -22,7 +22,7 @@ from lightning_aop.model.isolation import device_of, foreign_state, isolated, is
 from lightning_aop.model.layers import find_feature_map
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
-from lightning_aop.monitor.explain import Way, explain, explain_probe
+from lightning_aop.monitor.explain import Way, evaluations_of, explain, explain_probe, fitting_score
 from lightning_aop.monitor.explanation import Explanation, Moment, MomentKind, mean_drift
 from lightning_aop.monitor.facts import Look, found_look
 from lightning_aop.monitor.failures import Failures, is_steady
@@ -45,6 +45,7 @@ from lightning_aop.monitor.lightning import (
     unsupported,
     wants_files,
     warn,
+    watched,
 )
 from lightning_aop.monitor.loggers import lay_out_charts
 from lightning_aop.monitor.probe import (
@@ -52,6 +53,7 @@ from lightning_aop.monitor.probe import (
     Probe,
     ProbeSource,
     TargetChoice,
+    from_loader,
 )
 from lightning_aop.monitor.processes import Processes
 from lightning_aop.monitor.progress import Begin, progress_bar
@@ -64,7 +66,9 @@ from lightning_aop.view.heat import displayable
 
 # What is logged where there is no value yet: nothing better than this is promised to who compares.
 _WORST = {"deletion_auc": 1.0, "insertion_auc": 0.0}
-_WORST |= {"overall_auc": -1.0, "overall_auc_normalised": -1.0, "grid_pointing": 0.0}
+_WORST |= {"overall_auc": -1.0, "overall_auc_normalised": -1.0}
+# Likewise, but told only to who waits for it, since it may never be measured.
+_UNMEASURED = {"grid_pointing": 0.0}
 
 
 @dataclass
@@ -416,6 +420,10 @@ class ExplanationMonitor(Callback):
             # Lightning keeps them once they were logged.
             for name, value in self._state.held.items():
                 trainer.callback_metrics.setdefault(self._prefix + name, torch.tensor(value))
+        if trainer.state.fn == "fit":
+            for name, value in _UNMEASURED.items():
+                if self._prefix + name in watched(trainer):
+                    trainer.callback_metrics.setdefault(self._prefix + name, torch.tensor(value))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen epochs where there is no validation."""
@@ -500,7 +508,7 @@ class ExplanationMonitor(Callback):
                 f"every_n_epochs={n} and every_n_train_steps={steps} exclude each other: set one of "
                 "them to 0"
             )
-        if isinstance(self.probe, int) and self.probe < 1:
+        if isinstance(count := from_loader(self.probe), int) and count < 1:
             return f"probe={self.probe} must be at least 1 sample"
         choices = ("label", "predicted", "confused")
         if isinstance(self.targets, str) and self.targets not in choices:
@@ -697,9 +705,15 @@ class ExplanationMonitor(Callback):
             assert run.model is not None
             assert run.probe is not None
             stack.enter_context(precision_of(trainer, pl_module, self.full_precision))
-            images = len(run.probe.images)
+            images = len(run.probe.images) + len(run.failures.now) * failures
             bar = progress_bar(trainer, run.model, images, tell if first else None)
-            return stack.enter_context(bar)
+            begin, more = stack.enter_context(bar), self._cost_of_failures() if failures else 0
+
+            def begin_both(evaluations: int | None, seconds: float) -> None:
+                known = evaluations is not None and more is not None
+                begin(evaluations + more if known else None, seconds)  # type: ignore[operator]
+
+            return begin_both
 
         with ExitStack() as stack:
             begin = processes.together(ready)
@@ -714,11 +728,22 @@ class ExplanationMonitor(Callback):
         failed = None if failed is None else replace(failed, look=look)
         return replace(explanation, look=look), failed
 
+    @property
+    def _way_of_failures(self) -> Way:
+        return replace(self._way, targets="confused")
+
+    def _cost_of_failures(self) -> int | None:
+        """Return about how many evaluations they take, on all processes; None if it isn't known."""
+        way, probe = self._way_of_failures, self._state.failures.probe
+        each = evaluations_of(way.method_for(way.score_for(probe)))
+        # The logits, and a map of the label and of the prediction.
+        return None if each is None else len(probe.images) * (1 + 2 * each)
+
     def _explain_failures(self, processes: Processes) -> Explanation | None:
         """Return the maps of the failures; what goes wrong costs no other."""
         run = self._state
         assert run.model is not None
-        way, judge = replace(self._way, targets="confused"), Judge(False, controls=False)
+        way, judge = self._way_of_failures, Judge(False, controls=False)
         try:
             found = (run.model, run.failures.probe, way, judge, processes, run.passes, run.warn)
             return explain_probe(*found, lambda evaluations, seconds: None)
@@ -833,7 +858,7 @@ class ExplanationMonitor(Callback):
     @property
     def _way(self) -> Way:
         adapter = self._state.adapter
-        score = self.score or (None if adapter is None else adapter.score)
+        score = self.score if adapter is None else fitting_score(self.score, adapter)
         return Way(self.method, self.target_layer, self.targets, score, self.max_classes_per_image)
 
     def _timed(self, explanation: Explanation, started: float) -> Explanation:

@@ -207,6 +207,13 @@ def is_last(trainer: Trainer) -> bool:
     return bool(trainer.is_last_batch) and trainer.current_epoch + 1 == trainer.max_epochs
 
 
+def watched(trainer: Trainer) -> set[str]:
+    """Return the names of the values that checkpoints, stops and schedulers wait for."""
+    callbacks = getattr(trainer, "callbacks")  # noqa: B009  # which its class does not declare
+    waiting = [*callbacks, *trainer.lr_scheduler_configs]
+    return {name for each in waiting if isinstance(name := getattr(each, "monitor", None), str)}
+
+
 def log_scalars(
     trainer: Trainer,
     module: LightningModule,
@@ -249,4 +256,5 @@ __all__ = [
     "unsupported",
     "wants_files",
     "warn",
+    "watched",
 ]

@@ -703,3 +703,18 @@ def test_a_segmentation_and_values_have_no_failures_and_it_is_said(tmp_path: Pat
 
     with pytest.warns(UserWarning, match="no failures are shown: the model predicts values"):
         validate(tmp_path, Value(), loaders(torch.rand(30))[1])
+
+
+def test_what_they_take_is_told_beforehand(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_aop.monitor.progress._DELAY", 0.0)
+    module = Module()
+    with caplog.at_level("INFO"):
+        monitor = validate(tmp_path, module, loaders()[1], metrics=False, controls=False, probe=4)
+    predicted = logits_of(module).argmax(dim=1)
+    assert all(predicted[f.place[1]] != f.label for f in monitor._run.failures.now)
+    # Watch explains by GradCAM: forward and backward. And the logits of the three failures.
+    assert (
+        f"explaining 7 images takes about 0 s, for {4 * 2 + 3 * (1 + 2 * 2)} model" in caplog.text
+    )
