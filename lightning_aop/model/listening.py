@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_aop.model.isolation import hooked, isolated_rng
+from lightning_aop.model.outputs import sums_to_one
 from lightning_aop.model.passes import images_of
+from lightning_aop.scores import full_precision
 
 __all__ = ["Listener", "Read", "outputs_of"]
 
@@ -96,7 +98,8 @@ class Listener:
             fits = isinstance(part, Tensor) and part.is_floating_point()
             if fits and tuple(part.shape) == (count, self._classes):
                 found: Tensor = part.detach()
-                return found
+                probable = bool((found >= 0).all()) and sums_to_one(found)
+                return full_precision(found).clamp_min(1e-12).log() if probable else found
         return None
 
 

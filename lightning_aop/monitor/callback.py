@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,6 @@ from lightning_aop.monitor.probe import (
     Probe,
     ProbeSource,
     TargetChoice,
-    from_loader,
 )
 from lightning_aop.monitor.processes import Processes
 from lightning_aop.monitor.progress import Begin, progress_bar
@@ -175,9 +175,9 @@ class ExplanationMonitor(Callback):
     Args:
         method: how to explain; `fast_sigcam()` by default, 39 model evaluations per explanation.
         probe: which images: a number of validation samples (training samples where there are no
-            validation ones), or a list of their indices, or `Stratified(per_class=2)` for as many of
-            each class; or a batch as a DataLoader gives it; or a dataset; or a function without
-            arguments that returns a batch. Chosen once, and kept when a run is resumed.
+            validation ones), or a list, array or range of their indices, or `Stratified(per_class=2)`
+            for as many of each class; or a batch as a DataLoader gives it; or a dataset; or a function
+            without arguments that returns a batch. Chosen once, and kept when a run is resumed.
         targets: which classes: "label" for the true ones, one explanation for each positive class of
             a multilabel image; "predicted" for the likeliest; "confused" for the label against the
             prediction where they differ, both maps side by side, and the label elsewhere (the default
@@ -202,7 +202,8 @@ class ExplanationMonitor(Callback):
         grid_pointing: tile four images of the probe in one, of different classes that the model gives
             scores above 0.5, and log which share of the heat of each class lies in the right quarter,
             `explain/grid_pointing`: 0.25 is chance. It takes four explanations of images of twice the
-            size, and is left out, with a warning, where the model takes one size only.
+            size, and is left out, with a warning, where the model takes one size only or is not sure of
+            four classes yet.
         controls: judge a random map and a centre gaussian too, where a metric is `Faithfulness` or
             `OverallAUC`: 112 evaluations per explanation when they are measured. False spares the floor
             of the drift, too.
@@ -508,7 +509,7 @@ class ExplanationMonitor(Callback):
                 f"every_n_epochs={n} and every_n_train_steps={steps} exclude each other: set one of "
                 "them to 0"
             )
-        if isinstance(count := from_loader(self.probe), int) and count < 1:
+        if isinstance(self.probe, Integral) and self.probe < 1:
             return f"probe={self.probe} must be at least 1 sample"
         choices = ("label", "predicted", "confused")
         if isinstance(self.targets, str) and self.targets not in choices:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
 from lightning_aop.history.failures import FailureRecord, url_of
@@ -19,9 +19,9 @@ from lightning_aop.history.store import stored
 from lightning_aop.model.adapter import Adapter
 from lightning_aop.model.batches import BatchError
 from lightning_aop.model.listening import Listener
-from lightning_aop.model.outputs import sums_to_one
 from lightning_aop.monitor.explanation import Explanation, Moment
 from lightning_aop.monitor.labels import (
+    Labels,
     Layout,
     Parts,
     ReadBatch,
@@ -115,7 +115,8 @@ class Failures:
         self.left: list[dict[str, Any]] = []
         self._adapter: Adapter | None = None
         self._listener: Listener | None = None
-        self._reading: Reading | None = None  # of the probe
+        self._known: Labels | None = None  # of the probe
+        self._layout: Layout | None = None  # of its batch
         self._names: Sequence[str] | None = None
         self._layouts: dict[int, Layout] = {}
         self._right: set[Place] = set()
@@ -153,9 +154,11 @@ class Failures:
             if adapter.score is not value:
                 self._listener = Listener(adapter.sources, adapter.classes)
             self._layouts = {}
-        self._reading, self._names = reading, names
-        labels = None if reading is None else reading.labels_for(adapter)
-        if labels is not None and labels.kind == "mask":
+        self._names, self._known, self._layout = names, None, None
+        if reading is not None:
+            self._known = reading.labels_for(adapter)
+            self._layout = Layout.of(reading, adapter.head) if _tells(reading) else None
+        if self._known is not None and self._known.kind == "mask":
             self._listener = None
             self._troubles[_OF_PIXELS] = None
         if self._listener is not None:
@@ -234,15 +237,11 @@ class Failures:
             if found is None:
                 raise BatchError("read_batch returned no images")
             return found
-        head = None if self._adapter is None else self._adapter.head
-        layouts = [self._layouts[loader]] if loader in self._layouts else []
-        if self._reading is not None and _tells(self._reading):
-            layouts.append(Layout.of(self._reading, head))
-        for layout in layouts:
-            if (found := layout.parts(batch)) is not None:
+        for layout in (self._layouts.get(loader), self._layout):
+            if layout is not None and (found := layout.parts(batch)) is not None:
                 return found
         reading = read_batch(batch, None, None, self._names)
-        layout = Layout.of(reading, head)
+        layout = Layout.of(reading, None if self._adapter is None else self._adapter.head)
         if _tells(reading):
             self._layouts[loader] = layout
         found = layout.parts(batch)
@@ -261,9 +260,8 @@ class Failures:
         if labels.kind == "mask":
             self._troubles[_OF_PIXELS] = None
             return
-        known = None if self._reading is None else self._reading.labels_for(adapter)
         try:
-            fitted = fit_labels(labels, adapter, known)
+            fitted = fit_labels(labels, adapter, self._known)
         except BatchError as error:  # such as one whose labels are all to be ignored
             self._troubles[f"no label of a batch fits: {error}"] = None
             return
@@ -295,9 +293,9 @@ class Failures:
                 if not worth > least:
                     break
                 if row not in candidates:
-                    image = form.inside(images[row : row + 1])[0].detach()
-                    # Not waited for until all is over.
-                    image = image.to("cpu", non_blocking=True) if image.is_cuda else image.clone()
+                    image = form.inside(images[row : row + 1])[0].detach().as_subclass(Tensor)
+                    # From a GPU it is not waited for until all is over.
+                    image = image.to("cpu", non_blocking=image.is_cuda, copy=True)
                     candidates[row] = Failure(
                         batch.places[row], image, fitted.labels[row].clone(), float(losses[row])
                     )
@@ -314,10 +312,11 @@ class Failures:
         if self._waiting is not None:
             try:
                 self._judge(self._waiting)
-                torch.cuda.synchronize()  # the images are on their way
             except Exception as error:  # the other processes wait for what this one has found
                 self._troubles[f"the last batch could not be judged: {error}"] = None
         self.end()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # images may be on their way
         shares = processes.all((self._found, self._right_now, self._size, self._troubles))
         size = next((size for _, _, size, _ in shares if size), ())
         found = {
@@ -414,10 +413,9 @@ def _judged(
     """
     several = labels.ndim == 2
     known = (labels >= 0).all(dim=1) if several else labels >= 0
-    # Shares of the classes that an image is labelled with.
-    truth = labels.clamp_min(0) if several else one_hot(labels.clamp_min(0), logits.shape[1])
-    truth = truth.float()
+    labels = labels.clamp_min(0)
     if adapter.score is sigmoid:
+        truth = (labels if several else one_hot(labels, logits.shape[1])).float()
         losses = binary_cross_entropy_with_logits(logits, truth.clamp(0, 1), reduction="none")
         losses = losses.mean(dim=1)
         chances = logits.sigmoid()
@@ -426,14 +424,16 @@ def _judged(
         wrong = mistaken.any(dim=1)
         confidence = certainty.where(mistaken, 0.0).amax(dim=1)
     else:
-        if sums_to_one(logits) and bool((logits >= 0).all()):  # probabilities
-            logits = logits.clamp_min(1e-12).log()
-        if several:
-            losses = cross_entropy(logits, truth / truth.sum(dim=1, keepdim=True), reduction="none")
+        logs = logits.log_softmax(dim=1)
+        highest, predicted = logs.max(dim=1, keepdim=True)
+        confidence = highest[:, 0].exp()
+        if several:  # in equal parts, or as they are shared
+            truth = labels / labels.sum(dim=1, keepdim=True)
+            losses = -(truth * logs.clamp_min(-1e4)).sum(dim=1)
+            wrong = labels.gather(1, predicted)[:, 0] <= 0.5
         else:
-            losses = cross_entropy(logits, labels.clamp_min(0), reduction="none")
-        confidence, predicted = logits.softmax(dim=1).max(dim=1)
-        wrong = truth.gather(1, predicted[:, None])[:, 0] <= 0.5
+            losses = -logs.gather(1, labels[:, None])[:, 0]
+            wrong = predicted[:, 0] != labels
     known &= losses.isfinite()
     return losses.where(known, -torch.inf), wrong & known, confidence
 

@@ -131,20 +131,18 @@ class Labels:
         known = like.values if like is not None and like.kind == "class" else classes
         if outputs == 2 and set(known.tolist()) == {-1, 1}:
             classes = (classes + 1) // 2  # as for a hinge loss
-        outside = classes < 0
-        if outputs is not None:
-            outside |= classes >= outputs
-        rows = outside.nonzero()[:, 0].tolist()
+        most = math.inf if outputs is None else outputs
+        rows = [row for row, index in enumerate(classes.tolist()) if not 0 <= index < most]
         if not rows:
             return Fitted(classes)
         if len(rows) == len(classes) and outputs is not None:
             raise BatchError(_misfit(f"are all outside, such as {int(classes[0])}", outputs))
-        values = sorted(set(classes[outside].tolist()))[:3]
+        values = sorted(set(classes[rows].tolist()))[:3]
         note = (
             f"{len(rows)} of {len(classes)} images are not explained, for their labels, such as "
             f"{values}, are none of the {outputs or ''} classes".replace("  ", " ")
         )
-        return Fitted(classes.masked_fill(outside, -1), note)
+        return Fitted(classes.index_fill(0, torch.tensor(rows), -1), note)
 
 
 @dataclass(frozen=True)
