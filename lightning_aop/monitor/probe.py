@@ -391,7 +391,8 @@ def from_loader(source: Any) -> int | Stratified | list[int] | None:
     if isinstance(source, (int, np.integer)):
         return int(source)
     listed = isinstance(source, (list, tuple, range)) and len(source) > 0
-    if not listed or not all(isinstance(each, (int, np.integer)) for each in source):
+    integers = (int, np.integer)
+    if not listed or any(isinstance(v, bool) or not isinstance(v, integers) for v in source):
         return None
     return [int(each) for each in source]
 

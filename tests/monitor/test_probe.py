@@ -306,7 +306,7 @@ def test_samples_are_named_by_their_index_with_their_masks() -> None:
         assert marks(indices, loader) == [1, 3, 5]
     for three in (np.int64(3), np.array(3), torch.tensor(3)):
         assert marks(three, loader) == [0, 1, 2]
-    for wrong in (torch.tensor([True, False]), np.array([0.0, 1.0]), torch.rand(2)):
+    for wrong in (torch.tensor([True, False]), np.array([0.0, 1.0]), torch.rand(2), [True, False]):
         assert from_loader(wrong) is None
     below = DataLoader(Subset(Numbered([0, 1, 2, 0]), [3, 1]))
     assert marks([1, 0], below) == [1, 3]
