@@ -31,6 +31,7 @@ import pytorch_lightning as pl
 import torch
 import torchvision
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -39,6 +40,7 @@ from lightning_aop import ExplanationMonitor, __version__
 KINDS = {
     "none": "no monitor",
     "waiting": "a monitor that does not explain",
+    "failures": "one that follows failures and does not explain",
     "default": "the default monitor, every epoch",
     "budget": "the default monitor, max_overhead=0.05",
 }
@@ -104,6 +106,7 @@ def epoch(
     monitors = {
         "none": [],
         "waiting": [ExplanationMonitor(every_n_epochs=10**9)],
+        "failures": [ExplanationMonitor(every_n_epochs=10**9, failures=8)],
         "default": [ExplanationMonitor()],
         "budget": [ExplanationMonitor(max_overhead=0.05)],
     }[kind]
@@ -124,6 +127,8 @@ def epoch(
     found = {"wall": clock.wall, "cpu": clock.cpu}
     if kind == "default":
         found["explanation"] = float(trainer.callback_metrics["explain/seconds"])
+    if kind == "failures":
+        found["listening"] = listening(monitors[0], trainer, validation)
     if kind == "waiting":
         found["step"] = waiting_at_a_step(monitors[0], trainer)
     return found
@@ -137,6 +142,26 @@ def waiting_at_a_step(monitor: ExplanationMonitor, trainer: pl.Trainer) -> float
     for index in range(calls):
         monitor.on_train_batch_end(trainer, module, None, None, index)
     return (time.process_time() - started) / calls
+
+
+def listening(monitor: ExplanationMonitor, trainer: pl.Trainer, loader: DataLoader[Any]) -> float:
+    """Return the seconds that the monitor takes of a validation batch, but for its hook."""
+    module, calls, taken = trainer.lightning_module, 100, 0.0
+    batch = next(iter(loader))
+    trainer.state.stage = RunningStage.VALIDATING
+    monitor.on_validation_epoch_start(trainer, module)
+    with torch.no_grad():
+        for number in range(calls):
+            started = time.process_time()
+            monitor.on_validation_batch_start(trainer, module, batch, number)
+            begun = time.process_time()
+            module(batch[0])
+            stepped = time.process_time()
+            monitor.on_validation_batch_end(trainer, module, None, batch, number)
+            ended = time.process_time()
+            taken += (begun - started) + (ended - stepped)
+    monitor.on_exception(trainer, module, RuntimeError())
+    return taken / calls
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -228,9 +253,11 @@ def main() -> None:
     )
     print(table(kept))
     steps = spread([1e6 * each["waiting"]["step"] for each in kept])
+    heard = spread([1e3 * each["failures"]["listening"] for each in kept])
     seconds = spread([each["default"]["explanation"] for each in kept])
     print(f"\n`explain/seconds`, by the clock: {seconds}.")
     print(f"A monitor that waits takes {steps} µs at a training step.")
+    print(f"Following failures takes {heard} ms of a validation batch, beside the hook.")
     print(
         f"An explanation of 8 pictures takes {one:.1f} s of processor time, as much as training "
         f"with {one / picture:.0f} pictures; in an epoch of 50,000 that is "

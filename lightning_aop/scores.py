@@ -104,7 +104,7 @@ class _Contrast:
         return logit(logits, targets) - self.gamma * wide.gather(1, likeliest).mean(dim=1)
 
 
-def contrasts(score: Score) -> bool:
+def contrasts(score: Score | None) -> bool:
     """Tell whether a score compares classes: of such a number only differences mean something."""
     return isinstance(score, _Contrast)
 

@@ -4,21 +4,25 @@ make test-gpu
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torchvision
 from conftest import assert_same, snapshot
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_aop import IGOS, fast_sigcam
+from lightning_aop import IGOS, ExplanationMonitor, GradCAM, fast_sigcam
 from lightning_aop.metrics.functional import deletion_insertion_curves
 from lightning_aop.metrics.similarity import rank_correlation
 from lightning_aop.model import graphs
 from lightning_aop.model.adapter import explaining, predict
 from lightning_aop.model.graphs import CudaGraphs
 from lightning_aop.model.passes import Passes, count_evaluations, kept_bytes
+from lightning_aop.monitor.failures import Failures
 from lightning_aop.scores import logit
 
 pytestmark = [
@@ -193,3 +197,54 @@ def test_more_images_than_the_usual_number_go_through_in_large_passes(model: nn.
     finally:
         handle.remove()
     assert max(sizes) > 32
+
+
+class Followed(pl.LightningModule):
+    """Validates without a wait for the device."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self(batch[0])
+
+
+def test_failures_are_those_of_the_cpu_and_no_batch_waits_for_them(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(40, 3, 64, 64, generator=generator)
+    labels = torch.randint(0, 1000, (40,), generator=generator)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    see, found = Failures.see, {}
+
+    def without_waiting(self: Failures, *arguments: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            see(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Failures, "see", without_waiting)
+    for device in ("cpu", "gpu"):
+        monitor = ExplanationMonitor(GradCAM(), failures=4, metrics=False, controls=False)
+        run = pl.Trainer(
+            accelerator=device,
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            default_root_dir=tmp_path,
+            callbacks=[monitor],
+        )
+        run.validate(Followed(model), loader, verbose=False)
+        found[device] = monitor._state.failures.now
+    assert [each.place for each in found["cpu"]] == [each.place for each in found["gpu"]]
+    for one, other in zip(found["cpu"], found["gpu"], strict=True):
+        assert torch.equal(one.image, other.image)
+        assert torch.equal(one.image, images[one.place[1]])
+        assert one.loss == pytest.approx(other.loss, rel=1e-3)

@@ -1,5 +1,7 @@
 """Blurred patches in training images, so that a model knows what deletion and insertion will show it."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,8 +43,15 @@ class RandomPatchBlur(nn.Module):
         self.p, self.most, self.cells = p, most, cells
         self.baseline = GaussianBlur() if baseline is None else baseline
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *others: Any) -> Any:
         """Return an image [C, H, W], or images [B, C, H, W] with cells of their own, in their dtype.
+
+        Args:
+            images: the image, or a batch of them; a subclass of tensors is returned as one.
+            others: what else a sample has, such as its label; it is handed on as it is.
+
+        Returns:
+            The image, or a tuple of it and the others where there are some, as in `v2.Compose`.
 
         Raises:
             TypeError: it is no tensor.
@@ -58,6 +67,10 @@ class RandomPatchBlur(nn.Module):
                 f"RandomPatchBlur takes [C, H, W] or [B, C, H, W], got {list(images.shape)}: call it on "
                 "an image, or on a batch of them"
             )
+        changed = self._changed(images)
+        return (changed, *others) if others else changed
+
+    def _changed(self, images: Tensor) -> Tensor:
         batch = images.reshape(-1, *images.shape[-3:]).as_subclass(Tensor)
         count, size = len(batch), (batch.shape[2], batch.shape[3])
         # All is drawn for every image, so that as much comes off the random stream for any outcome.
@@ -71,7 +84,11 @@ class RandomPatchBlur(nn.Module):
         floating = batch.is_floating_point()
         blurred = self.baseline(full_precision(batch if floating else batch.float()))
         blurred = (blurred if floating else blurred.round()).to(batch.dtype)
-        return torch.where(hidden, blurred, batch).view(images.shape)
+        changed = torch.where(hidden, blurred, batch).view(images.shape)
+        if type(images) is not Tensor:  # such as torchvision's Image, with what hangs on it
+            changed = changed.as_subclass(type(images))
+            vars(changed).update(vars(images))
+        return changed
 
     def extra_repr(self) -> str:
         """Return the settings for the module's description."""

@@ -78,6 +78,23 @@ def choose_fours(
         left = [row for row in left if row not in fours[-1]]
 
 
+def shares_of(
+    method: SaliencyMethod,
+    model: nn.Module,
+    images: Images,
+    targets: Targets,
+    fours: Int[Tensor, "g 4"],
+) -> Float[Tensor, " 4*g"]:
+    """Return the share of the heat in the right quarter, of each class in each of the tiled images."""
+    if not len(fours):
+        return images.new_zeros(0)
+    fours = fours.to(images.device)
+    grids = tiled(images, fours).repeat_interleave(4, dim=0)
+    classes = targets.to(images.device)[fours.flatten()]
+    quarters = torch.arange(4, device=images.device).repeat(len(fours))
+    return grid_pointing(method.explain(model, grids, classes), quarters)
+
+
 class GridPointing(Metric):
     """The mean share of the heat in the right quarter, in [0, 1]: grid pointing (GridPG), chance 0.25.
 
@@ -118,12 +135,7 @@ class GridPointing(Metric):
         """
         scores = self.score(predict(model, images), targets.to(images.device))
         fours = choose_fours(targets.tolist(), scores.tolist(), self.least)
-        if not len(fours):
-            return
-        grids = tiled(images, fours.to(images.device)).repeat_interleave(4, dim=0)
-        classes = targets.to(images.device)[fours.flatten().to(images.device)]
-        quarters = torch.arange(4, device=images.device).repeat(len(fours))
-        shares = grid_pointing(self.method.explain(model, grids, classes), quarters)
+        shares = shares_of(self.method, model, images, targets, fours)
         self.shares += shares.sum().to(self.shares)
         self.total += len(shares)
 

@@ -7,7 +7,7 @@ finds is a model like any other: `adapter.model(module)` goes wherever a model g
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,9 +24,10 @@ from lightning_aop.model.collectives import collectives_noticed
 from lightning_aop.model.float16 import Raise, in_float16
 from lightning_aop.model.graphs import Graphs, Work
 from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
+from lightning_aop.model.listening import Read, outputs_of
 from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
 from lightning_aop.model.passes import kept_bytes, pass_size, seconds, uncounted
-from lightning_aop.scores import Score, full_precision
+from lightning_aop.scores import Score, full_precision, softmax, value
 from lightning_aop.types import Images, Targets
 
 __all__ = ["Adapter", "AdapterError", "Classifier", "explaining", "find_adapter", "predict"]
@@ -217,7 +218,8 @@ class Adapter:
         plain: whether the module itself maps images to logits.
         names: what the K columns are, where they are no classes.
         head: the key of the output that is read, where labels stand under the same key.
-        read: gets logits out of what the module gives for a number of images.
+        sources: the modules in the user's whose outputs are these logits, the outermost first, and how
+            they are read.
     """
 
     logits: LogitsFunction
@@ -227,7 +229,7 @@ class Adapter:
     plain: bool = False
     names: Sequence[str] | None = None
     head: str | None = None
-    read: Callable[[Any, int], Tensor] | None = None
+    sources: Mapping[str, Read] = field(default_factory=dict, repr=False)
 
     def __call__(self, module: nn.Module, images: Images) -> Float[Tensor, "b k"]:
         """Return the logits of the module."""
@@ -358,16 +360,17 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     images = inputs.images.detach().to(device_of(module), dtype, copy=True).requires_grad_()
     count, exact = len(images), False
-    with _idle_heads(module) as idle:
+    with _idle_heads(module) as idle, outputs_of(module) as inside:
         output = way.call(module, images, False)
     meaning = find_meaning(output, count, expected)
     if inputs.form.integer:
         # A forward may ask for the dtype, and scale integers only.
-        of_integers = way.call(module, images, True)
+        with outputs_of(module) as inside_then:
+            of_integers = way.call(module, images, True)
         found = find_meaning(of_integers, count, expected)
         values, wanted = meaning.read(output, count), found.read(of_integers, count)
         if values.shape != wanted.shape or not torch.allclose(values, wanted, 1e-3, 1e-3):
-            meaning, exact = found, True
+            meaning, exact, output, inside = found, True, of_integers, inside_then
     head = next((n for n, size in idle.items() if size == meaning.classes), None)
     if head is not None and expected.classes != meaning.classes and not way.trusted:
         raise OutputError(
@@ -390,8 +393,37 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
         plain=way is _DIRECT and not form and logits is output,
         names=meaning.names,
         head=meaning.head,
-        read=meaning.read,
+        sources=_sources(module, inside, logits, meaning, expected),
     )
+
+
+def _sources(
+    module: nn.Module,
+    inside: Sequence[tuple[str, Any]],
+    logits: Float[Tensor, "b k"],
+    meaning: Meaning,
+    expected: Expected,
+) -> dict[str, Read]:
+    """Return whose outputs mean the same as the logits, which a probability does, too."""
+    found: dict[str, Read] = {}
+    if meaning.score is value:
+        return found
+    wanted, count = _comparable(logits, meaning.score), len(logits)
+
+    for name, output in inside:
+        for whole in (True, False):
+            with suppress(Exception):  # most outputs are no logits
+                read = (meaning if whole else find_meaning(output, count, expected)).read
+                its = _comparable(read(output, count), meaning.score)
+                if its.shape == wanted.shape and torch.allclose(its, wanted, 1e-2, 1e-2):
+                    found.setdefault(name, read)
+    return {name: found[name] for name, _ in module.named_modules() if name in found}
+
+
+def _comparable(logits: Float[Tensor, "b k"], score: Score) -> Float[Tensor, "b k"]:
+    """Return what two outputs that say the same have in common, down to where rounding begins."""
+    wide = full_precision(logits.detach())
+    return (wide.log_softmax(dim=1) if score is softmax else wide).clamp(-12, 12)
 
 
 def _logits(

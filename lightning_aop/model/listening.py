@@ -1,6 +1,7 @@
 """Hear the logits that a module computes in its own steps: hooks on its outputs, and no evaluation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -10,47 +11,58 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_aop.model.isolation import hooked, isolated_rng
+from lightning_aop.model.outputs import sums_to_one
 from lightning_aop.model.passes import images_of
+from lightning_aop.scores import full_precision
 
-__all__ = ["Listener"]
+__all__ = ["Listener", "Read", "outputs_of"]
 
 Read = Callable[[Any, int], Tensor]
 """From an output and the number of images to logits [B, K]; raises where there are none."""
 
 
 class Listener:
-    """Hears one batch after the other.
+    """Hears one batch after the other, with hooks that are there only while a batch goes through.
 
-    In the first batch all modules with parameters are listened to, which tells whose output the step
-    goes by: the module itself, else the first of its networks that gives logits, else the last layer
-    that does. From then on only that one is.
+    The first batch tells whose output the step goes by: the outermost of the sources that it calls. From
+    then on only that one is listened to.
 
     What is compiled stays alone, since a hook there would be traced: the logits are then those that the
     step returns, if it does.
 
     Args:
-        read: gets logits out of an output.
+        sources: the modules whose outputs are the logits, the outermost first, and how they are read.
         classes: K.
     """
 
-    def __init__(self, read: Read, classes: int) -> None:
-        self._read, self._classes = read, classes
+    def __init__(self, sources: Mapping[str, Read], classes: int) -> None:
+        self._sources, self._classes = sources, classes
         self._source: str | None = None
-        self._handles: dict[str, RemovableHandle] = {}
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._handles: list[RemovableHandle] = []
         self._heard: list[tuple[str, Tensor]] = []
 
-    def start(self, module: nn.Module) -> None:
+    def begin(self, module: nn.Module) -> None:
+        """Find the sources in the module, until `end`."""
+        self.end()
+        wanted = self._sources if self._source is None else (self._source,)
+        self._modules = [(name, each) for name, each in _audible(module) if name in wanted]
+
+    def end(self) -> None:
+        """Let go of the module."""
+        self.stop()
+        self._modules = []
+
+    def start(self) -> None:
         """Put the hooks; `stop` takes them away."""
         self.stop()
-        for name, each in _audible(module):
-            if self._source in (None, name):
-                self._handles[name] = hooked(each, partial(self._hear, name))
+        self._handles = [hooked(m, _Ear(partial(self._hear, name))) for name, m in self._modules]
 
     def stop(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles.values():
+        """Take the hooks away, and forget what was heard."""
+        for handle in self._handles:
             handle.remove()
-        self._handles, self._heard = {}, []
+        self._handles, self._heard = [], []
 
     def take(self, count: int, outputs: Any = None) -> Float[Tensor, "b k"] | None:
         """Return the logits of the batch that has just gone through, None where none were heard.
@@ -59,35 +71,26 @@ class Listener:
             count: how many images it had.
             outputs: what the step has returned.
         """
-        heard, self._heard = [each for each in self._heard if len(each[1]) == count], []
+        heard = [each for each in self._heard if len(each[1]) == count]
+        self.stop()
         if not heard:
             return self._returned(outputs, count)
-        names = [name for name, _ in heard]
-        networks = [name for name in names if "." not in name]
-        chosen = "" if "" in names else (networks or names[-1:])[0]
         if self._source is None:
-            self._source = chosen
-            for name in [name for name in self._handles if name != chosen]:
-                self._handles.pop(name).remove()
+            names = {name for name, _ in heard}
+            self._source = next(name for name in self._sources if name in names)
+            self._modules = [pair for pair in self._modules if pair[0] == self._source]
         # Of a layer that is called several times the last counts, of a network the first.
-        found = [logits for name, logits in heard if name == chosen]
-        return found[-1] if "." in chosen else found[0] if found else None
+        found = [logits for name, logits in heard if name == self._source]
+        return found[-1] if "." in self._source else found[0] if found else None
 
-    def _hear(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        with isolated_rng():  # in the midst of the user's step
-            logits = self._logits(output)
-        if logits is not None:
-            self._heard.append((name, logits))
-
-    def _logits(self, output: Any) -> Float[Tensor, "b k"] | None:
-        try:
-            count, tensors = images_of(output)
-            if not any(tensor.is_floating_point() for tensor in tensors):
-                return None
-            logits = self._read(output, count).detach()
-        except Exception:  # most outputs are no logits
-            return None
-        return logits if tuple(logits.shape) == (count, self._classes) else None
+    def _hear(self, name: str, output: Any) -> None:
+        # In the midst of the user's step, and it may be another output than that which was tried.
+        with isolated_rng(), suppress(Exception), torch.no_grad():
+            count, _ = images_of(output)
+            logits = self._sources[name](output, count)
+            if tuple(logits.shape) == (count, self._classes):
+                # The step may go on to write into its own.
+                self._heard.append((name, logits.detach().clone()))
 
     def _returned(self, outputs: Any, count: int) -> Float[Tensor, "b k"] | None:
         parts = outputs.values() if isinstance(outputs, Mapping) else [outputs]
@@ -95,8 +98,42 @@ class Listener:
             fits = isinstance(part, Tensor) and part.is_floating_point()
             if fits and tuple(part.shape) == (count, self._classes):
                 found: Tensor = part.detach()
-                return found
+                probable = bool((found >= 0).all()) and sums_to_one(found)
+                return full_precision(found).clamp_min(1e-12).log() if probable else found
         return None
+
+
+class _Ear:
+    """A forward hook that hands on the output.
+
+    A copy of the module, or a file with it, gets one of the standard library that does nothing: whoever
+    copies or saves the module in the middle of a batch needs nothing of this package, and is not heard.
+    """
+
+    def __init__(self, hear: Callable[[Any], None]) -> None:
+        self._hear = hear
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._hear(output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+@contextmanager
+def outputs_of(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
+    """Yield a list to which each module that runs in the block adds its name and its output."""
+    found: list[tuple[str, Any]] = []
+
+    def note(name: str, output: Any) -> None:
+        found.append((name, output))
+
+    handles = [hooked(each, _Ear(partial(note, name))) for name, each in _audible(module)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _audible(module: nn.Module) -> list[tuple[str, nn.Module]]:

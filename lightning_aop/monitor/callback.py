@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,12 @@ from lightning_aop.model.isolation import device_of, foreign_state, isolated, is
 from lightning_aop.model.layers import find_feature_map
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
-from lightning_aop.monitor.explain import Way, explain, explain_probe
+from lightning_aop.monitor.explain import Way, evaluations_of, explain, explain_probe, fitting_score
 from lightning_aop.monitor.explanation import Explanation, Moment, MomentKind, mean_drift
 from lightning_aop.monitor.facts import Look, found_look
 from lightning_aop.monitor.failures import Failures, is_steady
 from lightning_aop.monitor.judge import CONTROLS, Judge
-from lightning_aop.monitor.labels import ReadBatch, read_batch
+from lightning_aop.monitor.labels import ReadBatch
 from lightning_aop.monitor.lightning import (
     Callback,
     LightningModule,
@@ -45,6 +46,7 @@ from lightning_aop.monitor.lightning import (
     unsupported,
     wants_files,
     warn,
+    watched,
 )
 from lightning_aop.monitor.loggers import lay_out_charts
 from lightning_aop.monitor.probe import (
@@ -64,7 +66,9 @@ from lightning_aop.view.heat import displayable
 
 # What is logged where there is no value yet: nothing better than this is promised to who compares.
 _WORST = {"deletion_auc": 1.0, "insertion_auc": 0.0}
-_WORST |= {"overall_auc": -1.0, "overall_auc_normalised": -1.0, "grid_pointing": 0.0}
+_WORST |= {"overall_auc": -1.0, "overall_auc_normalised": -1.0}
+# Likewise, but told only to who waits for it, since it may never be measured.
+_UNMEASURED = {"grid_pointing": 0.0}
 
 
 @dataclass
@@ -92,6 +96,7 @@ class _Run:
         explained: how many there were.
         alike: all processes do all the work, since the model's forward exchanges something.
         failures: the worst samples of the last validation.
+        drawn: what the probe was made of; None where that can't be read any more.
     """
 
     judge: Judge
@@ -114,6 +119,7 @@ class _Run:
     explained: int = 0
     alike: bool = False
     failures: Failures = field(default_factory=lambda: Failures(0))
+    drawn: Drawn | None = None
 
     def hold(self, values: dict[str, float]) -> dict[str, float]:
         """Return the values, and the last ones in place of those that are missing or not finite."""
@@ -169,9 +175,9 @@ class ExplanationMonitor(Callback):
     Args:
         method: how to explain; `fast_sigcam()` by default, 39 model evaluations per explanation.
         probe: which images: a number of validation samples (training samples where there are no
-            validation ones), or a list of their indices, or `Stratified(per_class=2)` for as many of
-            each class; or a batch as a DataLoader gives it; or a dataset; or a function without
-            arguments that returns a batch. Chosen once, and kept when a run is resumed.
+            validation ones), or a list, array or range of their indices, or `Stratified(per_class=2)`
+            for as many of each class; or a batch as a DataLoader gives it; or a dataset; or a function
+            without arguments that returns a batch. Chosen once, and kept when a run is resumed.
         targets: which classes: "label" for the true ones, one explanation for each positive class of
             a multilabel image; "predicted" for the likeliest; "confused" for the label against the
             prediction where they differ, both maps side by side, and the label elsewhere (the default
@@ -196,7 +202,8 @@ class ExplanationMonitor(Callback):
         grid_pointing: tile four images of the probe in one, of different classes that the model gives
             scores above 0.5, and log which share of the heat of each class lies in the right quarter,
             `explain/grid_pointing`: 0.25 is chance. It takes four explanations of images of twice the
-            size, and is left out, with a warning, where the model takes one size only.
+            size, and is left out, with a warning, where the model takes one size only or is not sure of
+            four classes yet.
         controls: judge a random map and a centre gaussian too, where a metric is `Faithfulness` or
             `OverallAUC`: 112 evaluations per explanation when they are measured. False spares the floor
             of the drift, too.
@@ -375,6 +382,18 @@ class ExplanationMonitor(Callback):
         if self._follows(trainer):
             self._attempt(pl_module, lambda: self._listen(trainer, pl_module))
 
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Listen to the batch."""
+        if self._follows(trainer):
+            self._state.failures.listen()
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -402,6 +421,10 @@ class ExplanationMonitor(Callback):
             # Lightning keeps them once they were logged.
             for name, value in self._state.held.items():
                 trainer.callback_metrics.setdefault(self._prefix + name, torch.tensor(value))
+        if trainer.state.fn == "fit":
+            for name, value in _UNMEASURED.items():
+                if self._prefix + name in watched(trainer):
+                    trainer.callback_metrics.setdefault(self._prefix + name, torch.tensor(value))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen epochs where there is no validation."""
@@ -459,7 +482,7 @@ class ExplanationMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave no hook on the module of a validation that was broken off."""
-        self._state.failures.stop()
+        self._state.failures.end()
 
     @property
     def _enabled(self) -> bool:
@@ -486,7 +509,7 @@ class ExplanationMonitor(Callback):
                 f"every_n_epochs={n} and every_n_train_steps={steps} exclude each other: set one of "
                 "them to 0"
             )
-        if isinstance(self.probe, int) and self.probe < 1:
+        if isinstance(self.probe, Integral) and self.probe < 1:
             return f"probe={self.probe} must be at least 1 sample"
         choices = ("label", "predicted", "confused")
         if isinstance(self.targets, str) and self.targets not in choices:
@@ -618,8 +641,8 @@ class ExplanationMonitor(Callback):
                 with ExitStack() as stack:
                     # What fails on one process must not leave the others waiting.
                     processes.together(lambda: stack.enter_context(isolated(pl_module)))
-                    shown = run.failures.now if kind == "epoch" else []
-                    explanation, failed = self._explain(trainer, pl_module, processes, bool(shown))
+                    shown, run.failures.fresh = run.failures.fresh, False
+                    explanation, failed = self._explain(trainer, pl_module, processes, shown)
                 before: list[Earlier] = []  # for the one process that draws
 
                 def drift_since() -> list[float | None]:
@@ -683,9 +706,15 @@ class ExplanationMonitor(Callback):
             assert run.model is not None
             assert run.probe is not None
             stack.enter_context(precision_of(trainer, pl_module, self.full_precision))
-            images = len(run.probe.images)
+            images = len(run.probe.images) + len(run.failures.now) * failures
             bar = progress_bar(trainer, run.model, images, tell if first else None)
-            return stack.enter_context(bar)
+            begin, more = stack.enter_context(bar), self._cost_of_failures() if failures else 0
+
+            def begin_both(evaluations: int | None, seconds: float) -> None:
+                known = evaluations is not None and more is not None
+                begin(evaluations + more if known else None, seconds)  # type: ignore[operator]
+
+            return begin_both
 
         with ExitStack() as stack:
             begin = processes.together(ready)
@@ -700,11 +729,22 @@ class ExplanationMonitor(Callback):
         failed = None if failed is None else replace(failed, look=look)
         return replace(explanation, look=look), failed
 
+    @property
+    def _way_of_failures(self) -> Way:
+        return replace(self._way, targets="confused")
+
+    def _cost_of_failures(self) -> int | None:
+        """Return about how many evaluations they take, on all processes; None if it isn't known."""
+        way, probe = self._way_of_failures, self._state.failures.probe
+        each = evaluations_of(way.method_for(way.score_for(probe)))
+        # The logits, and a map of the label and of the prediction.
+        return None if each is None else len(probe.images) * (1 + 2 * each)
+
     def _explain_failures(self, processes: Processes) -> Explanation | None:
         """Return the maps of the failures; what goes wrong costs no other."""
         run = self._state
         assert run.model is not None
-        way, judge = replace(self._way, targets="confused"), Judge(False, controls=False)
+        way, judge = self._way_of_failures, Judge(False, controls=False)
         try:
             found = (run.model, run.failures.probe, way, judge, processes, run.passes, run.warn)
             return explain_probe(*found, lambda evaluations, seconds: None)
@@ -741,23 +781,25 @@ class ExplanationMonitor(Callback):
 
     def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = self._state
+        run.failures.end()  # of a validation that was broken off
         if run.module is not pl_module:
             processes = Processes(run.alike)
             with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
                 processes.together(lambda: stack.enter_context(isolated(pl_module)))
                 self._prepare(trainer, pl_module, processes)
         assert run.adapter is not None
-        assert run.probe is not None
-        run.failures.begin(run.adapter, pl_module, run.probe.images.shape[1:])
+        reading = None if run.drawn is None else run.drawn.reading
+        names = self.class_names if run.drawn is None else run.drawn.names
+        run.failures.begin(run.adapter, pl_module, reading, names)
 
     def _see(self, trainer: Trainer, outputs: Any, batch: Any, loader: int) -> None:
-        reading = read_batch(batch, None, self.read_batch, self.class_names)
         steady = is_steady(trainer.val_dataloaders, loader)
-        self._state.failures.see(reading, outputs, loader, Processes(), steady)
+        failures = self._state.failures
+        failures.see(batch, outputs, loader, Processes(), steady, self.read_batch)
 
     def _choose(self, trainer: Trainer) -> None:
         run = self._state
-        if trouble := run.failures.choose(moment_of(trainer, "epoch").title, Processes()):
+        for trouble in run.failures.choose(moment_of(trainer, "epoch").title, Processes()):
             run.warn(trouble)
 
     def _description(self, trainer: Trainer) -> str:
@@ -803,6 +845,7 @@ class ExplanationMonitor(Callback):
 
         way = run.adapter = processes.together(adapter)
         run.alike = processes.alike = processes.any(bool(noticed) or is_sharded(pl_module))
+        run.drawn = found
         run.integers = found is not None and found.reading.inputs.form.integer
         if run.probe is None:
             assert found is not None
@@ -816,7 +859,7 @@ class ExplanationMonitor(Callback):
     @property
     def _way(self) -> Way:
         adapter = self._state.adapter
-        score = self.score or (None if adapter is None else adapter.score)
+        score = self.score if adapter is None else fitting_score(self.score, adapter)
         return Way(self.method, self.target_layer, self.targets, score, self.max_classes_per_image)
 
     def _timed(self, explanation: Explanation, started: float) -> Explanation:

@@ -18,9 +18,9 @@ from lightning_aop.history.store import stored
 from lightning_aop.methods.aop import OrBlank, fast_sigcam
 from lightning_aop.methods.cam import WGradCAM
 from lightning_aop.metrics.functional import auc
-from lightning_aop.metrics.grid import GridPointing
+from lightning_aop.metrics.grid import choose_fours, shares_of
 from lightning_aop.metrics.similarity import rank_correlation
-from lightning_aop.model.adapter import LogitsFunction, find_adapter, predict
+from lightning_aop.model.adapter import Adapter, LogitsFunction, find_adapter, predict
 from lightning_aop.model.isolation import (
     device_of,
     isolated,
@@ -60,6 +60,11 @@ from lightning_aop.scores import (
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 from lightning_aop.view.grid import Panel
 
+_COMPARES = (
+    "score=contrast() tells a class from the others, and here an image may have several classes: take "
+    "scores.sigmoid or scores.logit"
+)
+
 
 @dataclass(frozen=True)
 class Way:
@@ -83,13 +88,11 @@ class Way:
         """Return the class score: by default sigmoid for multi-hot labels, softmax for others.
 
         Raises:
-            ValueError: the score compares classes, of which an image has several.
+            ValueError: classes are compared, of which an image may have several.
         """
-        if probe.multilabel and self.score is not None and contrasts(self.score):
-            raise InvalidValueError(
-                f"score={self.score} compares classes of which an image has one, and the labels are "
-                "multi-hot: take scores.sigmoid, or leave score out"
-            )
+        stages = (self, self.method, getattr(self.method, "perturbation", None))
+        if probe.multilabel and any(contrasts(getattr(each, "score", None)) for each in stages):
+            raise InvalidValueError(_COMPARES)
         return self.score or (sigmoid if probe.multilabel else softmax)
 
     def method_for(
@@ -105,6 +108,17 @@ class Way:
             return default
         start = WGradCAM(score=score if contrasts(score) else logit)
         return replace(default, activation=OrBlank(start, warn))
+
+
+def fitting_score(score: Score | None, adapter: Adapter) -> Score:
+    """Return the score that was asked for, by default the one that suits the model.
+
+    Raises:
+        ValueError: classes are compared, of which an image may have several.
+    """
+    if adapter.score is sigmoid and adapter.classes > 2 and contrasts(score):
+        raise InvalidValueError(_COMPARES)
+    return score or adapter.score
 
 
 @dataclass
@@ -196,7 +210,8 @@ def explain(
         if targets is None:
             targets = "predicted" if probe.labels is None else "label"
         adapted = adapter.model(unwrap(model))
-        way = Way(method, target_layer, targets, score or adapter.score, max_classes_per_image)
+        score = fitting_score(score, adapter)
+        way = Way(method, target_layer, targets, score, max_classes_per_image)
         with progress_bar(None, adapted, len(probe.images)) as begin:
             explanation = explain_probe(
                 adapted,
@@ -255,7 +270,9 @@ def explain_probe(
     pictures, targets = images[plan.rows[mine]], plan.targets[mine].to(images.device)
     judged = plan.judged[mine].to(images.device)
     method = way.method_for(plan.score, warn)
-    begin(_evaluations(method, judge, len(mine), int(judged.sum())), seconds)
+    tiles = _fours(probe, plan.logits, plan.score) if judge.grid else None
+    tiled = 0 if tiles is None else tiles[0].numel()
+    begin(_evaluations(method, judge, len(mine), int(judged.sum()), tiled), seconds)
 
     def metric() -> Judging | None:
         return judge.metric(plan.score, together=workers.size > 1)
@@ -302,19 +319,26 @@ def explain_probe(
     masks, known = probe.masks_of(plan.rows, plan.targets)
     known &= plan.finite
     values |= located(maps[known], masks[known], plan.targets[known], plan.logits.shape[1])
-    if judge.grid and probe.labels is not None and not probe.multilabel:
-        values |= _grid(model, probe, images, method, plan.score, processes, passes, warn)
+    if tiles is not None:
+        values |= _grid(model, probe, images, tiles, method, processes, passes, warn)
     return Explanation.of(probe, plan, maps, curves, values, controls, lines[..., 0])
 
 
-def _evaluations(method: SaliencyMethod, judge: Judge, maps: int, judged: int) -> int | None:
+def evaluations_of(method: SaliencyMethod) -> int | None:
+    """Return what a map costs, None if the method doesn't say."""
+    return getattr(method, "evaluations", None)
+
+
+def _evaluations(
+    method: SaliencyMethod, judge: Judge, maps: int, judged: int, tiled: int
+) -> int | None:
     """Return what the maps and their metrics cost, None if the method or the metric doesn't say."""
-    each: int | None = getattr(method, "evaluations", None)
-    metric = judge.evaluations
+    each, metric = evaluations_of(method), judge.evaluations
     if each is None or metric is None:
         return None
     again = judge.controls_due and judge.drifts and with_another_seed(method) is not None
-    return maps * each * (1 + again) + judged * metric * (1 + len(CONTROLS) * judge.controls_due)
+    judging = judged * metric * (1 + len(CONTROLS) * judge.controls_due)
+    return (maps * (1 + again) + tiled) * each + judging
 
 
 def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Passes) -> Plan:
@@ -416,25 +440,47 @@ def _floor(
     return {"drift_floor": found} if math.isfinite(found) else {}
 
 
+def _fours(
+    probe: Probe, logits: Float[Tensor, "b k"], score: Score
+) -> tuple[Int[Tensor, "g 4"], str]:
+    """Return which images of the probe are tiled for grid pointing, and why none is."""
+    none = torch.zeros(0, 4, dtype=torch.long)
+    if probe.labels is None or probe.multilabel:
+        return none, "it takes images of one class each, and the probe's labels are others"
+    classes = probe.labels.long().clamp_min(0)
+    # Whatever is explained, a probability tells whether an image is recognised.
+    sure = of_all_classes(sigmoid if score is sigmoid else softmax, logits)
+    own = sure.gather(1, classes[:, None])[:, 0].masked_fill(probe.labels < 0, -torch.inf)
+    if len(set(probe.labels[probe.labels >= 0].tolist())) < 4:
+        return none, "the probe has images of fewer than four classes: set a larger probe=…"
+    fours = choose_fours(classes.tolist(), own.tolist(), 0.5)
+    return fours, "" if len(fours) else (
+        "the model does not yet give images of four different classes of the probe a probability "
+        "above 0.5"
+    )
+
+
 def _grid(
     model: nn.Module,
     probe: Probe,
     images: Images,
+    tiles: tuple[Int[Tensor, "g 4"], str],
     method: SaliencyMethod,
-    score: Score,
     processes: Processes,
     passes: Passes,
     warn: Callable[[str], None],
 ) -> dict[str, float]:
     """Return the share of the heat in the right quarter, nothing where four images can't be tiled."""
-    assert probe.labels is not None
-    labelled = probe.labels >= 0
-    batch = images[labelled.to(images.device)], probe.labels[labelled].long()
+    fours, unfit = tiles
+    if unfit or probe.labels is None:
+        warn(f"no grid pointing: {unfit}")
+        return {}
+    classes = probe.labels.long()
 
     def work() -> dict[str, float]:
-        metric = GridPointing(method, score, sync_on_compute=False).to(images.device)
-        passes.within_memory(lambda: metric.update(model, *batch), len(batch[0]))
-        return {"grid_pointing": float(metric.compute())} if metric.total else {}
+        found = partial(shares_of, method, model, images, classes, fours)
+        shares = passes.within_memory(found, fours.numel())[0]
+        return {"grid_pointing": float(shares.mean())}
 
     try:
         return processes.same(work)

@@ -22,14 +22,16 @@ from jaxtyping import Num
 from torch import Tensor, nn
 
 from lightning_aop.model.adapter import Adapter
-from lightning_aop.model.batches import BatchError, Inputs, find_inputs, members
+from lightning_aop.model.batches import BatchError, ImageForm, Inputs, find_inputs, members
 from lightning_aop.model.outputs import Expected, Kind, sums_to_one
 from lightning_aop.scores import sigmoid, value
 
-__all__ = ["Labels", "ReadBatch", "Reading", "read_batch"]
+__all__ = ["Labels", "Layout", "Parts", "ReadBatch", "Reading", "read_batch"]
 
 ReadBatch: TypeAlias = Callable[[Any], tuple[Any, Any]]
 """The user's own way from a batch to images and labels."""
+
+Path: TypeAlias = tuple[object, ...]
 
 _NAMES = (
     *("label", "labels", "target", "targets", "y", "class", "classes", "cls", "gt_label"),
@@ -74,13 +76,20 @@ class Labels:
         counted = self.values[self.values != 255]
         return int((counted if len(counted) and counted.max() < 128 else self.values).max())
 
-    def fitted(self, outputs: int | None, as_values: bool, separately: bool) -> "Fitted":
+    def fitted(
+        self,
+        outputs: int | None,
+        as_values: bool,
+        separately: bool,
+        like: "Labels | None" = None,
+    ) -> "Fitted":
         """Return the labels that the probe has, for a model of that many outputs (None: unknown).
 
         Args:
             outputs: K.
             as_values: the outputs are values, not classes.
             separately: each class has a probability of its own.
+            like: other labels of the same data, where these are too few to tell what they mean.
 
         Raises:
             BatchError: no label fits the outputs.
@@ -98,7 +107,7 @@ class Labels:
             )
             return Fitted(both, note if count > 1 else "")
         if self.kind == "class":
-            return self._classes(self.values.long(), outputs)
+            return self._classes(self.values.long(), outputs, like)
         if self.kind == "soft" or (self.kind == "one-hot" and not separately):
             return self._classes(self.values.argmax(dim=1), outputs)
         if self.kind in ("one-hot", "multi-hot"):
@@ -116,23 +125,24 @@ class Labels:
             present[row, found[(found >= 0) & (found < count)]] = 1
         return Fitted(present)
 
-    def _classes(self, classes: Tensor, outputs: int | None) -> "Fitted":
-        if outputs == 2 and set(classes.tolist()) == {-1, 1}:
+    def _classes(
+        self, classes: Tensor, outputs: int | None, like: "Labels | None" = None
+    ) -> "Fitted":
+        known = like.values if like is not None and like.kind == "class" else classes
+        if outputs == 2 and set(known.tolist()) == {-1, 1}:
             classes = (classes + 1) // 2  # as for a hinge loss
-        outside = classes < 0
-        if outputs is not None:
-            outside |= classes >= outputs
-        rows = outside.nonzero()[:, 0].tolist()
+        most = math.inf if outputs is None else outputs
+        rows = [row for row, index in enumerate(classes.tolist()) if not 0 <= index < most]
         if not rows:
             return Fitted(classes)
         if len(rows) == len(classes) and outputs is not None:
             raise BatchError(_misfit(f"are all outside, such as {int(classes[0])}", outputs))
-        values = sorted(set(classes[outside].tolist()))[:3]
+        values = sorted(set(classes[rows].tolist()))[:3]
         note = (
             f"{len(rows)} of {len(classes)} images are not explained, for their labels, such as "
             f"{values}, are none of the {outputs or ''} classes".replace("  ", " ")
         )
-        return Fitted(classes.masked_fill(outside, -1), note)
+        return Fitted(classes.index_fill(0, torch.tensor(rows), -1), note)
 
 
 @dataclass(frozen=True)
@@ -162,6 +172,7 @@ class Reading:
         masks_named: whether the batch calls them masks.
         note: why there are no labels, where that is known.
         heads: labels by their keys, where the batch has several and calls none the labels.
+        place: the keys, attributes and indices that lead to the labels.
     """
 
     inputs: Inputs
@@ -170,6 +181,7 @@ class Reading:
     masks_named: bool = False
     note: str = ""
     heads: Mapping[str, Labels] = field(default_factory=dict, repr=False)
+    place: Path | None = None
 
     def expected(self, module: nn.Module, classes: int | None = None) -> Expected:
         """Return what the labels, and the names of the classes, say of the module's outputs."""
@@ -191,7 +203,79 @@ class Reading:
     def labels_for(self, adapter: Adapter | None) -> Labels | None:
         """Return the labels of the output that an adapter reads."""
         head = None if adapter is None else adapter.head
-        return self.labels if head is None else self.heads[head]
+        return self.labels if head is None else self.heads.get(head)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Images and labels as a batch has them: none of their values has been looked at.
+
+    Attributes:
+        images: in the form of the batch.
+        form: which that is.
+        labels: likewise.
+    """
+
+    images: Any
+    form: ImageForm
+    labels: Any
+
+    def read(self, names: Sequence[str] | None) -> Labels | None:
+        """Return what the labels are."""
+        one = self.form.inside(self.images[:1])
+        images = one.expand(len(self.images), *one.shape[1:])  # of which none but the size counts
+        return as_labels(self.labels, Inputs((), (), self.form, images), names)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the images and labels are in all batches of a loader, as one of them has told.
+
+    Attributes:
+        made: what the batches are made of.
+        images: the keys, attributes and indices that lead to the images.
+        labels: likewise, None where there are none.
+    """
+
+    made: tuple[object, ...]
+    images: Path
+    labels: Path | None
+
+    @classmethod
+    def of(cls, reading: Reading, head: str | None = None) -> "Layout":
+        """Return where the batch that was read has its parts; of several labels those of `head`."""
+        inputs, place = reading.inputs, reading.place
+        if head is not None:
+            found = _headed(inputs.batch)
+            place = next((path for path, name in found if name == head), None)
+        return cls(_made_of(inputs.batch), inputs.path, place)
+
+    def parts(self, batch: Any) -> Parts | None:
+        """Return the parts of another batch, None where it is made otherwise."""
+        if _made_of(batch) != self.made:
+            return None
+        images = _at(batch, self.images)
+        form = ImageForm.of(images)
+        return None if form is None else Parts(images, form, _at(batch, self.labels))
+
+
+def parts_by(read: ReadBatch, batch: Any) -> Parts | None:
+    """Return the parts of a batch as the user's own function gives them."""
+    images, labels = _pair(read(batch))
+    form = ImageForm.of(images)
+    return None if form is None else Parts(images, form, labels)
+
+
+def _made_of(batch: Any) -> tuple[object, ...]:
+    return (type(batch), *(key for key, _ in members(batch)))
+
+
+def _at(batch: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    for key in path:
+        batch = dict(members(batch)).get(key)
+    return batch
 
 
 def read_batch(
@@ -225,7 +309,7 @@ def read_batch(
             )
         return Reading(inputs.first(limit), _first(labels, limit))
     inputs = find_inputs(batch)
-    labels = _find(batch, inputs, names)
+    place, labels = _find(batch, inputs, names)
     masks, named = _find_masks(batch, inputs)
     if labels is None and masks is not None:  # which are the labels then
         labels, masks = as_labels(masks.byte(), inputs), None
@@ -239,19 +323,30 @@ def read_batch(
         named,
         note.lstrip("; "),
         {name: Labels(each.kind, each.values[:limit]) for name, each in heads.items()},
+        place,
     )
 
 
 def _heads(batch: Any, inputs: Inputs, names: Sequence[str] | None) -> dict[str, Labels]:
     """Return all that may be labels in the dictionaries of a batch, by key."""
-    parts = [part for part in (batch, *(p for _, p in members(batch))) if isinstance(part, Mapping)]
     found = {
-        str(key).lower(): as_labels(value, inputs, names)
-        for part in parts
-        for key, value in part.items()
-        if not isinstance(value, Mapping)
+        name: as_labels(_at(batch, path), inputs, names)
+        for path, name in _headed(batch)
+        if path != inputs.path
     }
     return {name: labels for name, labels in found.items() if labels is not None}
+
+
+def _headed(batch: Any) -> list[tuple[Path, str]]:
+    """Return what stands in the dictionaries of a batch, and its name in small letters."""
+    parts: list[tuple[Path, Any]] = [((), batch), *(((key,), part) for key, part in members(batch))]
+    return [
+        ((*path, key), str(key).lower())
+        for path, part in parts
+        if isinstance(part, Mapping)
+        for key, value in part.items()
+        if not isinstance(value, Mapping)
+    ]
 
 
 def _named(batch: Any) -> Any:
@@ -289,32 +384,35 @@ def _first(labels: Labels | None, limit: int | None) -> Labels | None:
     return None if labels is None else Labels(labels.kind, labels.values[:limit])
 
 
-def _find(batch: Any, inputs: Inputs, names: Sequence[str] | None) -> Labels | None:
-    """Return the labels of a batch: by their names, or in a tuple by their place."""
+def _find(
+    batch: Any, inputs: Inputs, names: Sequence[str] | None
+) -> tuple[Path | None, Labels | None]:
+    """Return the labels of a batch, and where they are: by their names, or in a tuple by their place."""
     if inputs.bare:
-        return None
+        return None, None
     parts = members(batch)
     for name in (*_NAMES, *_MASKS):
         for key, part in parts:
             if str(key).lower().removesuffix(".txt") == name and part is not batch:
                 found = as_labels(part, inputs, names)
                 if found is not None:
-                    return found
+                    return (key,), found
     if isinstance(batch, (tuple, list)):
         here = [key for key, _ in parts].index(inputs.path[0])
-        others = [part for _, part in (*parts[here + 1 :], *parts[:here])]
-        read = (as_labels(part, inputs, names) for part in others)
-        several = [labels for labels in read if labels is not None]
+        others = (*parts[here + 1 :], *parts[:here])
+        read = [(key, as_labels(part, inputs, names)) for key, part in others]
+        several = [(key, labels) for key, labels in read if labels is not None]
         # Beside labels, the samples' own numbers.
-        chosen = [f for f in several if not _counts_up(f)] or several
+        chosen = [f for f in several if not _counts_up(f[1])] or several
         # And rows of measurements.
-        chosen = [f for f in chosen if not _measures(f)] or chosen
+        chosen = [f for f in chosen if not _measures(f[1])] or chosen
         if chosen:
-            return chosen[0]
+            return (chosen[0][0],), chosen[0][1]
     if len(inputs.path) > 1:  # beside the images, in a part of the batch
         inner = Inputs((), inputs.path[1:], *_rest(inputs))
-        return _find(dict(parts)[inputs.path[0]], inner, names)
-    return None
+        place, labels = _find(dict(parts)[inputs.path[0]], inner, names)
+        return None if place is None else (inputs.path[0], *place), labels
+    return None, None
 
 
 def _rest(inputs: Inputs) -> tuple[Any, Tensor]:
@@ -482,10 +580,12 @@ def trained(module: nn.Module) -> tuple[bool, bool, bool]:
     return separately, values and not separately and not others, embeddings
 
 
-def fit_labels(labels: Labels | None, adapter: Adapter | None) -> Fitted | None:
+def fit_labels(
+    labels: Labels | None, adapter: Adapter | None, like: Labels | None = None
+) -> Fitted | None:
     """Return the labels that a probe has; without an adapter, as far as they say it themselves."""
     if labels is None:
         return None
     if adapter is None:
         return labels.fitted(None, False, labels.kind == "one-hot")
-    return labels.fitted(adapter.classes, adapter.score is value, adapter.score is sigmoid)
+    return labels.fitted(adapter.classes, adapter.score is value, adapter.score is sigmoid, like)

@@ -176,8 +176,9 @@ def draw(
         trainer.state.stage = stage
     given = [] if names is None else [{"class_names": list(names)}]
     sources = [*given, *fact_sources(source, trainer)]
-    reading = read_batch(batch, found.limit, read, class_names(sources).value)
-    return Drawn(reading, class_count(sources), found.limit, found.read_masks, given)
+    known = class_names(sources).value
+    reading = read_batch(batch, found.limit, read, known)
+    return Drawn(reading, class_count(sources), found.limit, found.read_masks, given, known)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -204,6 +205,13 @@ def is_last(trainer: Trainer) -> bool:
     if 0 < trainer.max_steps <= trainer.global_step:
         return True
     return bool(trainer.is_last_batch) and trainer.current_epoch + 1 == trainer.max_epochs
+
+
+def watched(trainer: Trainer) -> set[str]:
+    """Return the names of the values that checkpoints, stops and schedulers wait for."""
+    callbacks = getattr(trainer, "callbacks")  # noqa: B009  # which its class does not declare
+    waiting = [*callbacks, *trainer.lr_scheduler_configs]
+    return {name for each in waiting if isinstance(name := getattr(each, "monitor", None), str)}
 
 
 def log_scalars(
@@ -248,4 +256,5 @@ __all__ = [
     "unsupported",
     "wants_files",
     "warn",
+    "watched",
 ]

@@ -17,11 +17,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
@@ -38,8 +39,8 @@ from lightning_aop.types import Images
 class Stratified:
     """A probe with as many samples of each class: the first ones of the dataset.
 
-    The labels are read from the dataset's `targets` or `labels` (class indices or multi-hot), or from
-    the second tensor of a `TensorDataset`; no sample is read for it.
+    The labels are read from the dataset's `targets` or `labels` (class indices, text or multi-hot), or
+    from the second tensor of a `TensorDataset`; no sample is read for it.
 
     Attributes:
         per_class: how many; all of a class that has fewer. An image of several classes counts for each.
@@ -71,7 +72,15 @@ class Stratified:
 
 
 ProbeSource: TypeAlias = (
-    int | Stratified | Tensor | Sequence[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Any]
+    int
+    | Stratified
+    | Tensor
+    | np.int64
+    | NDArray[np.int64]
+    | Sequence[Any]
+    | Mapping[str, Any]
+    | Dataset[Any]
+    | Callable[[], Any]
 )
 TargetChoice: TypeAlias = Literal["label", "predicted", "confused"] | Sequence[int]
 
@@ -306,6 +315,7 @@ class Drawn:
         limit: how many samples were asked for, None for all.
         read_masks: what gives the masks of a class, where the dataset has masks.
         named: the user's own names of the classes, which have to fit the model.
+        names: of the classes, for labels that are text.
     """
 
     reading: Reading
@@ -313,6 +323,7 @@ class Drawn:
     limit: int | None
     read_masks: MaskReader | None
     named: Sequence[Any] = ()
+    names: Sequence[str] | None = None
 
     def probe(self, adapter: Adapter, warn: Callable[[str], None]) -> Probe:
         """Return the probe, with labels that fit the model's outputs."""
@@ -354,8 +365,8 @@ def collect(source: ProbeSource, loaders: Any) -> Collected:
             `Stratified`; or a batch; or a dataset, used whole; or a function that returns a batch.
         loaders: a DataLoader, or several in a list, dictionary or CombinedLoader: the first counts.
     """
-    if _takes_from_loader(source):
-        return first_samples(_first_loader(loaders), source)
+    if (samples := from_loader(source)) is not None:
+        return first_samples(_first_loader(loaders), samples)
     if isinstance(source, (Tensor, Mapping, tuple, list)):
         return Collected(source)
     if callable(source):
@@ -368,10 +379,26 @@ def collect(source: ProbeSource, loaders: Any) -> Collected:
     return replace(_read(_pictures(source), len(source), default_collate), limit=None)
 
 
-def _takes_from_loader(source: Any) -> TypeGuard[int | Stratified | Sequence[int]]:
-    listed = isinstance(source, (list, tuple)) and len(source) > 0
-    indices = listed and all(isinstance(each, (int, np.integer)) for each in source)
-    return indices or isinstance(source, (int, Stratified))
+def from_loader(source: Any) -> int | Stratified | list[int] | None:
+    """Return which samples of the loader are meant, None if the source is no number of any."""
+    if isinstance(source, Stratified):
+        return source
+    if isinstance(source, (np.ndarray, Tensor)):
+        whole = source.dtype.kind in "iu" if isinstance(source, np.ndarray) else _is_whole(source)
+        if not whole or source.ndim > 1:
+            return None
+        source = source.tolist()
+    if isinstance(source, (int, np.integer)):
+        return int(source)
+    listed = isinstance(source, (list, tuple, range)) and len(source) > 0
+    integers = (int, np.integer)
+    if not listed or any(isinstance(v, bool) or not isinstance(v, integers) for v in source):
+        return None
+    return [int(each) for each in source]
+
+
+def _is_whole(values: Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
 
 
 def _labels_of(dataset: Any) -> Tensor | None:
@@ -380,14 +407,26 @@ def _labels_of(dataset: Any) -> Tensor | None:
         tensors = layer.tensors[1:2] if isinstance(layer, TensorDataset) else ()
         for found in (getattr(layer, "targets", None), getattr(layer, "labels", None), *tensors):
             try:
-                labels = torch.as_tensor(found)
+                labels = torch.as_tensor(_numbered(found))
             except (TypeError, ValueError, RuntimeError):
                 continue
+            if labels.ndim == 2 and labels.shape[1] == 1:
+                labels = labels[:, 0]
+            if labels.is_floating_point() and labels.ndim == 1 and bool((labels % 1 != 0).any()):
+                continue  # values, which make no classes
             if labels.ndim in (1, 2) and len(labels) == len(layer):
                 for indices in reversed([*subsets]):
                     labels = labels[torch.as_tensor(list(indices))]
                 return labels if len(labels) == len(dataset) else None
     return None
+
+
+def _numbered(labels: Any) -> Any:
+    """Return labels that are text as numbers."""
+    text = isinstance(labels, (list, tuple)) and all(isinstance(each, str) for each in labels)
+    if text or getattr(getattr(labels, "dtype", None), "kind", "") == "U":
+        return np.unique(labels, return_inverse=True)[1].reshape(np.shape(labels))
+    return labels
 
 
 def _layers(dataset: Any) -> Iterator[tuple[Any, list[Sequence[int]]]]:
@@ -539,7 +578,7 @@ def _first_loader(loaders: Any) -> Any:
 
 def source_of(probe: ProbeSource, loaders: Any) -> Any:
     """Return the dataset that the probe comes from, None for a batch of the user's own."""
-    if not _takes_from_loader(probe):
+    if from_loader(probe) is None:
         return probe if isinstance(probe, Dataset) else None
     try:
         return getattr(_first_loader(loaders), "dataset", None)

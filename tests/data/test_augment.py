@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from lightning_aop import RandomPatchBlur
@@ -72,6 +73,31 @@ def test_it_goes_among_other_transforms() -> None:
     found = v2.Compose([*parts, v2.Normalize([0.5] * 3, [0.5] * 3)])(photo)
     assert found.shape == (3, 40, 40)
     assert "most=0.9" in repr(parts[-1])
+
+
+def test_labels_go_along_and_a_subclass_stays_one() -> None:
+    image = tv_tensors.Image(torch.rand(3, 16, 16))
+    mask = tv_tensors.Mask(torch.ones(16, 16))
+    torch.manual_seed(3)
+    alone = RandomPatchBlur(p=1, most=1)(image)
+    torch.manual_seed(3)
+    transform = v2.Compose([RandomPatchBlur(p=1, most=1), v2.Normalize([0.5] * 3, [0.5] * 3)])
+    found, beside, label = transform(image, mask, 4)
+    assert torch.equal(found, (alone - 0.5) / 0.5)
+    assert not torch.equal(alone, image)
+    assert torch.equal(beside, mask)
+    assert label == 4
+    for p in (0, 1):
+        assert type(RandomPatchBlur(p=p, most=1)(image)) is tv_tensors.Image
+        assert type(RandomPatchBlur(p=p, most=1)(torch.rand(3, 16, 16))) is Tensor
+
+    class Named(Tensor):
+        taken: str
+
+    named = torch.rand(3, 16, 16).as_subclass(Named)
+    named.taken = "at noon"
+    changed = RandomPatchBlur(p=1, most=1)(named)
+    assert changed.taken == "at noon"
 
 
 def test_settings_out_of_range_are_refused(unchecked: None) -> None:

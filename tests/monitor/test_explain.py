@@ -202,3 +202,24 @@ def by_name(module: nn.Module, images: Tensor) -> Tensor:
 
 def of_batch(batch: dict[str, Any]) -> tuple[Any, Any]:
     return batch["images"], batch["labels"]
+
+
+def test_a_contrast_of_classes_is_refused_where_an_image_has_several() -> None:
+    torch.manual_seed(0)
+    net, images = SmallNet(), torch.rand(2, 3, 24, 24)
+    hot = torch.tensor([[1.0, 0, 1, 0, 0], [0, 1, 0, 0, 1]])
+    probable = nn.Sequential(net, nn.Sigmoid())
+    for method in (None, GradCAM("features", score=contrast()), fast_sigcam(score=contrast())):
+        score = contrast() if method is None else None
+        with pytest.raises(
+            ValueError, match=r"here an image may have several classes: take scores.si"
+        ):
+            explain(net, (images, hot), method=method, score=score, metrics=False)
+    with pytest.raises(ValueError, match="here an image may have several classes"):
+        explain(probable, images, method=GradCAM("0.features"), score=contrast(), metrics=False)
+    # Of two classes that exclude each other one is compared with the other.
+    binary = nn.Sequential(net, nn.Linear(5, 1))
+    labels = torch.tensor([0, 1])
+    for model, classes in ((net, labels), (binary, labels)):
+        found = explain(model, (images, classes), score=contrast(), metrics=False)
+        assert found.targets.tolist() == [0, 1]

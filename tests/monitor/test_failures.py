@@ -1,24 +1,39 @@
 """The samples that validation fails at: who they are, since when, and that nothing else changes."""
 
+import copy
+import io
 import os
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import SmallNet, finish
+from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from test_harmless import Cell, Watch, assert_same, train
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_aop import GradCAM
 from lightning_aop.history import History, picture_of
 from lightning_aop.model.passes import count_evaluations
+from lightning_aop.monitor.failures import is_steady
 from lightning_aop.scores import contrast, softmax
 
 pytestmark = [
@@ -37,10 +52,12 @@ LABELS = torch.randint(0, 5, (30,), generator=torch.Generator().manual_seed(8))
 class Module(pl.LightningModule):
     """Validates by its forward, by its network, or by two parts of it."""
 
+    net: Any
+
     def __init__(self, how: str = "forward", kind: str = "classes") -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.net: Any = SmallNet()
+        self.net = SmallNet()
         self.net.head.weight.data *= 20
         self.softmax = nn.Softmax(dim=1)
         self.how, self.kind, self.lr = how, kind, 0.5
@@ -118,7 +135,7 @@ def slow_choice(
         "newly wrong": sorted(
             (i for i in rows if wrong[i] and before[i]), key=lambda i: -losses[i]
         ),
-        "sure but wrong": sorted((i for i in rows if wrong[i]), key=lambda i: -sure[i]),
+        "wrongly sure": sorted((i for i in rows if wrong[i]), key=lambda i: -sure[i]),
     }
     chosen: dict[int, str] = {}
     for rank in rows:
@@ -239,17 +256,21 @@ def test_a_shuffled_loader_has_its_worst_but_nothing_is_newly_wrong(tmp_path: Pa
         run.fit(Module(), *loaders(shuffle=True))
     folder = Path(run.logger.log_dir) / "explanations"  # type: ignore[union-attr, arg-type]
     records = History.load(folder).failures
-    assert {s["why"] for r in records for s in r.samples} == {"highest loss", "sure but wrong"}
+    assert {s["why"] for r in records for s in r.samples} == {"highest loss", "wrongly sure"}
     # The same image is known again, wherever it is now.
     assert any(s["entered"] != r.title for r in records for s in r.samples)
 
 
 def test_hooks_are_gone_after_the_validation_and_after_one_that_breaks_off(tmp_path: Path) -> None:
     class Breaking(Module):
-        def on_validation_batch_end(self, *arguments: Any) -> None:
+        def validation_step(self, *arguments: Any) -> Any:
             assert any(m._forward_hooks for m in self.modules())
             if self.how == "network":
                 raise RuntimeError("broken off")
+            return super().validation_step(*arguments)
+
+        def on_validation_batch_end(self, *arguments: Any) -> None:
+            assert not any(m._forward_hooks for m in self.modules())
 
     for how in ("forward", "network"):
         module = Breaking(how)
@@ -345,3 +366,355 @@ def test_label_against_prediction_side_by_side(tmp_path: Path) -> None:
 def test_a_number_of_samples_is_not_negative(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="failures=-1 must be a number of samples"):
         trainer(tmp_path, Watch(failures=-1)).validate(Module(), loaders()[1], verbose=False)
+
+
+def worst_of(logits: Tensor, labels: Tensor, count: int) -> set[int]:
+    """Return the samples with the highest cross-entropy."""
+    losses = [
+        float(-row.log_softmax(dim=0)[label]) for row, label in zip(logits, labels, strict=True)
+    ]
+    return set(sorted(range(len(losses)), key=lambda i: -losses[i])[:count])
+
+
+def found_by(monitor: Any, why: str = "highest loss") -> set[int]:
+    """Return which samples were chosen for a reason."""
+    return {each.place[1] for each in monitor._run.failures.now if each.why == why}
+
+
+def logits_of(module: Module, images: Tensor = IMAGES) -> Tensor:
+    with torch.no_grad():
+        return cast("Tensor", module.eval().net(images))
+
+
+def validate(tmp_path: Path, module: pl.LightningModule, loader: Any, **settings: Any) -> Any:
+    """Validate with three failures, and return the monitor."""
+    monitor = Watch(failures=3, **settings)
+    trainer(tmp_path, monitor).validate(module, loader, verbose=False)
+    return monitor
+
+
+class Copying(Module):
+    """Is copied and saved in the middle of its validation step."""
+
+    copies: ClassVar[list[Any]] = []
+
+    def validation_step(self, *arguments: Any) -> Any:
+        assert any(m._forward_hooks for m in self.modules())
+        if not self.copies:
+            file = io.BytesIO()
+            torch.save(self, file)
+            # It may be read where there is no such package.
+            assert b"lightning_aop" not in file.getvalue()
+            read = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+            self.copies.extend([copy.deepcopy(self), read])
+        return super().validation_step(*arguments)
+
+
+def test_a_module_is_saved_and_copied_while_it_is_listened_to(tmp_path: Path) -> None:
+    copies = Copying.copies
+    copies.clear()
+
+    class CopyingLater(pl.Callback):
+        def on_validation_epoch_end(self, run: pl.Trainer, module: pl.LightningModule) -> None:
+            copies.append(copy.deepcopy(module))
+
+    module, monitor = Copying(), Watch(failures=3)
+    run = trainer(tmp_path, CopyingLater(), monitor)
+    run.validate(module, loaders()[1], verbose=False)
+    expected = logits_of(module)
+    for each in copies:
+        assert torch.equal(logits_of(cast("Module", each)), expected)
+    assert found_by(monitor) <= worst_of(expected, LABELS, 3)
+    assert not any(m._forward_hooks for m in copies[-1].modules())
+
+
+class Distilled(Module):
+    """Asks a teacher before its own network, in a validation step with a loss of both."""
+
+    def __init__(self, outputs: str = "logits") -> None:
+        super().__init__()
+        self.outputs = outputs
+        torch.manual_seed(7)
+        self.teacher: Any = SmallNet()
+        self.teacher.head.weight.data *= 20
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.net(images)
+        return cast("Tensor", logits.softmax(dim=1) if self.outputs == "probabilities" else logits)
+
+    def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+        self.teacher(batch[0])
+        logits = self.net(batch[0])
+        logits.detach().mul_(0)  # what is heard is no longer the step's own
+
+
+@pytest.mark.parametrize("outputs", ["logits", "probabilities"])
+def test_the_logits_are_those_of_the_network_that_is_explained(
+    outputs: str, tmp_path: Path
+) -> None:
+    module = Distilled(outputs)
+    monitor = validate(tmp_path, module, loaders()[1])
+    expected = logits_of(module)
+    for each in monitor._run.failures.now:
+        loss = nn.functional.cross_entropy(expected[each.place[1]], each.label)
+        assert each.loss == pytest.approx(float(loss), abs=1e-4)
+    teacher = worst_of(module.teacher(IMAGES).detach(), LABELS, 3)
+    assert found_by(monitor) <= worst_of(expected, LABELS, 3)
+    assert worst_of(expected, LABELS, 3) != teacher
+
+
+DATA = TensorDataset(IMAGES, LABELS)
+
+
+class Iterated(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(DATA)
+
+
+class Drawing(SequentialSampler):
+    """Is called sequential, and is not."""
+
+    def __iter__(self) -> Any:
+        return iter(torch.randperm(30).tolist())
+
+
+@pytest.mark.parametrize(
+    ("steady", "settings"),
+    [
+        (True, {}),
+        (True, {"batch_size": None}),
+        (True, {"sampler": range(29, -1, -1)}),
+        (True, {"batch_sampler": BatchSampler(SequentialSampler(DATA), 7, False)}),
+        (True, {"sampler": DistributedSampler(DATA, 2, 0, shuffle=False)}),
+        (False, {"sampler": DistributedSampler(DATA, 2, 0)}),
+        (False, {"shuffle": True}),
+        (False, {"sampler": SubsetRandomSampler(range(30))}),
+        (False, {"sampler": WeightedRandomSampler([1.0] * 30, 30)}),
+        (False, {"batch_sampler": BatchSampler(RandomSampler(DATA), 7, False)}),
+        (False, {"batch_sampler": [[1, 2], [0, 3]]}),
+        (False, {"sampler": Drawing(DATA)}),
+        (False, {"dataset": Iterated()}),
+    ],
+)
+def test_only_what_keeps_its_order_is_compared_with_before(
+    steady: bool, settings: dict[str, Any]
+) -> None:
+    loader = DataLoader(**({"dataset": DATA} | settings))
+    assert is_steady(loader, 0) == steady
+    assert is_steady([DataLoader(DATA), loader], 1) == steady
+    assert not is_steady([loader], 1)
+    assert not is_steady(iter(loader), 0)
+
+
+def test_what_a_distributed_trainer_makes_of_a_random_sampler_is_not_steady() -> None:
+    for sampler in (SubsetRandomSampler(range(30)), WeightedRandomSampler([1.0] * 30, 30)):
+        loader = DataLoader(DATA, sampler=DistributedSamplerWrapper(sampler, 2, 0, shuffle=False))
+        assert not is_steady(loader, 0)
+
+
+def test_a_batch_without_a_label_costs_no_other(tmp_path: Path) -> None:
+    labels = LABELS.clone()
+    labels[7:14] = -100
+    labels[20] = -100
+    module = Module()
+    monitor = validate(tmp_path, module, loaders(labels)[1], probe=(IMAGES[:4], LABELS[:4]))
+    kept = [i for i in range(30) if labels[i] >= 0]
+    expected = worst_of(logits_of(module)[kept], labels[kept], 3)
+    assert found_by(monitor) <= {kept[i] for i in expected}
+    assert max(kept[i] for i in expected) > 13, "the test needs a failure after the odd batch"
+    with pytest.warns(UserWarning, match="no failures are shown: no label of a batch fits"):
+        validate(tmp_path, Module(), loaders(LABELS * 0 - 100)[1], probe=(IMAGES[:4], LABELS[:4]))
+
+
+class Binary(Module):
+    """One logit for two classes."""
+
+    def __init__(self) -> None:
+        super().__init__(kind="multilabel")
+        self.net.head = nn.Linear(self.net.head.in_features, 1)
+        self.net.head.weight.data *= 20
+
+    def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+        self(batch[0])
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["0 and 1", "-1 and 1"])
+def test_a_binary_head_with_labels_to_ignore_or_with_signs(signed: bool, tmp_path: Path) -> None:
+    module = Binary()
+    classes = (LABELS > 2).long()
+    labels = 2 * classes - 1 if signed else classes.clone()
+    if not signed:
+        labels[[8, 20]] = -1
+    # Some batches have one class only.
+    order = labels.argsort(stable=True) if signed else torch.arange(30)
+    probe = (IMAGES[[0, 1, 2, 3, 4, 5]], labels[[0, 1, 2, 3, 4, 5]])
+    assert len(set(probe[1].tolist())) == 2
+    loader = DataLoader(TensorDataset(IMAGES[order], labels[order]), batch_size=4)
+    monitor = validate(tmp_path, module, loader, probe=probe)
+    z = logits_of(module, IMAGES[order])[:, 0]
+    known = (labels[order] >= 0) | signed
+    losses = nn.functional.binary_cross_entropy_with_logits(
+        z, classes[order].float(), reduction="none"
+    ).where(known, -torch.inf)
+    assert found_by(monitor) <= set(losses.topk(3).indices.tolist())
+    for each in monitor._run.failures.now:
+        assert each.loss == pytest.approx(float(losses[each.place[1]]), abs=1e-4)
+        assert int(each.label) == int(classes[order][each.place[1]])
+
+
+class Samples(Dataset[Any]):
+    """What a function makes of each number."""
+
+    classes = ("a", "b", "c", "d", "e")
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(index)
+
+
+class AnyBatch(Module):
+    """Validates whatever the batch is."""
+
+    def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+        images = batch["image"] if isinstance(batch, dict) else batch[0]
+        self(images.float() / 255 if images.dtype == torch.uint8 else images)
+
+
+class TwoHeads(AnyBatch):
+    """Tells a colour and a shape."""
+
+    def forward(self, images: Tensor) -> Any:
+        logits = self.net(images)
+        return {"shape": -logits, "colour": logits}
+
+
+BYTES = (IMAGES * 255).round().byte()
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "size"),
+    [
+        (lambda i: (IMAGES[i], "abcde"[LABELS[i]]), AnyBatch, 7),
+        (lambda i: {"image": IMAGES[i], "label": "abcde"[LABELS[i]]}, AnyBatch, 7),
+        (lambda i: (IMAGES[i], i, int(LABELS[i])), AnyBatch, 7),
+        (lambda i: (IMAGES[i], i, int(LABELS[i])), AnyBatch, 1),
+        (lambda i: (IMAGES[i], {"index": i, "label": int(LABELS[i])}), AnyBatch, 7),
+        (lambda i: {"image": IMAGES[i], "colour": int(LABELS[i]), "size": 1}, TwoHeads, 7),
+        (
+            lambda i: {
+                "image": IMAGES[i],
+                "shape": int(LABELS[i] + 1) % 5,
+                "colour": int(LABELS[i]),
+            },
+            TwoHeads,
+            7,
+        ),
+        (lambda i: (BYTES[i], int(LABELS[i])), AnyBatch, 7),
+    ],
+    ids=[
+        "text",
+        "text by key",
+        "numbered",
+        "one by one",
+        "nested",
+        "one head",
+        "two heads",
+        "bytes",
+    ],
+)
+def test_labels_are_read_as_those_of_the_probe(
+    make: Any, module: Any, size: int, tmp_path: Path
+) -> None:
+    model = module()
+    monitor = validate(tmp_path, model, DataLoader(Samples(make), batch_size=size), probe=4)
+    logits, labels = logits_of(model), LABELS
+    if monitor._run.adapter.head == "shape":
+        logits, labels = -logits, (LABELS + 1) % 5
+    assert found_by(monitor) <= worst_of(logits, labels, 3)
+    assert len(monitor._run.failures.now) == 3
+    for each in monitor._run.failures.now:
+        torch.testing.assert_close(each.image, IMAGES[each.place[1]], atol=2e-3, rtol=0)
+        assert int(each.label) == int(labels[each.place[1]])
+
+
+def test_read_batch_and_several_loaders_of_other_forms(tmp_path: Path) -> None:
+    class Either(AnyBatch):
+        def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+            self(batch[dataloader_idx])
+
+    forms = (lambda i: (IMAGES[i], i, int(LABELS[i])), lambda i: (int(LABELS[i]), IMAGES[i] / 2, i))
+    both = [DataLoader(Samples(make), batch_size=7) for make in forms]
+    model = Either()
+    monitor = validate(tmp_path, model, both, probe=4)
+    logits = torch.cat([logits_of(model), logits_of(model, IMAGES / 2)])
+    chosen = {30 * each.place[0] + each.place[1] for each in monitor._run.failures.now}
+    worst = worst_of(logits, LABELS.repeat(2), 3)
+    assert chosen & worst
+    read = validate(
+        tmp_path, model, both[0], read_batch=lambda batch: (batch[0], (batch[2] + 1) % 5)
+    )
+    assert found_by(read) <= worst_of(logits[:30], (LABELS + 1) % 5, 3)
+
+
+def test_they_are_shown_at_the_next_explanation_by_steps(tmp_path: Path) -> None:
+    monitor = Watch(failures=3, every_n_epochs=0, every_n_train_steps=2)
+    run = trainer(tmp_path, monitor, num_sanity_val_steps=0)
+    run.fit(Module(), *loaders())  # three steps an epoch: explanations after 2, 4, 6 and 8
+    folder = Path(run.logger.log_dir) / "explanations"  # type: ignore[union-attr, arg-type]
+    # Those of a validation once.
+    assert [record.step for record in History.load(folder).failures] == [3, 7]
+
+
+def test_images_of_another_size_than_the_probe_s(tmp_path: Path) -> None:
+    module = Module()
+    monitor = validate(tmp_path, module, loaders()[1], probe=(torch.rand(4, 3, 32, 32), LABELS[:4]))
+    assert found_by(monitor) <= worst_of(logits_of(module), LABELS, 3)
+    assert len(monitor._run.failures.now) == 3
+    large = DataLoader(TensorDataset(torch.rand(10, 3, 32, 32), LABELS[:10]), batch_size=5)
+    with pytest.warns(UserWarning, match="images of 32 x 32 are not among the failures, which are"):
+        monitor = validate(tmp_path, module, [loaders()[1], large])
+    assert {each.place[0] for each in monitor._run.failures.now} == {0}
+
+
+def test_a_segmentation_and_values_have_no_failures_and_it_is_said(tmp_path: Path) -> None:
+    class Segmenting(AnyBatch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Conv2d(3, 4, 3, padding=1)
+
+    masks = torch.randint(0, 4, (30, 24, 24), generator=GENERATOR)
+    with pytest.warns(
+        UserWarning, match="no failures are shown: the labels are a class for each p"
+    ):
+        monitor = validate(tmp_path, Segmenting(), loaders(masks)[1], metrics=False)
+    assert monitor._run.failures.now == []
+
+    class Value(Binary):
+        def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.mse_loss(logits[:, 0], labels)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return nn.functional.mse_loss(self(batch[0])[:, 0], batch[1])
+
+    with pytest.warns(UserWarning, match="no failures are shown: the model predicts values"):
+        validate(tmp_path, Value(), loaders(torch.rand(30))[1])
+
+
+def test_what_they_take_is_told_beforehand(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_aop.monitor.progress._DELAY", 0.0)
+    module = Module()
+    with caplog.at_level("INFO"):
+        monitor = validate(tmp_path, module, loaders()[1], metrics=False, controls=False, probe=4)
+    predicted = logits_of(module).argmax(dim=1)
+    assert all(predicted[f.place[1]] != f.label for f in monitor._run.failures.now)
+    # Watch explains by GradCAM: forward and backward. And the logits of the three failures.
+    assert (
+        f"explaining 7 images takes about 0 s, for {4 * 2 + 3 * (1 + 2 * 2)} model" in caplog.text
+    )

@@ -44,7 +44,7 @@ from lightning_aop.metrics import (
 from lightning_aop.monitor import panels, progress
 from lightning_aop.monitor.explanation import Explanation, Moment
 from lightning_aop.monitor.probe import Probe
-from lightning_aop.scores import logit, sigmoid
+from lightning_aop.scores import contrast, logit, sigmoid
 from lightning_aop.view.grid import heatmap_grid
 
 pytestmark = [
@@ -383,7 +383,10 @@ class Channels(pl.LightningModule):
         self(batch[0])
 
 
-def test_four_images_in_one_are_pointed_at_or_left_out(tmp_path: Path) -> None:
+def test_four_images_in_one_are_pointed_at_or_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_DELAY", 0.0)
     amounts = 0.1 + 0.9 * torch.eye(4)
     images = amounts[[0, 1, 2, 3, 1], :, None, None] * torch.rand(5, 1, 8, 8)
     images[:, :, 0, 0] = 0
@@ -391,14 +394,61 @@ def test_four_images_in_one_are_pointed_at_or_left_out(tmp_path: Path) -> None:
     loader = DataLoader(TensorDataset(images, labels), batch_size=5)
     settings: dict[str, Any] = {"probe": 5, "metrics": False, "grid_pointing": True}
     monitor = Watch(HiResCAM("seen"), **settings)
-    (result,) = trainer(tmp_path, monitor).validate(Channels(), loader, verbose=False)
+    with caplog.at_level("INFO"):
+        (result,) = trainer(tmp_path, monitor).validate(Channels(), loader, verbose=False)
+    # A forward and a backward for each of five maps, and for each of four of the tiled image.
+    assert "for 18 model evaluations" in caplog.text
     means = images[:4].mean(dim=(2, 3))
     expected = float((means.diag() / means.sum(dim=0)).mean())
     assert result["explain/grid_pointing"] == pytest.approx(expected, abs=1e-5)
     monitor = Watch(HiResCAM("seen"), **settings)
     with pytest.warns(UserWarning, match="no grid pointing: the model, or the method, takes no im"):
         (result,) = trainer(tmp_path, monitor).validate(Channels(8), loader, verbose=False)
-    assert result["explain/grid_pointing"] == 0  # the worst, for who compares
+    assert "explain/grid_pointing" not in result
+    # Whatever is explained, four images are sure by their probability.
+    for score in (logit, contrast()):
+        monitor = Watch(HiResCAM("seen"), score=score, **settings)
+        (result,) = trainer(tmp_path, monitor).validate(Channels(), loader, verbose=False)
+        assert result["explain/grid_pointing"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        (torch.tensor([0, 1, 2, 0, 1]), "the probe has images of fewer than four classes"),
+        (torch.tensor([3, 2, 1, 0, 2]), "the model does not yet give images of four different"),
+        (torch.eye(5)[:, :4], "it takes images of one class each, and the probe's labels are"),
+    ],
+    ids=["three classes", "not recognised", "multilabel"],
+)
+def test_what_can_not_be_tiled_has_no_value_and_ends_no_training(
+    labels: Tensor, why: str, tmp_path: Path
+) -> None:
+    class Trained(Channels):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return self(batch[0]).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    images = torch.cat([torch.eye(4), torch.eye(4)[1:2]])[:, :, None, None].expand(5, 4, 8, 8)
+    loader = DataLoader(TensorDataset(images + 0.1, labels), batch_size=5)
+    key = "explain/grid_pointing"
+    for waits in (False, True):
+        monitor = Watch(HiResCAM("seen"), probe=5, metrics=False, grid_pointing=True)
+        kept = ModelCheckpoint(tmp_path / "best", monitor=key, mode="max") if waits else None
+        run = trainer(
+            tmp_path,
+            *([monitor] if kept is None else [monitor, kept]),
+            max_epochs=2,
+            enable_checkpointing=waits,
+        )
+        with pytest.warns(UserWarning, match=f"no grid pointing: {why}"):
+            run.fit(Trained(), loader, loader)
+        assert run.current_epoch == 2
+        assert (key in run.callback_metrics) == waits
+    assert kept is not None
+    assert float(kept.best_model_score) == 0
 
 
 class OwnAUC(OverallAUC):

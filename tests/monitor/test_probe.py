@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from lightning_aop.monitor.probe import Probe, Stratified, collect, source_of
+from lightning_aop.monitor.probe import Probe, Stratified, collect, from_loader, source_of
 
 IMAGES = torch.rand(3, 3, 6, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([2, 0, 1])
@@ -297,6 +297,17 @@ def test_samples_are_named_by_their_index_with_their_masks() -> None:
     probe = Probe.from_batch(found.batch).with_masks(found.read_masks)
     assert probe.masks is not None
     assert [int(mask.any(dim=1).nonzero()[0]) for mask in probe.masks] == [6, 1, 3]
+    for indices in (
+        range(1, 6, 2),
+        np.array([1, 3, 5]),
+        torch.tensor([1, 3, 5]),
+        (1, np.int64(3), 5),
+    ):
+        assert marks(indices, loader) == [1, 3, 5]
+    for three in (np.int64(3), np.array(3), torch.tensor(3)):
+        assert marks(three, loader) == [0, 1, 2]
+    for wrong in (torch.tensor([True, False]), np.array([0.0, 1.0]), torch.rand(2), [True, False]):
+        assert from_loader(wrong) is None
     below = DataLoader(Subset(Numbered([0, 1, 2, 0]), [3, 1]))
     assert marks([1, 0], below) == [1, 3]
     for wrong in ([8], [-1, 2]):
@@ -316,6 +327,18 @@ def test_a_stratified_probe_has_as_many_of_each_class() -> None:
         assert marks(Stratified(1), DataLoader(data)) == [0, 3, 4]
     subset = Subset(Subset(Numbered(classes), [8, 7, 6, 5, 4, 3]), [1, 2, 3, 4, 5])
     assert marks(Stratified(1), DataLoader(subset)) == [7, 5, 4]
+    # A column of classes, as MedMNIST has it, and classes by other names.
+    column = np.array(classes)[:, None]
+    floats = torch.tensor(classes).float()
+    for labels in (column, torch.from_numpy(column), column.tolist(), floats, floats[:, None]):
+        assert Stratified(2).indices(Numbered(labels)) == [0, 1, 3, 4, 6]
+    names = ["b", "b", "a", "c", "a"]
+    for text in (names, np.array(names), np.array(names)[:, None]):
+        assert Stratified(1).indices(Numbered(text)) == [0, 2, 3]
+    assert Stratified(1).indices(Numbered([True, True, False])) == [0, 2]
+    for values in (torch.rand(4), torch.rand(4, 1), [0.5, 1.5]):
+        with pytest.raises(ValueError, match="has neither targets nor labels"):
+            Stratified(1).indices(Numbered(values))
     several = Numbered(torch.tensor([[1, 0], [1, 1], [0, 0], [0, 1]]))
     assert marks(Stratified(1), DataLoader(several)) == [0, 1]
     with pytest.raises(
