@@ -66,15 +66,6 @@ def test_every_positive_class_is_explained_by_its_own_score(model: SmallNet) -> 
     torch.testing.assert_close(found.scores, scores.detach())
 
 
-def test_several_labels_of_an_image_are_not_contrasted(model: SmallNet) -> None:
-    images = torch.rand(3, 3, 16, 16)
-    labels = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 1, 0]]).float()
-    with pytest.raises(ValueError, match=r"score=contrast\(gamma=0.6.* the labels are multi-hot"):
-        explain(model, (images, labels), method=GradCAM(), score=contrast())
-    single = explain(model, (images, labels.argmax(dim=1)), method=GradCAM(), score=contrast())
-    assert len(single.maps) == 3
-
-
 def test_graphs_are_wanted_or_not(model: SmallNet, unchecked: None) -> None:
     with pytest.raises(ValueError, match='graphs=True must be "auto" or False'):
         explain(model, IMAGES, method=GradCAM(), graphs=True)  # type: ignore[arg-type]
