@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_aop.checks import require_counts
-from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.batches import members
 from lightning_aop.model.isolation import hooked, unwrap
 
@@ -147,8 +146,6 @@ class Passes:
 
     def __init__(self, usual: int | None = None, graphs: Literal["auto", False] = "auto") -> None:
         require_counts("Passes", eval_batch_size=usual)
-        if graphs not in ("auto", False):
-            raise InvalidValueError(f'graphs={graphs!r} must be "auto" or False')
         self.usual = usual
         self.graphs = graphs
         self.limit: int | None = None

@@ -845,7 +845,7 @@ class ExplanationMonitor(Callback):
 
         way = run.adapter = processes.together(adapter)
         run.alike = processes.alike = processes.any(bool(noticed) or is_sharded(pl_module))
-        run.drawn = found
+        run.drawn = found if self.failures else None  # it holds the whole batch
         run.integers = found is not None and found.reading.inputs.form.integer
         if run.probe is None:
             assert found is not None

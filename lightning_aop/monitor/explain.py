@@ -184,6 +184,8 @@ def explain(
     Raises:
         ValueError: no images, no labels or no logits were found, or they don't fit each other.
     """
+    if graphs not in ("auto", False):
+        raise InvalidValueError(f'graphs={graphs!r} must be "auto" or False')
     device, passes = device_of(model), Passes(graphs=graphs)
     with (
         isolated_rng(device),
