@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from lightning_aop.checks import require_counts, require_finite, require_positive
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.masks import PerturbedScore, starting_mask, upsampled
-from lightning_aop.model.adapter import Classifier, explaining
+from lightning_aop.model.adapter import explaining
 from lightning_aop.model.passes import slices
-from lightning_aop.ops import Baseline, GaussianBlur, blend, min_max
+from lightning_aop.ops import Baseline, GaussianBlur, min_max
 from lightning_aop.scores import Score, contrasts, softmax, value
 from lightning_aop.types import CoarseMaps, Images, Maps, Targets
 
@@ -134,7 +133,7 @@ class RankedMask:
             count = 2 * len(x)
             parts = slices(count, perturbed.size(count, self.iterations))
             through_model = classifier.repeated(
-                partial(self._gradient, classifier), self.iterations * (count // len(parts))
+                perturbed.gradient, self.iterations * (count // len(parts))
             )
             first = ranking = 1 - starting_mask(start, x, self.mask_size, self.align_corners)
             edges = torch.tensor([-1.0, 1.0]).to(x).view(2, 1, 1, 1) / self.temperature
@@ -165,20 +164,6 @@ class RankedMask:
             ranking = min_max(min_max(ranking) + self.prior * first)
             maps: Tensor = upsampled(ranking, x, self.align_corners).square()
             return maps * strength.clamp(0, 1)[:, None, None].to(maps)
-
-    def _gradient(
-        self,
-        classifier: Classifier,
-        images: Images,
-        baseline: Images,
-        targets: Targets,
-        keep: Float[Tensor, "a h w"],
-    ) -> tuple[Float[Tensor, "a h w"], Float[Tensor, " a"]]:
-        """Return the scores' gradient for the masks, and the scores."""
-        keep = keep.detach().requires_grad_()
-        scores = classifier.scores(blend(images, baseline, keep), targets, self.score)
-        (gradient,) = torch.autograd.grad(scores.sum(), keep)
-        return gradient, scores.detach()
 
     def _direction(
         self, slope: Float[Tensor, "both n n"], smooth: Float[Tensor, "n n"]

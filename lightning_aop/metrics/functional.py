@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_aop.checks import require_counts, require_finite, require_tensors
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.adapter import Classifier, explaining
+from lightning_aop.model.outputs import sums_to_one
 from lightning_aop.model.passes import slices
 from lightning_aop.ops import Baseline, GaussianBlur
 from lightning_aop.scores import Score, full_precision, logit, softmax
@@ -481,8 +482,7 @@ class _OfProbabilities:
 
     def __call__(self, logits: Float[Tensor, "b k"], targets: Targets) -> Float[Tensor, " b"]:
         if self._given is None:
-            whole = (logits.sum(dim=1) - 1).abs() < 1e-3  # half precision rounds
-            self._given = bool((whole & (logits >= 0).all(dim=1)).all())
+            self._given = sums_to_one(logits) and bool((logits >= 0).all())
         return logit(logits, targets) if self._given else softmax(logits, targets)
 
 

@@ -43,7 +43,6 @@ _ASKED = {"cpu": 8}
 _ASKED_ELSEWHERE = 32
 _SMALLEST = 8  # pixels of a side: no start is looked for at half of it
 
-
 _NOTHING = "nothing is left of an image to impute the rest from: remove less"
 
 
@@ -228,9 +227,8 @@ def infidelity(
         with torch.autocast(x.device.type, enabled=False):
             heat = values.flatten(1) @ squares.flatten(1).T.to(x)
         replaced = baseline(x)
-        masks = torch.cat([torch.zeros_like(squares[:1]), squares])[
-            :, None
-        ]  # first the whole image
+        # The whole image comes first.
+        masks = torch.cat([torch.zeros_like(squares[:1]), squares])[:, None]
 
         def without(rows: Tensor, which: Tensor) -> Images:
             return torch.where(masks[which], replaced[rows], x[rows])

@@ -130,7 +130,7 @@ class Failures:
         self._found: dict[str, list[tuple[float, Failure]]] = {kind: [] for kind in _KINDS}
         self._waiting: _Batch | None = None
         self._odd: set[int] = set()  # loaders of which it is not known how many samples went by
-        self._troubles: dict[str, None] = {}
+        self._troubles: dict[str, bool] = {}  # and whether it is said beside failures, too
 
     def begin(
         self,
@@ -160,11 +160,11 @@ class Failures:
             self._layout = Layout.of(reading, adapter.head) if _tells(reading) else None
         if self._known is not None and self._known.kind == "mask":
             self._listener = None
-            self._troubles[_OF_PIXELS] = None
+            self._troubles[_OF_PIXELS] = False
         if self._listener is not None:
             self._listener.begin(module)
         elif adapter.score is value:
-            self._troubles[_OF_VALUES] = None
+            self._troubles[_OF_VALUES] = False
 
     def listen(self) -> None:
         """Listen to the batch that comes."""
@@ -208,7 +208,7 @@ class Failures:
             parts = self._parts(batch, loader, read)
         except BatchError as error:
             self._odd.add(loader)
-            self._troubles[f"of a batch nothing can be read: {error}"] = None
+            self._troubles[f"of a batch nothing can be read: {error}"] = False
             self.stop()
             return
         first, count = self._counted.get(loader, 0), len(parts.images)
@@ -255,15 +255,15 @@ class Failures:
         adapter, labels = self._adapter, batch.parts.read(self._names)
         assert adapter is not None
         if batch.logits is None or labels is None:
-            self._troubles[_UNHEARD] = None
+            self._troubles[_UNHEARD] = False
             return
         if labels.kind == "mask":
-            self._troubles[_OF_PIXELS] = None
+            self._troubles[_OF_PIXELS] = False
             return
         try:
             fitted = fit_labels(labels, adapter, self._known)
         except BatchError as error:  # such as one whose labels are all to be ignored
-            self._troubles[f"no label of a batch fits: {error}"] = None
+            self._troubles[f"no label of a batch fits: {error}"] = False
             return
         assert fitted is not None
         losses, wrong, confidence = _judged(batch.logits.float().cpu(), fitted.labels, adapter)
@@ -281,7 +281,7 @@ class Failures:
             self._troubles[
                 f"images of {size[1]} x {size[2]} are not among the failures, which are of one size, "
                 f"{self._size[1]} x {self._size[2]}"
-            ] = None
+            ] = True
             return
         candidates: dict[int, Failure] = {}
         values = (losses, losses.where(newly, -torch.inf), confidence.where(wrong, -torch.inf))
@@ -313,7 +313,7 @@ class Failures:
             try:
                 self._judge(self._waiting)
             except Exception as error:  # the other processes wait for what this one has found
-                self._troubles[f"the last batch could not be judged: {error}"] = None
+                self._troubles[f"the last batch could not be judged: {error}"] = False
         self.end()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # images may be on their way
@@ -344,12 +344,11 @@ class Failures:
         self.now, self.fresh = list(now.values()), bool(now)
         self.entered = {key: each.entered for key, each in now.items()}
         self._right = set().union(*(right for _, right, _, _ in shares))
-        troubles = [*dict.fromkeys(text for *_, texts in shares for text in texts)]
+        troubles = {text: beside for *_, own in shares for text, beside in own.items()}
         self._forget()
-        sizes = [text for text in troubles if text.startswith("images of ")]
         if self.now or not troubles:
-            return sizes
-        return [f"no failures are shown: {troubles[0]}"]
+            return [text for text, beside in troubles.items() if beside]
+        return [f"no failures are shown: {next(iter(troubles))}"]
 
     @property
     def probe(self) -> Probe:

@@ -130,10 +130,8 @@ def _first(loader: DataLoader[Any], dataset: Any) -> tuple[Any, Any]:
     finally:
         getattr(batches, "_shutdown_workers", lambda: None)()
         for worker in getattr(batches, "_workers", ()):
-            if (
-                worker.is_alive()
-            ):  # it hears no signal, and the process would wait for it at its end
-                worker.kill()
+            if worker.is_alive():
+                worker.kill()  # it hears no signal, and the process would wait for it at its end
                 worker.join()
     if packed is None:
         raise _EmptyError(f"the dataset is empty: {_INSTEAD}")
