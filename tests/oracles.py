@@ -123,7 +123,7 @@ def ranked_mask(
     lr: float,
     momentum: float,
     temperature: float,
-    spreads: list[float],
+    spread: float,
     balance: float,
     prior: float,
 ) -> tuple[Tensor, float]:
@@ -143,7 +143,7 @@ def ranked_mask(
         below = cells[int(place)]
         return below + (place - int(place)) * (cells[min(int(place) + 1, n * n - 1)] - below)
 
-    def smoothed(slope: Tensor, spread: float) -> Tensor:
+    def smoothed(slope: Tensor) -> Tensor:
         weight = [[exp(-(((i - j) / spread) ** 2) / 2) for j in range(n)] for i in range(n)]
         out = torch.zeros_like(slope)
         for i in range(n):
@@ -155,7 +155,7 @@ def ranked_mask(
         return out
 
     ranking, velocity, gains = start.clone(), torch.zeros_like(start), []
-    for (a, b), spread in zip(shares, spreads, strict=True):
+    for a, b in shares:
         leaf = ranking.clone().requires_grad_()
         removed = torch.sigmoid((leaf - exceeded_by(a, leaf)) / temperature)
         alone = torch.sigmoid((leaf - exceeded_by(b, leaf)) / temperature)
@@ -164,7 +164,7 @@ def ranked_mask(
         slope = torch.zeros_like(ranking)
         for game in games:
             (own,) = torch.autograd.grad(game, leaf, retain_graph=True)
-            own = smoothed(own - own.mean(), spread)
+            own = smoothed(own - own.mean())
             slope += own / own.abs().max() ** balance
         velocity = momentum * velocity + slope / slope.abs().max()
         ranking = ranking + lr * velocity

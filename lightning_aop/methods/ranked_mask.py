@@ -36,10 +36,10 @@ class RankedMask:
     optimised, not only its top. The shares a and b are the midpoints of equal parts of (0, 1), to the
     power `focus`, each in its own random order: every size is used once, small ones in finer steps.
 
-    The gradient is centred, for a ranking has no level, smoothed by a gaussian that narrows from
-    `coarse` to `fine` cells, and divided by its largest absolute value; steps have a `momentum`. So
-    no step depends on how sure the model is. Before, those of both terms are brought nearer to one size
-    by `balance`: else the term whose share lies where the score falls most would have its way.
+    The gradient is centred, for a ranking has no level, smoothed by a gaussian of `smoothing` cells,
+    and divided by its largest absolute value; steps have a `momentum`. So no step depends on how sure
+    the model is. Before, those of both terms are brought nearer to one size by `balance`: else the term
+    whose share lies where the score falls most would have its way.
 
     A few gradients are noisy, and the start is not: in the end R, min-max normalised to [0, 1], gets
     `prior` times the start added.
@@ -63,8 +63,7 @@ class RankedMask:
         momentum: what is left of a step in the next one.
         temperature: the width of the soft edge of m_q, in units of R.
         focus: above 1, small shares are used more often than large ones.
-        coarse: the gradient's smoothing in the first iteration, standard deviation in cells.
-        fine: that in the last.
+        smoothing: of the gradient, standard deviation in cells.
         balance: the gradient of each term is divided by its largest absolute value to this power: 0
             leaves it as it is, 1 makes both as large.
         prior: the weight of the start in the map, beside that of the optimised ranking.
@@ -83,8 +82,7 @@ class RankedMask:
     momentum: float = 0.9
     temperature: float = 0.1
     focus: float = 1.5
-    coarse: float = 3.0
-    fine: float = 1.0
+    smoothing: float = 1.0
     balance: float = 0.5
     prior: float = 0.35
     score_floor: float = 0.05
@@ -106,8 +104,7 @@ class RankedMask:
             lr=self.lr,
             temperature=self.temperature,
             focus=self.focus,
-            coarse=self.coarse,
-            fine=self.fine,
+            smoothing=self.smoothing,
             score_floor=self.score_floor,
         )
         if not 0 <= self.momentum < 1:
@@ -139,7 +136,8 @@ class RankedMask:
             edges = torch.tensor([-1.0, 1.0]).to(x).view(2, 1, 1, 1) / self.temperature
             velocity = torch.zeros_like(ranking)
             games: list[Tensor] = []
-            for shares, smooth in zip(self._shares(x), self._filters(x), strict=True):
+            smooth = self._filter(x)
+            for shares in self._shares(x):
                 kept, steep = self._kept(ranking, shares, edges)
                 kept.requires_grad_()
                 enlarged = upsampled(kept, x, self.align_corners)
@@ -198,14 +196,11 @@ class RankedMask:
         shares: Tensor = ((torch.stack(orders, dim=1).double() + 0.5) / n) ** self.focus
         return shares.to(like)
 
-    def _filters(self, like: Images) -> Float[Tensor, "n m m"]:
-        """Return the gradient's smoothing in each iteration: the 1-D gaussian filter as a matrix."""
-        steps = torch.arange(self.iterations, dtype=torch.float64) / max(self.iterations - 1, 1)
-        spreads = self.coarse * (self.fine / self.coarse) ** steps
+    def _filter(self, like: Images) -> Float[Tensor, "n n"]:
+        """Return the gradient's smoothing: the 1-D gaussian filter as a matrix."""
         place = torch.arange(self.mask_size, dtype=torch.float64)
-        apart = (place[:, None] - place) / spreads[:, None, None]
-        weights = torch.exp(-0.5 * apart.square())
-        return (weights / weights.sum(dim=2, keepdim=True)).to(like)
+        weights = torch.exp(-0.5 * ((place[:, None] - place) / self.smoothing).square())
+        return (weights / weights.sum(dim=1, keepdim=True)).to(like)
 
 
 def _largest(values: Float[Tensor, "b n n"]) -> Float[Tensor, "b 1 1"]:

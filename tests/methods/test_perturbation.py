@@ -150,7 +150,6 @@ def test_ranked_mask_is_the_slow_float64_loop(
         (((a + 0.5) / 5) ** method.focus, ((b + 0.5) / 5) ** method.focus)
         for a, b in zip(first, second, strict=True)
     ]
-    spreads = [method.coarse ** (1 - i / 4) * method.fine ** (i / 4) for i in range(5)]
     baseline = GaussianBlur()(images)
     strengths = []
     for i in range(4):
@@ -164,7 +163,7 @@ def test_ranked_mask_is_the_slow_float64_loop(
             method.lr,
             method.momentum,
             method.temperature,
-            spreads,
+            method.smoothing,
             method.balance,
             method.prior,
         )
