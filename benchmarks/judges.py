@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -84,31 +84,41 @@ def judged(model: nn.Module, images: Images, targets: Targets, layer: str) -> di
     return found
 
 
-def run(name: str, network: Network, data: Pictures, output: Path, limit: int | None) -> None:
+def run(
+    network: Network,
+    data: Pictures,
+    output: Path,
+    limit: int | None,
+    judge: Callable[[nn.Module, Images, Targets, str], object] = judged,
+) -> None:
     """Judge the photos that have no line in the file yet."""
     pictures = data.listed()[:limit]
-    done = len(read(output)) if output.exists() else 0
+    done = output.read_text().count("\n") if output.exists() else 0
     model = network.build()
     model.requires_grad_(False)
-    layer = network.layer or ""
     preprocess = network.preprocess(data.size, data.resize)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("a") as file:
         todo = pictures[done:]
-        for picture in tqdm(todo, name, initial=done, total=len(pictures), disable=not todo):
+        for picture in tqdm(todo, output.stem, initial=done, total=len(pictures), disable=not todo):
             images = preprocess(read_image(data.folder / picture.file))[None]
             with torch.no_grad():
                 targets = model(images).argmax(dim=1)
-            found = judged(model, images, targets, layer)
+            found = judge(model, images, targets, network.layer or "")
             # NaN, where the normalised area is undefined, becomes NaN again when it is read.
             file.write(json.dumps({"file": picture.file, "values": found}) + "\n")
             file.flush()
 
 
+def lines(output: Path) -> list[Any]:
+    """Return the values of a file's photos; a last line without its end is left out."""
+    whole = [line for line in output.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line)["values"] for line in whole]
+
+
 def read(output: Path) -> Values:
-    """Return all values of a file, higher being better; a last line without its end is left out."""
-    lines = [line for line in output.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    rows = [json.loads(line)["values"] for line in lines]
+    """Return all values of a file, higher being better."""
+    rows = lines(output)
     table = [
         [[sign * each[m][j][0] for j, sign in JUDGES.items()] for m in METHODS] for each in rows
     ]
@@ -160,6 +170,15 @@ def report(name: str, values: Values) -> str:
     )
 
 
+def configured() -> tuple[dict[str, Network], Pictures]:
+    """Return the networks of photos_table2.yaml, and its photos in random order."""
+    folder = Path(__file__).parent.parent / "configs" / "benchmark"
+    config = yaml.safe_load((folder / "photos_table2.yaml").read_text())
+    root = os.path.expandvars(config["data"].pop("root"))
+    networks = {name: Network(**given) for name, given in config["networks"].items()}
+    return networks, Pictures(**config["data"], root=root, shuffle_seed=0)
+
+
 def main() -> None:
     """Judge, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -167,17 +186,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/judges"))
     parser.add_argument("--limit", type=int, help="so many photos at first")
     options = parser.parse_args()
-    folder = Path(__file__).parent.parent / "configs" / "benchmark"
-    config: Mapping[str, Any] = yaml.safe_load((folder / "photos_table2.yaml").read_text())
-    if options.network not in config["networks"]:
-        sys.exit(f"--network must be one of {', '.join(config['networks'])}")
-    network = Network(**config["networks"][options.network])
-    data = Pictures(
-        **{**config["data"], "root": os.path.expandvars(config["data"]["root"])}, shuffle_seed=0
-    )
+    networks, data = configured()
+    if options.network not in networks:
+        sys.exit(f"--network must be one of {', '.join(networks)}")
     output = options.output / f"{options.network}.jsonl"
     if options.limit != 0:
-        run(options.network, network, data, output, options.limit)
+        run(networks[options.network], data, output, options.limit)
     print(report(options.network, read(output)))
 
 
