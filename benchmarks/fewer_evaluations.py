@@ -124,7 +124,9 @@ def plot(found: list[Point], photos: str) -> Figure:
         _panel(axis, [point for point in found if point.network == network])
         axis.set_title("mean of the networks" if network == "mean" else network, fontsize=11)
     figure.supxlabel("model evaluations per image (log scale)", fontsize=10)
-    figure.supylabel("overall AUC in % (insertion - deletion), 95 % intervals", fontsize=10)
+    figure.supylabel(
+        "overall AUC in % (insertion \N{MINUS SIGN} deletion), 95 % intervals", fontsize=10
+    )
     figure.suptitle(photos, fontsize=10, color="#555555")
     return figure
 
@@ -146,20 +148,27 @@ def _panel(axis: Axes, found: list[Point]) -> None:
         axis.plot(place, centre, "o", color=colour, ms=5.5, zorder=3)
         if ours:
             line.append((place, centre))
-            # Along the line, below it and above it in turns.
             axis.annotate(
-                point.method,
+                point.method.removeprefix("fast_sigcam"),
                 (place, centre),
-                (0, -13 if len(line) % 2 else 7),
+                (-4, 5),
                 textcoords="offset points",
                 color=colour,
                 fontsize=7.5,
-                ha="center",
+                ha="right",
             )
         else:
             names.append((place, centre, point.method, colour))
     if line:
         axis.plot(*zip(*line, strict=True), color=OURS, lw=1.6, zorder=2)
+        axis.annotate(
+            "fast_sigcam(iterations)",
+            line[0],
+            (6, -11),
+            textcoords="offset points",
+            color=OURS,
+            fontsize=7.5,
+        )
     axis.set_xscale("log")
     axis.set_xlim(0.8, 9000)
     axis.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
@@ -185,12 +194,17 @@ def _ceiling(axis: Axes, point: Point) -> None:
 def _named(axis: Axes, names: list[tuple[float, float, str, str]]) -> None:
     """Write each method's name beside its point; names that would overlap move apart."""
     gap = 2.0
-    sides = {"left": (0.0, 300.0), "right": (300.0, 900.0), "beyond": (900.0, np.inf)}
+    sides = {
+        "near": (0.0, 10.0),
+        "left": (10.0, 300.0),
+        "right": (300.0, 900.0),
+        "beyond": (900.0, np.inf),
+    }
     for side, (low, high) in sides.items():
         clusters: dict[int, list[tuple[float, float, str, str]]] = {}
         for name in names:
             if low <= name[0] < high:
-                place = 0 if side == "right" else round(4 * np.log10(name[0]))
+                place = 0 if side in ("near", "right") else round(4 * np.log10(name[0]))
                 clusters.setdefault(place, []).append(name)
         for near in clusters.values():
             near.sort(key=lambda name: name[1])

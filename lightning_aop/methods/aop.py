@@ -191,6 +191,17 @@ def fast_sigcam(
     the fainter the map; for a class that the model all but excludes it shows next to nothing. Costs
     4·`iterations` + 3 model evaluations per image: 39 by default, 19 for 4 iterations; SIGCAM about 720.
 
+    What the dial buys, in overall AUC (insertion − deletion, in %), on 32 photos that nothing was chosen
+    on, mean of SqueezeNet 1.1, MobileNetV2 and EfficientNet-Lite0 (`benchmarks/fewer_evaluations.yaml`):
+
+        iterations     evaluations    overall AUC    minus that of 9 [95 % interval, paired]
+        4              19             43.6           −7.8 [−10.3, −5.5]
+        9              39             51.4
+        20             83             54.8           +3.4 [1.8, 4.8]
+        40             163            57.0           +5.5 [3.6, 7.5]
+        80             323            58.6           +7.1 [5.2, 9.3]
+        (GradCAM)      2              38.5           −12.9 [−15.3, −10.6]
+
     Args:
         target_layer: a name, a module, or None for the last feature map before the classifier.
         iterations: the dial between speed and quality.
