@@ -131,7 +131,8 @@ def correlations(
     """Return Spearman's correlation between the judges over the methods, for each photo."""
     ranks = rankdata(values, axis=1)  # ties get the mean of their ranks
     ranks -= ranks.mean(axis=1, keepdims=True)
-    ranks /= np.linalg.norm(ranks, axis=1, keepdims=True)
+    norms = np.linalg.norm(ranks, axis=1, keepdims=True)
+    ranks /= np.where(norms > 0, norms, np.nan)  # where a judge finds all methods alike
     return np.einsum("nmi,nmj->nij", ranks, ranks)
 
 

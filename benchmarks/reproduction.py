@@ -182,17 +182,17 @@ def _orders(run: Run) -> Iterator[str]:
     if not rows:
         yield "The paper's orders: nothing has been measured yet."
         return
-    said = [f"{verdicts.count(word)} {plural}" for word, plural in VERDICTS.items()]
+    said = ", ".join(f"*{word}* {verdicts.count(word)} times" for word in VERDICTS)
     yield (
         f"The paper's orders, as points in their favour (for deletion, the other's AUC minus the first "
-        f"one's), mean over the networks and the photos that both methods have. Of {len(rows)} orders "
-        f"{said[0]}, {said[1]} and {said[2]}:"
+        f"one's), mean over the networks and the photos that both methods have. Of {len(rows)} orders: "
+        f"{said}."
     )
     header = ["order", "AUC", "the paper", "here [95 % interval]", "photos", ""]
     yield formatted(header, rows, "markdown", names=2)
 
 
-VERDICTS = {"holds": "hold", "level": "are level", "does not hold": "do not hold"}
+VERDICTS = ("holds", "level", "does not hold")
 
 
 def verdict(found: Interval) -> str:
