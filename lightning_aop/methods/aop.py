@@ -165,8 +165,8 @@ def sigcam(
         threshold: θ of Eq. 5.
         scale: λ of Eq. 5.
         score: F_c of the second stage; the activation map explains the logit, or a `contrast()`.
-        warmup: iterations, of 15 in all, with a lighter blur. The paper gives no values for it; none
-            at all (0) has measured better.
+        warmup: iterations, of 15 in all, with a lighter blur, of which the paper gives no values; 0 for
+            none.
         eval_batch_size: images in one pass of the model, which bounds the memory; None
             for what suits the device, or fewer where memory runs out.
     """
