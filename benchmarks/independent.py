@@ -1,6 +1,6 @@
 """Is what fast_sigcam() gains more than skill at its judge's game? Other baselines, and a longer run.
 
-    LIGHTNING_AOP_DATA=DATA python benchmarks/independent.py --limit 60 --output runs/independent
+    LIGHTNING_AOP_DATA=DATA python benchmarks/independent.py --limit 16 --output runs/independent
 
 `RankedMask` optimises deletion and insertion with the blur that judges it. This plays the same game with
 what it was not optimised for: grey, noise and a narrow blur in place of the removed pixels; and asks
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from judges import configured, lines, run
+from judges import STEPS, configured, lines, run
 from torch import nn
 
 from lightning_aop.experiments.tables import bootstrap
@@ -40,10 +40,10 @@ METHODS: dict[str, Callable[[str], Any]] = {
 
 
 def noise(images: Images) -> Images:
-    """Return noise of each channel's mean and standard deviation, the same for every image."""
+    """Return noise of each channel's mean and standard deviation: one draw, scaled for each image."""
     drawn = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(0))
     mean, std = (f(images, dim=(2, 3), keepdim=True) for f in (torch.mean, torch.std))
-    return mean + std * drawn
+    return mean + std * drawn.to(images)
 
 
 BASELINES: dict[str, Baseline] = {
@@ -65,7 +65,7 @@ def judged(
     found = {}
     for name, own in maps.items():
         curves = (
-            deletion_insertion_curves(model, images, own, targets, steps=28, baseline=baseline)
+            deletion_insertion_curves(model, images, own, targets, steps=STEPS, baseline=baseline)
             for baseline in BASELINES.values()
         )
         overall = [float(auc(insertion) - auc(deletion)) for deletion, insertion in curves]

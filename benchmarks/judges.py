@@ -93,12 +93,14 @@ def run(
 ) -> None:
     """Judge the photos that have no line in the file yet."""
     pictures = data.listed()[:limit]
-    done = output.read_text().count("\n") if output.exists() else 0
     model = network.build()
     model.requires_grad_(False)
     preprocess = network.preprocess(data.size, data.resize)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a") as file:
+    written = output.read_text() if output.exists() else ""
+    done = written.count("\n")
+    with output.open("w") as file:
+        file.write(written[: written.rfind("\n") + 1])  # without a line that was cut off
         todo = pictures[done:]
         for picture in tqdm(todo, output.stem, initial=done, total=len(pictures), disable=not todo):
             images = preprocess(read_image(data.folder / picture.file))[None]
@@ -112,8 +114,7 @@ def run(
 
 def lines(output: Path) -> list[Any]:
     """Return the values of a file's photos; a last line without its end is left out."""
-    whole = [line for line in output.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [json.loads(line)["values"] for line in whole]
+    return [json.loads(line)["values"] for line in output.read_text().split("\n")[:-1]]
 
 
 def read(output: Path) -> Values:

@@ -182,7 +182,7 @@ def _orders(run: Run) -> Iterator[str]:
     if not rows:
         yield "The paper's orders: nothing has been measured yet."
         return
-    said = ", ".join(f"*{word}* {verdicts.count(word)} times" for word in VERDICTS)
+    said = ", ".join(f"*{word}*: {verdicts.count(word)}" for word in VERDICTS)
     yield (
         f"The paper's orders, as points in their favour (for deletion, the other's AUC minus the first "
         f"one's), mean over the networks and the photos that both methods have. Of {len(rows)} orders: "

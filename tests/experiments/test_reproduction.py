@@ -194,8 +194,8 @@ def test_the_orders_are_the_papers_and_their_verdicts_those_of_the_intervals(run
     held = {network: values(run, network) for network in PHOTOS}
     assert not any("+ EMP" in row[0] for row in rows)
     verdicts = [row[5] for row in rows]
-    assert f"Of {len(rows)} orders: *holds* {verdicts.count('holds')} times, " in text
-    assert f"*does not hold* {verdicts.count('does not hold')} times." in text
+    assert f"Of {len(rows)} orders: *holds*: {verdicts.count('holds')}, " in text
+    assert f"*does not hold*: {verdicts.count('does not hold')}." in text
     for order, measure, paper, here, photos, found in rows:
         one, other = order.split(" before ")
         sign = -1 if measure == "deletion" else 1
