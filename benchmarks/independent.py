@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from judges import STEPS, configured, lines, run
+from reproduction import told
 from torch import nn
 
-from lightning_aop.experiments.tables import bootstrap
+from lightning_aop.experiments.tables import Interval, bootstrap
 from lightning_aop.methods.aop import fast_sigcam
 from lightning_aop.methods.cam import GradCAM
 from lightning_aop.metrics import auc, deletion_insertion_curves
@@ -81,14 +82,11 @@ def report(files: list[Path]) -> str:
     flat = 100 * values.mean(axis=0).reshape(count, -1)
     means, drawn = bootstrap(flat, 2000)
     low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
-    cells = [
-        f"{m:.1f} [{a:.1f}, {b:.1f}]".replace("-", "\N{MINUS SIGN}")
-        for m, a, b in zip(means, low, high, strict=True)
-    ]
+    cells = [told(Interval(*found)) for found in zip(means, low, high, strict=True)]
     width = len(COLUMNS)
     table = [[m, *cells[i * width : (i + 1) * width]] for i, m in enumerate(METHODS)]
-    told = f"{count} photos, mean of {', '.join(f.stem for f in files)}; agreement is 100 times "
-    return f"{told}Spearman's correlation with {LONG}\n\n{formatted(['', *COLUMNS], table, 'markdown')}"
+    said = f"{count} photos, mean of {', '.join(f.stem for f in files)}; agreement is 100 times "
+    return f"{said}Spearman's correlation with {LONG}\n\n{formatted(['', *COLUMNS], table, 'markdown')}"
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from lightning_aop.data.images import read_image
 from lightning_aop.data.networks import Network
 from lightning_aop.experiments.pictures import Pictures
 from lightning_aop.experiments.tables import bootstrap
+from lightning_aop.files import write_whole
 from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves, infidelity, road
 from lightning_aop.metrics.functional import normalised
@@ -93,16 +94,20 @@ def run(
 ) -> None:
     """Judge the photos that have no line in the file yet."""
     pictures = data.listed()[:limit]
+    written = output.read_bytes() if output.exists() else b""
+    whole = written[: written.rfind(b"\n") + 1]
+    if whole != written:  # a line was cut off
+        write_whole(output, whole)
+    todo = pictures[whole.count(b"\n") :]
+    if not todo:
+        return
     model = network.build()
     model.requires_grad_(False)
     preprocess = network.preprocess(data.size, data.resize)
     output.parent.mkdir(parents=True, exist_ok=True)
-    written = output.read_text() if output.exists() else ""
-    done = written.count("\n")
-    with output.open("w") as file:
-        file.write(written[: written.rfind("\n") + 1])  # without a line that was cut off
-        todo = pictures[done:]
-        for picture in tqdm(todo, output.stem, initial=done, total=len(pictures), disable=not todo):
+    done = len(pictures) - len(todo)
+    with output.open("a") as file:
+        for picture in tqdm(todo, output.stem, initial=done, total=len(pictures)):
             images = preprocess(read_image(data.folder / picture.file))[None]
             with torch.no_grad():
                 targets = model(images).argmax(dim=1)

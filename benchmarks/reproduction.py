@@ -143,10 +143,10 @@ def _table(run: Run, title: str, methods: Sequence[str]) -> Iterator[str]:
         for network, mask in photos.items():
             for measure in MEASURES:
                 row.append(_signed(100 * run.value(measure, method)(network)[mask].mean()))
-        row.append(_told(run.mean(photos, run.value("overall", method))))
+        row.append(told(run.mean(photos, run.value("overall", method))))
         if method != REFERENCE and REFERENCE in there:
             apart = run.mean(photos, run.difference("overall", REFERENCE, method))
-            row.append(_told(apart, plus=True))
+            row.append(told(apart, plus=True))
         else:
             row.append("")
         evaluations = [run.value("evaluations", method)(n)[m].mean() for n, m in photos.items()]
@@ -174,7 +174,7 @@ def _orders(run: Run) -> Iterator[str]:
                 f"{run.names[method]} before {run.names[other]}",
                 measure,
                 "" if paper is None else _signed(paper, plus=True),
-                _told(found, plus=True),
+                told(found, plus=True),
                 " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1]))),
                 verdicts[-1],
             ]
@@ -230,7 +230,7 @@ def pointing(folder: Path) -> str:
         paper = reported_pointing(key)
         apart = ""
         if key != REFERENCE and REFERENCE in by_key:
-            apart = _told(_over_classes(by_key[REFERENCE], result, wide), plus=True)
+            apart = told(_over_classes(by_key[REFERENCE], result, wide), plus=True)
         rows.append(
             [
                 result["method"],
@@ -307,7 +307,8 @@ def _signed(value: float, plus: bool = False) -> str:
     return f"{value:{'+' if plus else ''}.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _told(found: Interval, plus: bool = False) -> str:
+def told(found: Interval, plus: bool = False) -> str:
+    """Return an interval with one decimal."""
     low, high = _signed(found.low, plus), _signed(found.high, plus)
     return f"{_signed(found.mean, plus)} [{low}, {high}]"
 

@@ -85,7 +85,7 @@ def test_the_heat_lies_on_the_cat(
     model, images, targets = cat_over_coffee
     maps = method.explain(model, images, targets)
     upper = maps[:, :112].sum(dim=(1, 2)) / maps.sum(dim=(1, 2))
-    assert upper[0] > 0.55, upper  # the cat's heat; SIGCAM's is spread widest
+    assert upper[0] > 0.65, upper  # the cat's heat
     assert upper[1] < 0.35, upper  # the coffee's
     inserted = auc(deletion_insertion_curves(model, images, maps, targets, steps=28)[1])
     assert (inserted > 2 * chance).all(), (inserted, chance)
