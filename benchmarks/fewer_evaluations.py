@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_aop.experiments.tables import Column, Interval, bootstrap, load
+from lightning_aop.tables import formatted
 
 OURS = "#d32f2f"
 OTHERS = "#3b5b8c"
@@ -84,13 +85,6 @@ def points(columns: list[Column], reference: str, part: slice) -> list[Point]:
     return found
 
 
-def _told(value: Interval | None, sign: str = "") -> str:
-    if value is None:
-        return ""
-    told = f"{value.mean:{sign}.1f} [{value.low:{sign}.1f}, {value.high:{sign}.1f}]"
-    return told.replace("-", "\N{MINUS SIGN}")
-
-
 def markdown(found: list[Point], reference: str) -> str:
     """Return a row for each method, and two columns for each network."""
     networks = list(dict.fromkeys(point.network for point in found))
@@ -98,15 +92,16 @@ def markdown(found: list[Point], reference: str) -> str:
     by_name = {(point.network, point.method): point for point in found}
     # Of a single network there is no mean.
     overall = "mean" if "mean" in networks else networks[0]
-    header = ["", "evaluations", *networks, f"{overall}, minus {reference}"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows = []
     for method in sorted(methods, key=lambda m: _cost(found, m)):
         own = [by_name.get((network, method)) for network in networks]
-        line = [method, f"{_cost(found, method):,.0f}"]
-        line += ["" if point is None else _told(point.overall) for point in own]
+        row = [method, f"{_cost(found, method):,.0f}"]
+        row += ["" if point is None else point.overall.told() for point in own]
         mean = by_name.get((overall, method))
-        lines.append([*line, "" if mean is None else _told(mean.difference, "+")])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        apart = None if mean is None else mean.difference
+        rows.append([*row, "" if apart is None else apart.told(plus=True)])
+    header = ["", "evaluations", *networks, f"{overall}, minus {reference}"]
+    return formatted(header, rows, "markdown")
 
 
 def _cost(found: list[Point], method: str) -> float:

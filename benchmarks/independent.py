@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from judges import STEPS, configured, lines, run
-from reproduction import told
 from torch import nn
 
 from lightning_aop.experiments.tables import Interval, bootstrap
@@ -82,7 +81,7 @@ def report(files: list[Path]) -> str:
     flat = 100 * values.mean(axis=0).reshape(count, -1)
     means, drawn = bootstrap(flat, 2000)
     low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
-    cells = [told(Interval(*found)) for found in zip(means, low, high, strict=True)]
+    cells = [Interval(*found).told() for found in zip(means, low, high, strict=True)]
     width = len(COLUMNS)
     table = [[m, *cells[i * width : (i + 1) * width]] for i, m in enumerate(METHODS)]
     said = f"{count} photos, mean of {', '.join(f.stem for f in files)}; agreement is 100 times "

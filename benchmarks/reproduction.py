@@ -28,6 +28,7 @@ from lightning_aop.tables import formatted
 TABLE_1 = ("gradcam", "wgradcam", "emp", "igos", "gradcam+emp", "gradcam+igos", "sigcam")
 TABLE_2 = ("gradcam", "gradcam++", "igos", "xrai", "sigcam")
 REFERENCE = "sigcam"
+FAST = "fastsigcam"
 # What the paper finds, as (measure, the better method, the other).
 ORDERS = (
     *(("overall", REFERENCE, other) for other in dict.fromkeys((*TABLE_1[:-1], *TABLE_2[:-1]))),
@@ -120,10 +121,15 @@ class Run:
 
 def faithfulness(run: Run) -> str:
     """Return Tables 1 and 2 and the orders."""
-    further = [key for key in run.names if key not in (*TABLE_1, *TABLE_2)]
-    first = list(_table(run, "Table 1", TABLE_1))
-    second = list(_table(run, "Table 2", (*TABLE_2, *further)))
-    return "\n\n".join([*first, *second, *_orders(run), _spent(run)])
+    own = [*dict.fromkeys((*TABLE_1, *TABLE_2, FAST))]
+    parts = [*_table(run, "Table 1", TABLE_1), *_table(run, "Table 2", (*TABLE_2, FAST))]
+    parts += _orders(run)
+    if further := [key for key in run.names if key not in own]:
+        every = [key for key in (*own, *further) if run.has(key)]
+        networks = run.shared(every)
+        order = {m: -run.mean(networks, run.value("overall", m)).mean for m in every if networks}
+        parts += _table(run, "Every method", sorted(every, key=lambda m: order.get(m, 0.0)))
+    return "\n\n".join([*parts, _spent(run)])
 
 
 def _table(run: Run, title: str, methods: Sequence[str]) -> Iterator[str]:
@@ -143,10 +149,10 @@ def _table(run: Run, title: str, methods: Sequence[str]) -> Iterator[str]:
         for network, mask in photos.items():
             for measure in MEASURES:
                 row.append(_signed(100 * run.value(measure, method)(network)[mask].mean()))
-        row.append(told(run.mean(photos, run.value("overall", method))))
+        row.append(run.mean(photos, run.value("overall", method)).told())
         if method != REFERENCE and REFERENCE in there:
             apart = run.mean(photos, run.difference("overall", REFERENCE, method))
-            row.append(told(apart, plus=True))
+            row.append(apart.told(plus=True))
         else:
             row.append("")
         evaluations = [run.value("evaluations", method)(n)[m].mean() for n, m in photos.items()]
@@ -174,7 +180,7 @@ def _orders(run: Run) -> Iterator[str]:
                 f"{run.names[method]} before {run.names[other]}",
                 measure,
                 "" if paper is None else _signed(paper, plus=True),
-                told(found, plus=True),
+                found.told(plus=True),
                 " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1]))),
                 verdicts[-1],
             ]
@@ -230,7 +236,7 @@ def pointing(folder: Path) -> str:
         paper = reported_pointing(key)
         apart = ""
         if key != REFERENCE and REFERENCE in by_key:
-            apart = told(_over_classes(by_key[REFERENCE], result, wide), plus=True)
+            apart = _over_classes(by_key[REFERENCE], result, wide).told(plus=True)
         rows.append(
             [
                 result["method"],
@@ -305,12 +311,6 @@ def _counted(photos: Masks) -> str:
 
 def _signed(value: float, plus: bool = False) -> str:
     return f"{value:{'+' if plus else ''}.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def told(found: Interval, plus: bool = False) -> str:
-    """Return an interval with one decimal."""
-    low, high = _signed(found.low, plus), _signed(found.high, plus)
-    return f"{_signed(found.mean, plus)} [{low}, {high}]"
 
 
 def replaced(page: str, part: str, text: str) -> str:

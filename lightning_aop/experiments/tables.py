@@ -42,6 +42,12 @@ class Interval:
     low: float
     high: float
 
+    def told(self, plus: bool = False) -> str:
+        """Return it with one decimal and a typographic minus, `plus` with a sign in any case."""
+        sign = "+" if plus else ""
+        text = f"{self.mean:{sign}.1f} [{self.low:{sign}.1f}, {self.high:{sign}.1f}]"
+        return text.replace("-", "\N{MINUS SIGN}")
+
 
 @dataclass(frozen=True)
 class Row:

@@ -64,6 +64,9 @@ TABLE_2 = {
     "I-GOS": refined("Blank", "IGOS"),
     "XRAI": {"class_path": "lightning_aop.XRAI", "init_args": {"steps": 2, "segments": [5]}},
     "SIGCAM": refined("WGradCAM", "IGOS"),
+    "fast_sigcam()": {"class_path": "lightning_aop.fast_sigcam", "init_args": {"iterations": 2}},
+}
+FURTHER = {
     "random": "random",
     "GreedyRanking": {"class_path": "lightning_aop.GreedyRanking", "init_args": {"cells": 2}},
 }
@@ -96,7 +99,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rules": {"steps": 6, "group_size": 3},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
     }
-    every = {"1": TABLE_1, "2": TABLE_2}
+    every = {"1": TABLE_1, "2": {**TABLE_2, **FURTHER}}
     for name, limit in PHOTOS.items():
         for table, methods in every.items():
             # All networks are named, so that the last configuration knows them.
@@ -145,9 +148,9 @@ def bounds(cell: str) -> tuple[float, float]:
 
 def test_results_of_earlier_configurations_are_there_when_asked_for(run: Path) -> None:
     _, last = load(run)
-    assert {column.method for column in last} == set(TABLE_2)
+    assert {column.method for column in last} == {*TABLE_2, *FURTHER}
     _, every = load(run, everything=True)
-    assert {column.method for column in every} == set(TABLE_1) | set(TABLE_2)
+    assert {column.method for column in every} == {*TABLE_1, *TABLE_2, *FURTHER}
     seen = {(c.network, c.method): int(c.seen.sum()) for c in every}
     assert seen["first", "EMP"] == 6
     assert seen["first", "GradCAM++"] == 9
@@ -188,9 +191,28 @@ def test_each_table_is_over_the_photos_that_its_methods_share(run: Path) -> None
         assert number(rows[0][9]) == 2
 
 
+def test_every_method_is_in_one_table_the_best_first(run: Path) -> None:
+    text = script().faithfulness(script().Run.of(run)).split("Every method, ")[1]
+    assert text.startswith("photos: first 6, second 3:")
+    held = {network: values(run, network) for network in PHOTOS}
+    means = {
+        method: np.mean(
+            [
+                np.mean([held[network][method][image]["overall"] for image in range(n)])
+                for network, n in {"first": 6, "second": 3}.items()
+            ]
+        )
+        for method in {**TABLE_1, **TABLE_2, **FURTHER}
+    }
+    rows = cells(text)[2:]
+    assert [row[0] for row in rows] == sorted(means, key=lambda method: -means[method])
+    for row in rows:
+        assert number(row[7]) == pytest.approx(100 * means[row[0]], abs=0.0501)
+
+
 def test_the_orders_are_the_papers_and_their_verdicts_those_of_the_intervals(run: Path) -> None:
     text = script().faithfulness(script().Run.of(run)).split("The paper's orders")[1]
-    rows = cells(text)[2:]
+    rows = cells(text.split("Every method")[0])[2:]
     held = {network: values(run, network) for network in PHOTOS}
     assert not any("+ EMP" in row[0] for row in rows)
     verdicts = [row[5] for row in rows]
