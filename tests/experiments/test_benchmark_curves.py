@@ -16,7 +16,7 @@ from lightning_aop.cli.options import compare_parser
 from lightning_aop.errors import UserError
 from lightning_aop.experiments.curves import draw, mean_curves
 from lightning_aop.experiments.results import Manifest, write_part
-from lightning_aop.methods.names import FIGURE_5
+from lightning_aop.methods.names import FIGURE_5, METHODS
 
 pytest.importorskip("pyarrow")
 
@@ -121,6 +121,22 @@ def test_the_configurations_are_the_paper_s(
         name, (None, "table2" if name == "table2" else None)
     )
     assert (options.data.limit, options.paper) == (limit, paper)
+
+
+def test_every_method_but_the_ceiling_is_run_on_the_photos_of_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_AOP_DATA", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    every, one = (
+        _instantiated(benchmark_parser(), ["--config", resolved(name, "benchmark")])
+        for name in ("photos_methods", "photos_table1")
+    )
+    assert set(every.methods.values()) == set(METHODS) - {"greedy_ranking", "fast_xrai"}
+    assert (every.output, every.rules, every.data) == (one.output, one.rules, one.data)
+    assert every.networks.items() <= one.networks.items()
+    # What several of them run has one name, and so is computed once.
+    assert one.methods.items() <= every.methods.items()
 
 
 def test_the_galleries_and_the_pointing_game_have_configurations() -> None:

@@ -26,6 +26,7 @@ from lightning_aop import (
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import count_evaluations
+from lightning_aop.scores import logit
 from lightning_aop.types import SaliencyMethod
 
 TABBY, ESPRESSO = 281, 967
@@ -74,21 +75,55 @@ def chance(cat_over_coffee: tuple[nn.Module, Tensor, Tensor]) -> Tensor:
     return auc(deletion_insertion_curves(model, *four, steps=28)[1]).view(2, 2).mean(dim=0)
 
 
+CAT, COFFEE = 0, 1
+
+
 @pytest.mark.parametrize(
-    "method",
-    [pytest.param(sigcam(), marks=pytest.mark.slow), fast_sigcam(), WGradCAM(), GradCAM()],
-    ids=["sigcam", "fast_sigcam", "wgradcam", "gradcam"],
+    ("method", "which"),
+    [
+        pytest.param(
+            sigcam(),
+            CAT,
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.xfail(
+                    strict=True,
+                    reason="The cat's softmax is lowered by whatever helps likelier cats.",
+                ),
+            ],
+            id="sigcam-cat",
+        ),
+        *(
+            pytest.param(
+                method,
+                which,
+                marks=[pytest.mark.slow] * slow,
+                id=f"{name}-{('cat', 'coffee')[which]}",
+            )
+            for name, method, classes, slow in (
+                ("sigcam", sigcam(), (COFFEE,), True),
+                ("sigcam of logits", sigcam(score=logit), (CAT, COFFEE), True),
+                ("fast_sigcam", fast_sigcam(), (CAT, COFFEE), False),
+                ("wgradcam", WGradCAM(), (CAT, COFFEE), False),
+                ("gradcam", GradCAM(), (CAT, COFFEE), False),
+            )
+            for which in classes
+        ),
+    ],
 )
-def test_the_heat_lies_on_the_cat(
-    method: SaliencyMethod, cat_over_coffee: tuple[nn.Module, Tensor, Tensor], chance: Tensor
+def test_the_heat_lies_on_the_class_s_half(
+    method: SaliencyMethod,
+    which: int,
+    cat_over_coffee: tuple[nn.Module, Tensor, Tensor],
+    chance: Tensor,
 ) -> None:
     model, images, targets = cat_over_coffee
-    maps = method.explain(model, images, targets)
-    upper = maps[:, :112].sum(dim=(1, 2)) / maps.sum(dim=(1, 2))
-    assert upper[0] > 0.65, upper  # the cat's heat
-    assert upper[1] < 0.35, upper  # the coffee's
-    inserted = auc(deletion_insertion_curves(model, images, maps, targets, steps=28)[1])
-    assert (inserted > 2 * chance).all(), (inserted, chance)
+    one = images[[which]], targets[[which]]
+    maps = method.explain(model, *one)
+    own = maps[:, :112] if which == CAT else maps[:, 112:]
+    assert own.sum() / maps.sum() > 0.65
+    inserted = auc(deletion_insertion_curves(model, one[0], maps, one[1], steps=28)[1])
+    assert inserted > 2 * chance[which]
 
 
 def photos(folder: Path, count: int, mean: Any, std: Any) -> Tensor:
