@@ -124,11 +124,12 @@ def faithfulness(run: Run) -> str:
     own = [*dict.fromkeys((*TABLE_1, *TABLE_2, FAST))]
     parts = [*_table(run, "Table 1", TABLE_1), *_table(run, "Table 2", (*TABLE_2, FAST))]
     parts += _orders(run)
-    if further := [key for key in run.names if key not in own]:
-        every = [key for key in (*own, *further) if run.has(key)]
-        networks = run.shared(every)
-        order = {m: -run.mean(networks, run.value("overall", m)).mean for m in every if networks}
-        parts += _table(run, "Every method", sorted(every, key=lambda m: order.get(m, 0.0)))
+    if any(key not in own for key in run.names):
+        every = [key for key in run.names if run.has(key)]
+        photos = run.shared(every)
+        scores = {m: run.mean(photos, run.value("overall", m)).mean for m in every if photos}
+        ranked = sorted(run.names, key=lambda m: scores.get(m, -np.inf), reverse=True)
+        parts += _table(run, "Every method", ranked)
     return "\n\n".join([*parts, _spent(run)])
 
 
