@@ -140,15 +140,21 @@ def _table(run: Run, title: str, methods: Sequence[str]) -> Iterator[str]:
         yield f"{title}: nothing has been measured yet."
         return
     yield f"{title}, {_counted(photos)}:"
+    # Of a single network the mean over networks says it all.
+    measures = MEASURES if len(photos) > 1 else MEASURES[:2]
     header = [""]
     for network in photos:
-        header += [f"{NAMES.get(network, network)}: del.", "ins.", "overall"]
-    header += ["overall, mean", f"{run.names.get(REFERENCE, 'SIGCAM')} minus it", "evaluations"]
+        header += [f"{NAMES.get(network, network)}: del.", "ins.", "overall"][: len(measures)]
+    header += [
+        "overall, mean" if len(photos) > 1 else "overall",
+        f"{run.names.get(REFERENCE, 'SIGCAM')} minus it",
+        "evaluations",
+    ]
     rows = []
     for method in there:
         row = [run.names[method]]
         for network, mask in photos.items():
-            for measure in MEASURES:
+            for measure in measures:
                 row.append(_signed(100 * run.value(measure, method)(network)[mask].mean()))
         row.append(run.mean(photos, run.value("overall", method)).told())
         if method != REFERENCE and REFERENCE in there:
