@@ -181,8 +181,8 @@ def _write(
         [heading(n) for n in names],
         [[caption(rows.get((i, n))) for n in names] for i in everyone],
         [f"{pairs.labels[i]}\n{pairs.photos[i].name}" for i in everyone],
-        title=f"{options.model} · AUC of deletion (lower is better), insertion (higher), and their "
-        "difference (overall); the best of each row in green",
+        title=f"{options.model}\nAUC of deletion (lower is better), insertion (higher), and their "
+        f"difference (overall){'; the best of each row in green' if len(names) > 1 else ''}",
         best=[best(i) for i in everyone],
         mean=recipe.mean,
         std=recipe.std,

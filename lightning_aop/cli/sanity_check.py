@@ -86,8 +86,8 @@ def main(options: Namespace) -> int:
         ["as trained", *("\n".join(layer.rsplit(".", 1)) for layer in done)],
         [["", *(_caption(entries[layer][i]) for layer in done)] for i in everyone],
         [f"{pairs.labels[i]}\n{pairs.photos[i].name}" for i in everyone],
-        title=f"{title} · after {options.mode} randomisation of each layer: rank correlation and "
-        "SSIM with the map as trained",
+        title=f"{title}\nafter {options.mode} randomisation of each layer: rank correlation and SSIM "
+        "with the map as trained",
         mean=recipe.mean,
         std=recipe.std,
         cell=options.cell,

@@ -15,7 +15,17 @@ from lightning_aop.errors import InvalidValueError
 from lightning_aop.types import Images
 from lightning_aop.view.grid import colour_bar, panels_of
 from lightning_aop.view.heat import Picture, displayable
-from lightning_aop.view.text import BEST, INK, MUTED, PAPER, badge, font_of, lines_of, shortened
+from lightning_aop.view.text import (
+    BEST,
+    INK,
+    MUTED,
+    PAPER,
+    badge,
+    font_of,
+    lines_of,
+    shortened,
+    wrapped,
+)
 
 
 def map_table(
@@ -44,7 +54,7 @@ def map_table(
         columns: m texts of one or two lines, the second muted.
         captions: for each image m texts of one or two lines, below its maps.
         headings: for each image a text of one or two lines, below it.
-        title: one line at the top.
+        title: a line at the top; what follows a newline is muted, in as many lines as it needs.
         best: for each image the column whose caption is set off in colour, or None.
         mean: see ``displayable``.
         std: see ``displayable``.
@@ -102,14 +112,17 @@ def map_table(
     row_high = high + em // 2 + line * max(map(len, itertools.chain(heads, *texts))) + em
     bands = [range(i, min(i + band, many)) for i in range(0, many, band)]
     bar_w, bar_h = 12 * em, round(0.7 * em)
-    top = margin + (2 * line if title else 0)
     band_high = head_high + count * row_high + em
     width = (band + 1) * step + em - gap + 2 * margin
+    name, _, note = (title or "").partition("\n")
+    name = shortened(" ".join(name.split()), large, width - 2 * margin)
+    notes = wrapped(note, font, width - 2 * margin)
+    top = margin + (2 * line if name else 0) + (len(notes) * line + line // 2 if notes else 0)
     canvas = Image.new("RGB", (width, top + len(bands) * band_high + bar_h + 2 * margin), PAPER)
     draw = ImageDraw.Draw(canvas)
-    if title:
-        text = shortened(" ".join(title.split()), large, width - 2 * margin)
-        draw.text((margin, margin), text, INK, large, "lt")
+    draw.text((margin, margin), name, INK, large, "lt")
+    for row, text in enumerate(notes):
+        draw.text((margin, margin + 3 * line // 2 + row * line), text, MUTED, font, "la")
 
     def write(
         lines: Sequence[str], x: int, y: int, first: ImageFont.FreeTypeFont, colour: Any = INK

@@ -48,6 +48,18 @@ def shortened(
     return cut(bisect_right(range(1, len(kept) + 1), width, key=lambda n: font.getlength(cut(n))))
 
 
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """Return the text in lines no wider than `width` pixels; a word too long for one is cut."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(shortened(word, font, width))
+    return lines
+
+
 def badge(
     draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, font: ImageFont.FreeTypeFont
 ) -> None:

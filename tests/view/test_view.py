@@ -27,7 +27,7 @@ from lightning_aop.view.grid import heatmap_grid
 from lightning_aop.view.heat import displayable, overlay
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
-from lightning_aop.view.text import font_of, shortened
+from lightning_aop.view.text import font_of, shortened, wrapped
 
 
 def pictures(count: int = 2, size: tuple[int, int] = (128, 160), channels: int = 3) -> Tensor:
@@ -793,7 +793,7 @@ def table_of(count: int, many: int, **more: Any) -> Tensor:
     rows = [list(row) for row in maps]
     captions = [[f"overall 0.{i}{j}\nsmall" for j in range(many)] for i in range(count)]
     return map_table(
-        torch.rand(count, 3, 24, 32),
+        torch.rand(count, 3, 24, 32, generator=torch.Generator().manual_seed(3)),
         rows,
         [f"method {j}" for j in range(many)],
         captions,
@@ -812,6 +812,28 @@ def test_a_table_has_a_row_for_each_image_and_bands_of_columns() -> None:
     bands = table_of(1, 4, cell=96, abreast=2)
     assert bands.shape[2] == one.shape[2]
     assert bands.shape[1] > one.shape[1] + row
+
+
+@hypothesis.given(st.text("ab ", max_size=80), st.integers(30, 300))
+def test_a_text_is_wrapped_without_losing_a_word(text: str, width: int) -> None:
+    font = font_of("DejaVuSans.ttf", 12)
+    lines = wrapped(text, font, width)
+    assert all(line and font.getlength(line) <= width for line in lines)
+    words = [shortened(word, font, width) for word in text.split()]
+    assert " ".join(lines).split() == words
+    # No line could take the first word of the next.
+    for line, after in itertools.pairwise(lines):
+        assert font.getlength(f"{line} {after.split()[0]}") > width
+
+
+def test_what_follows_the_title_of_a_table_takes_the_lines_that_it_needs() -> None:
+    plain, named = table_of(1, 1, cell=96), table_of(1, 1, cell=96, title="net")
+    explained = [
+        table_of(1, many, cell=96, title="net\n" + "lower is better " * 6) for many in (1, 6)
+    ]
+    heights = [picture.shape[1] for picture in (plain, named, *explained)]
+    assert heights[0] < heights[1] < heights[3] < heights[2]
+    assert torch.equal(explained[0][:, -plain.shape[1] + 40 :], plain[:, 40:])
 
 
 def test_every_map_of_a_table_is_the_overlay_of_its_own_image() -> None:
