@@ -6,7 +6,8 @@
 
 A run may be unfinished: each table is over the photos that all its methods have, and says how many
 those are. With `--page` the parts of that page between its markers are replaced; without, they are
-printed.
+printed. With `--keep FOLDER` the run's values are laid there too, in one file for each network: a run
+into a copy of that folder goes on from there.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from jaxtyping import Bool, Float
 
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.paper import method_key, reported_difference, reported_pointing
+from lightning_aop.experiments.results import MANIFEST, Manifest, parts, schema, write_part
 from lightning_aop.experiments.tables import MEASURES, Column, Interval, bootstrap, load
 from lightning_aop.files import write_whole
 from lightning_aop.tables import formatted
@@ -320,6 +322,28 @@ def _signed(value: float, plus: bool = False) -> str:
     return f"{value:{'+' if plus else ''}.1f}".replace("-", "\N{MINUS SIGN}")
 
 
+def keep(run: Path, folder: Path) -> None:
+    """Lay what a run has measured into a folder, in one file for each network, without the curves.
+
+    The curves are nine tenths of a run's bytes, and no table reads them.
+    """
+    manifest = Manifest.read(run)
+    if manifest is None:
+        raise InvalidValueError(f"{run} holds no {MANIFEST}: name the output folder of a benchmark")
+    columns = [field.name for field in schema() if not field.name.endswith("_curve")]
+    for own in manifest.folders.values():
+        rows: dict[tuple[int, str], dict[str, Any]] = {}
+        for part in parts(run / own, columns):
+            for row in part.to_pylist():
+                # An image is there twice where a group has grown with data.limit.
+                rows[row["image"], row["method_digest"]] = row
+        earlier = list((folder / own).glob("part-*.parquet"))
+        write_part(folder / own, 0, 0, [rows[key] for key in sorted(rows)])
+        for file in earlier:
+            file.unlink()
+    manifest.write(folder)
+
+
 def replaced(page: str, part: str, text: str) -> str:
     """Return the page with another text between the markers of a part."""
     start, end = f"<!-- measured: {part} -->", f"<!-- end: {part} -->"
@@ -337,8 +361,11 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--pointing", type=Path, help="the output folder of a pointing game")
     parser.add_argument("--page", type=Path, help="replace the parts of this page")
+    parser.add_argument("--keep", type=Path, help="lay the run's values into this folder")
     arguments = parser.parse_args(words)
     run = Run.of(arguments.run)
+    if arguments.keep:
+        keep(arguments.run, arguments.keep)
     found = {"faithfulness": faithfulness(run), "imagenet": imagenet(run)}
     if arguments.pointing:
         found["pointing"] = pointing(arguments.pointing)

@@ -286,6 +286,28 @@ def test_the_page_is_rewritten_between_its_markers_only(run: Path, tmp_path: Pat
         module.main([str(run), f"--page={page}"])
 
 
+def test_a_run_that_was_kept_has_the_same_tables_and_goes_on(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, kept = script(), tmp_path / "kept"
+    for _ in range(2):  # the second time over the first
+        module.main([str(run), f"--keep={kept}"])
+    printed = capsys.readouterr().out
+    module.main([str(kept)])
+    assert printed == 2 * capsys.readouterr().out
+    assert [len(list(folder.iterdir())) for folder in kept.iterdir() if folder.is_dir()] == [1, 1]
+    size, whole = (
+        sum(file.stat().st_size for file in folder.rglob("*.parquet")) for folder in (kept, run)
+    )
+    assert size < whole / 2
+    # All that both configurations ask for is there; what a higher limit adds is not.
+    config = run.parent / "first-1.yaml"
+    assert main(["benchmark", str(config), f"--output={kept}", "--data.limit=6"]) == 0
+    assert "to do" not in capsys.readouterr().out
+    assert main(["benchmark", str(config), f"--output={kept}", "--data.limit=9"]) == 0
+    assert "first: going on, 2 of 3 groups are finished" in capsys.readouterr().out
+
+
 def test_what_imagenet_would_take_is_counted(run: Path) -> None:
     module = script()
     text = module.imagenet(module.Run.of(run))
