@@ -367,6 +367,13 @@ class ExplanationMonitor(Callback):
         lazy = any(map(is_lazy, (*pl_module.parameters(), *pl_module.buffers())))
         if trainer.global_step == 0 and self._enabled and not lazy:
             self._fire(trainer, pl_module, "start")
+        if self._enabled:
+            # A checkpoint, a stop or a schedule that watches these values would end the training without
+            # them. Lightning keeps them until others are logged.
+            waiting = watched(trainer)
+            late = {n: v for n, v in _UNMEASURED.items() if self._prefix + n in waiting}
+            for name, value in (self._state.held | late).items():
+                trainer.callback_metrics.setdefault(self._prefix + name, torch.tensor(value))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -415,16 +422,8 @@ class ExplanationMonitor(Callback):
             self._attempt(pl_module, lambda: self._choose(trainer))
         self._state.validations += 1
         due = trainer.state.fn != "fit" or self._due(trainer)
-        explained = due and self._fire(trainer, pl_module, "epoch")
-        if not explained and trainer.state.fn == "fit":
-            # A checkpoint or a stop that watches these values would end the training without them.
-            # Lightning keeps them once they were logged.
-            for name, value in self._state.held.items():
-                trainer.callback_metrics.setdefault(self._prefix + name, torch.tensor(value))
-        if trainer.state.fn == "fit":
-            for name, value in _UNMEASURED.items():
-                if self._prefix + name in watched(trainer):
-                    trainer.callback_metrics.setdefault(self._prefix + name, torch.tensor(value))
+        if due:
+            self._fire(trainer, pl_module, "epoch")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen epochs where there is no validation."""

@@ -569,6 +569,27 @@ def test_others_may_watch_the_monitor(
     assert monitor.fired == (0 if isinstance(method, Failing) else 2)
 
 
+@pytest.mark.parametrize("used", LIGHTNINGS)
+@pytest.mark.parametrize(
+    "options",
+    [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}],
+    ids=["no validation", "every second epoch"],
+)
+def test_others_may_watch_the_monitor_at_the_end_of_an_epoch(
+    options: dict[str, Any], used: str, tmp_path: Path
+) -> None:
+    """Where nothing was explained in the first epoch; the stop comes before the monitor in the list."""
+    key = "explain/overall_auc"
+    callbacks: Any = importlib.import_module(f"{used}.callbacks")
+    stop = callbacks.EarlyStopping(key, mode="max", patience=99, check_on_train_epoch_end=True)
+    monitor = Watch(metrics=OverallAUC(steps=4), controls=False, every_n_epochs=2)
+    options = {"max_epochs": 3, "num_sanity_val_steps": 0, **options}
+    plateau = {"plateau": key} if options.get("limit_val_batches") == 0 else {}
+    ran = train(used, Kind("", settings=plateau), tmp_path, [stop, monitor], **options)
+    assert ran.trainer.current_epoch == 3
+    assert stop.best_score > -1.0
+
+
 AVERAGED = "exponential moving average, before or after the monitor"
 
 
