@@ -18,7 +18,7 @@ from lightning_aop.errors import InvalidTypeError
 from lightning_aop.model.collectives import reshard
 from lightning_aop.model.state import Saved
 
-__all__ = ["foreign_state", "is_explaining", "isolated", "undisturbed"]
+__all__ = ["foreign_state", "is_explaining", "isolated", "kept", "undisturbed"]
 
 
 @contextmanager
@@ -104,6 +104,17 @@ def isolated(model: nn.Module) -> Iterator[None]:
         _open.append(saved)
         stack.callback(_open.remove, saved)
         yield
+
+
+@contextmanager
+def kept(thing: object) -> Iterator[None]:
+    """Leave the attributes of an object that is no model as they were, and what hangs on them."""
+    saved = Saved(vars(thing))
+    saved.hold()
+    try:
+        yield
+    finally:
+        saved.restore()
 
 
 def _drop(*args: object, **kwargs: object) -> None:

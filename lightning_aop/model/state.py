@@ -10,8 +10,9 @@ Large tensors are not copied. Inside they stand on a copy of their bits that PyT
 write, whoever writes and whenever that is (`_Lent`), and afterwards on their own memory again, which
 nothing has written to. Where others could write to that memory by another way, it is copied.
 
-The walk stops at what is no part of the model: trainers, loggers, datasets, optimizers, and objects
-with open files, threads or locks. `foreign` names those that a forward could change all the same.
+The walk stops at what is no part of the model: trainers, loggers, datasets, optimizers, the packages'
+own callbacks, and objects with open files, threads or locks. `foreign` names those that a forward
+could change all the same.
 """
 
 import collections
@@ -70,10 +71,11 @@ _LARGE = 2**16  # bytes of a tensor from which on to lend is cheaper than to cop
 class Saved:
     """The values of all that is reachable from a module, as of when this was made.
 
-    Those of tensors and arrays are as of `hold`.
+    Those of tensors and arrays are as of `hold`. Instead of a module it may be the attributes of
+    another object.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module | dict[str, Any]) -> None:
         self.foreign: dict[str, str] = {}
         """By its place, the type of each object that could change and cannot be put back."""
         self._classes: list[tuple[Any, type]] = []
@@ -193,7 +195,7 @@ class Saved:
     # ---------------------------------------------------------------------------------------------
     # the walk
 
-    def _walk(self, model: nn.Module) -> None:
+    def _walk(self, model: nn.Module | dict[str, Any]) -> None:
         ahead: list[tuple[str, Any]] = [("", model)]
         kinds: set[type] = set()
         while ahead:
@@ -337,7 +339,8 @@ class Saved:
 
     def _save_object(self, place: str, thing: Any) -> Iterable[tuple[str, Any]]:
         kind = type(thing)
-        if issubclass(kind, type) or any(_is_others(base) for base in kind.__mro__):
+        others = list(filter(_is_others, kind.__mro__))
+        if issubclass(kind, type) or kind in others or not all(map(_is_to_build_on, others)):
             return ()
         attributes = getattr(thing, "__dict__", {})
         slots = (getattr(thing, name, None) for name in _slotnames(kind))
@@ -381,6 +384,14 @@ def _of_class(kind: type) -> dict[str, Any]:
 def _is_others(kind: type) -> bool:
     module = kind.__module__
     return _root(module) in _OTHERS and not module.startswith("torch.distributions")
+
+
+def _is_to_build_on(kind: type) -> bool:
+    """Tell whether a class of Lightning's lends itself to objects with a state of their own.
+
+    A user's callback whose method is a hook is one, a user's Trainer isn't.
+    """
+    return kind.__module__.endswith(("callbacks.callback", "core.hooks", ".hparams_mixin"))
 
 
 def _is_foreign(thing: object) -> bool:

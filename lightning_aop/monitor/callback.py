@@ -333,7 +333,7 @@ class ExplanationMonitor(Callback):
             self._label = None if number == 1 else str(number)
         if stage == "fit":
             self._run = self._new_run()
-            _step_before_averaging(self, trainer)
+        _step_before_swaps(self, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what of the model could not be put back after an explanation, and lay out the charts."""
@@ -970,12 +970,17 @@ def _callbacks(trainer: Trainer) -> list[Any]:
     return list(getattr(trainer, "callbacks"))  # noqa: B009  # which its class does not declare
 
 
-def _step_before_averaging(monitor: ExplanationMonitor, trainer: Trainer) -> None:
-    """Take the place before a callback that puts the weights back which it swapped for validation."""
+def _step_before_swaps(monitor: ExplanationMonitor, trainer: Trainer) -> None:
+    """Take the place before all callbacks that do something at the end of a validation.
+
+    One of them may be an average of weights, which puts back those that it swapped for validation.
+    """
     callbacks = _callbacks(trainer)
     own = callbacks.index(monitor)
     for place, other in enumerate(callbacks[:own]):
-        if any(cls.__name__ == "WeightAveraging" for cls in type(other).__mro__):
+        kinds = [cls for cls in type(other).__mro__ if "on_validation_epoch_end" in vars(cls)]
+        # Of either package the base class has the hook, and does nothing.
+        if not isinstance(other, ExplanationMonitor) and len(kinds) > 1:
             callbacks.insert(place, callbacks.pop(own))
             setattr(trainer, "callbacks", callbacks)  # noqa: B010  # another list: Lightning is going through the old one
             return

@@ -9,7 +9,7 @@ imported would take over the messages of both, also when `logging` was told to l
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from lightning_aop.model.isolation import device_of, in_float32, undisturbed
+from lightning_aop.model.isolation import device_of, in_float32, kept, undisturbed
 from lightning_aop.monitor.explanation import Moment, MomentKind
 from lightning_aop.monitor.facts import class_count, class_names
 from lightning_aop.monitor.labels import ReadBatch, read_batch
@@ -170,8 +170,9 @@ def draw(
         with undisturbed(module), torch.no_grad():
             found = collect(source, loaders_of(trainer))
             batch = trainer.precision_plugin.convert_input(found.batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            with _kept_hooks(getattr(trainer, "datamodule", None)):
+                batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     finally:
         trainer.state.stage = stage
     given = [] if names is None else [{"class_names": list(names)}]
@@ -179,6 +180,14 @@ def draw(
     known = class_names(sources).value
     reading = read_batch(batch, found.limit, read, known)
     return Drawn(reading, class_count(sources), found.limit, found.read_masks, given, known)
+
+
+def _kept_hooks(datamodule: Any) -> AbstractContextManager[None]:
+    """Leave a DataModule as it was, where it has hooks of its own for batches."""
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    own = [getattr(type(datamodule), name, None) for name in hooks]
+    roots = {hook.__module__.partition(".")[0] for hook in own if hook is not None}
+    return kept(datamodule) if roots - {"lightning", "pytorch_lightning"} else nullcontext()
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -4,6 +4,7 @@ Each kind runs with `pytorch_lightning` and with `lightning.pytorch`, and is a r
 docs/reliability.md. That it is a kind which can be disturbed is tested, too.
 """
 
+import functools
 import importlib
 import io
 import os
@@ -590,21 +591,128 @@ def test_others_may_watch_the_monitor_at_the_end_of_an_epoch(
     assert stop.best_score > -1.0
 
 
-AVERAGED = "exponential moving average, before or after the monitor"
+HOOKED = "a callback whose method is a forward hook"
 
 
 @pytest.mark.parametrize("used", LIGHTNINGS)
-def test_an_average_may_stand_on_either_side(
+def test_what_a_callback_collects_is_its_own(
     used: str, tmp_path: Path, record_property: Any
 ) -> None:
-    record_property("cell", AVERAGED)
+    record_property("cell", HOOKED)
     callbacks: Any = importlib.import_module(f"{used}.callbacks")
+
+    class Collect(callbacks.Callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.means: list[float] = []
+
+        def collect(self, module: nn.Module, args: Any, output: Tensor) -> None:
+            self.means.append(float(output.detach().mean()))
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.net.features.register_forward_hook(self.collect)
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.log("mean activation", sum(self.means) / len(self.means))
+            pl_module.log("activations", float(len(self.means)))
+            self.means.clear()
+
+    monitor = Watch()
+    without = train(used, Kind(""), tmp_path / "without", [Collect()])
+    with_it = train(used, Kind(""), tmp_path / "with", [Collect(), monitor])
+    assert without.found["logged"]["activations"] > 0
+    assert_same(without.found, with_it.found)
+    assert monitor.fired == 3
+
+
+TRANSFERS = "a DataModule whose batch hooks draw and count"
+
+
+@pytest.mark.parametrize("used", LIGHTNINGS)
+def test_the_batch_hooks_of_a_data_module_go_on_as_they_were(
+    used: str, tmp_path: Path, record_property: Any
+) -> None:
+    record_property("cell", TRANSFERS)
+    lightning: Any = importlib.import_module(used)
+
+    class Module(lightning.LightningDataModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(1)
+            self.moved = 0
+            self.data = Data(tmp_path)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(self.data, 4, shuffle=True)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(self.data, 4)
+
+        def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+            self.moved += 1
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            images, *rest = batch
+            return [images + torch.randn(images.shape, generator=self.generator), *rest]
+
+    found = []
+    for callbacks in ([], [monitor := Watch()]):
+        lightning.seed_everything(3, verbose=False)
+        module = module_of(lightning, SmallNet(), {})
+        trainer = lightning.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, datamodule=(data := Module()))
+        found.append([module.state_dict(), data.moved, data.generator.get_state()])
+    assert_same(*found)
+    assert monitor.fired == 3
+
+
+AVERAGED = "exponential moving average, before or after the monitor"
+
+
+def lightnings_average(callbacks: Any) -> Any:
     if not hasattr(callbacks, "WeightAveraging"):
         pytest.skip("Lightning has WeightAveraging since 2.6")
+    return callbacks.WeightAveraging(avg_fn=get_ema_avg_fn(0.9))
 
-    def average() -> Any:
-        return callbacks.WeightAveraging(avg_fn=get_ema_avg_fn(0.9))
 
+def own_average(callbacks: Any) -> Any:
+    """As many projects have written it."""
+
+    class Average(callbacks.Callback):  # type: ignore[misc]
+        def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
+            self.other = [p.detach().clone() for p in pl_module.parameters()]
+
+        def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, *rest: Any) -> None:
+            for mean, p in zip(self.other, pl_module.parameters(), strict=True):
+                mean.lerp_(p.detach(), 0.1)
+
+        def swap(self, trainer: Any, pl_module: nn.Module) -> None:
+            for place, p in enumerate(pl_module.parameters()):
+                now = p.detach().clone()
+                p.data.copy_(self.other[place])
+                self.other[place] = now
+
+        on_validation_epoch_start = on_validation_epoch_end = swap
+
+    return Average()
+
+
+@pytest.mark.parametrize("used", LIGHTNINGS)
+@pytest.mark.parametrize("average_of", [lightnings_average, own_average])
+def test_an_average_may_stand_on_either_side(
+    average_of: Callable[[Any], Any], used: str, tmp_path: Path, record_property: Any
+) -> None:
+    record_property("cell", AVERAGED)
+    average = functools.partial(average_of, importlib.import_module(f"{used}.callbacks"))
     kind = Kind("")
     without = train(used, kind, tmp_path / "without", [average()])
     found = []
@@ -653,4 +761,4 @@ def test_a_damaged_history_changes_nothing(used: str, tmp_path: Path, record_pro
     assert len(list(tmp_path.glob("with/explanations*/history.jsonl"))) == 2
 
 
-ROWS = [*(kind.name for kind in KINDS), WATCHED, AVERAGED, DAMAGED]
+ROWS = [*(kind.name for kind in KINDS), WATCHED, HOOKED, TRANSFERS, AVERAGED, DAMAGED]
