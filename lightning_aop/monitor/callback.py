@@ -1,5 +1,6 @@
 """ExplanationMonitor: the Lightning callback that shows, while a model trains, what it looks at."""
 
+import itertools
 import math
 import re
 import time
@@ -329,9 +330,13 @@ class ExplanationMonitor(Callback):
         if problem:
             raise misconfiguration(trainer, f"ExplanationMonitor: {problem}")
         if self.name is None:
-            number = [each for each in others if each.name is None].index(self) + 1
-            self._label = None if number == 1 else str(number)
-        if stage == "fit":
+            names = {each.name for each in others}
+            numbers = (str(n) for n in itertools.count(2) if str(n) not in names)
+            labels = itertools.chain([None], numbers)
+            unnamed = [each for each in others if each.name is None]
+            self._label = next(itertools.islice(labels, unnamed.index(self), None))
+        # A validation may be of another module, and on other data.
+        if stage == "fit" or (self._run and self._run.module not in (None, pl_module)):
             self._run = self._new_run()
         _step_before_swaps(self, trainer)
 
@@ -650,7 +655,7 @@ class ExplanationMonitor(Callback):
                     return drift
 
                 drift = processes.from_first(drift_since)
-                explanation = self._timed(replace(explanation, drift=drift), started)
+                explanation = self._timed(replace(explanation, drift=drift), started, moment)
                 run.last, run.explained = explanation.values, run.explained + 1
                 run.images = len(explanation.probe.images)
                 if explanation.controls:
@@ -692,7 +697,7 @@ class ExplanationMonitor(Callback):
         Where there are failures, their maps as well.
         """
         run = self._state
-        if run.module is not pl_module:  # new, or another than the one that was fitted
+        if run.module is not pl_module:
             self._prepare(trainer, pl_module, processes)
         assert run.probe is not None
         assert run.model is not None
@@ -861,7 +866,7 @@ class ExplanationMonitor(Callback):
         score = self.score if adapter is None else fitting_score(self.score, adapter)
         return Way(self.method, self.target_layer, self.targets, score, self.max_classes_per_image)
 
-    def _timed(self, explanation: Explanation, started: float) -> Explanation:
+    def _timed(self, explanation: Explanation, started: float, moment: Moment) -> Explanation:
         """Add how much has changed, and how long it took; the budget pays for it."""
         budget, values = self._state.budget, dict(explanation.values)
         if (drift := mean_drift(explanation.drift)) is not None:
@@ -871,7 +876,8 @@ class ExplanationMonitor(Callback):
             values["skipped"] = float(budget.skipped)
             extra = bool(explanation.controls) or "drift_floor" in values
             budget.pay(values["seconds"], self._state.judge.seconds if extra else 0.0)
-            values["overhead"] = budget.overhead
+            if moment.fitting and moment.kind != "start":
+                values["overhead"] = budget.overhead
         return replace(explanation, values=values)
 
     def _scalars(

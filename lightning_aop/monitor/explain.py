@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +38,8 @@ from lightning_aop.monitor.judge import (
     Judging,
     computed,
     located,
+    name_of,
+    singles,
     synced,
     updated,
     with_another_seed,
@@ -59,6 +61,8 @@ from lightning_aop.scores import (
 )
 from lightning_aop.types import Images, Maps, SaliencyMethod, Targets
 from lightning_aop.view.grid import Panel
+
+T = TypeVar("T")
 
 _COMPARES = (
     "score=contrast() tells a class from the others, and here an image may have several classes: take "
@@ -119,15 +123,6 @@ def fitting_score(score: Score | None, adapter: Adapter) -> Score:
     if adapter.score is sigmoid and adapter.classes > 2 and contrasts(score):
         raise InvalidValueError(_COMPARES)
     return score or adapter.score
-
-
-@dataclass
-class _Worked:
-    """What one process has done of the work."""
-
-    maps: Maps
-    curves: Float[Tensor, "mine 2 points"]
-    metric: Judging | None
 
 
 def explain(
@@ -279,18 +274,16 @@ def explain_probe(
     def metric() -> Judging | None:
         return judge.metric(plan.score, together=workers.size > 1)
 
-    def work() -> _Worked:
-        maps = passes.in_parts(partial(method.explain, model), pictures, targets)
-        worked = _Worked(maps, maps.new_full((len(maps), 2, 2), torch.nan), None)
-        judging = metric()
-        if judging is None or not judged.any():
-            return worked
-        batch = pictures[judged], maps[judged], targets[judged]
-        worked.metric, measured = updated(judging, model, *batch, passes)
-        if measured is not None:
-            worked.curves = measured.new_full((len(maps), *measured.shape[1:]), torch.nan)
-            worked.curves[judged] = measured
-        return worked
+    def judge_by(
+        judging: Judging, own: Maps
+    ) -> tuple[dict[str, float], Float[Tensor, "mine 2 points"] | None]:
+        """Return what a metric says of the maps, and the curves behind it."""
+        batch = pictures[judged], own[judged], targets[judged]
+        update = partial(updated, judging, model, *batch, passes)
+        judging, measured = processes.together(
+            lambda: _within_memory(update, len(batch[0]), passes, warn)
+        )
+        return _computed(judging, workers, processes), measured
 
     values: dict[str, float] = {}
     controls: dict[str, dict[str, float]] = {}
@@ -300,20 +293,30 @@ def explain_probe(
     if judge.controls_due:
         judge.seconds = 0.0
     if len(possible):
-        worked = processes.together(lambda: _within_memory(work, len(mine), passes, warn))
-        maps = workers.gather(worked.maps.float(), len(possible))
-        curves = workers.gather(worked.curves.float(), len(possible))
-        if worked.metric is not None:
-            values |= _computed(worked.metric, workers, processes)
-            if judge.controls_due:
-                with _rarely(judge, "metrics of the controls", warn):
-                    measure = partial(_controls, judge, metric, model, pictures, targets, judged)
-                    controls, lines = measure(len(possible), workers, processes, passes)
+        draw = partial(passes.in_parts, partial(method.explain, model), pictures, targets)
+        own = processes.together(lambda: _within_memory(draw, len(mine), passes, warn))
+        maps = workers.gather(own.float(), len(possible))
+        found = own.new_full((len(own), 2, 2), torch.nan)
+        for judging in singles(metric()) if judged.any() else ():
+            try:
+                said, measured = judge_by(judging, own)
+            except Exception as error:  # the maps are there all the same, and the other metrics
+                warn(f"no values of {name_of(judging)}. {type(error).__name__}: {error}")
+                continue
+            values |= said
+            if measured is not None:
+                found = measured.new_full((len(own), *measured.shape[1:]), torch.nan)
+                found[judged] = measured
+        curves = workers.gather(found.float(), len(possible))
+        if values and judge.controls_due:
+            with _rarely(judge, "metrics of the controls", warn):
+                measure = partial(_controls, judge, metric, model, pictures, targets, judged)
+                controls, lines = measure(len(possible), workers, processes, passes)
         other = with_another_seed(method) if judge.controls_due and judge.drifts else None
         if other is not None:
             with _rarely(judge, "floor of the drift", warn):
                 again = partial(other.explain, model)
-                floor = partial(_floor, again, pictures, targets, worked.maps, len(possible))
+                floor = partial(_floor, again, pictures, targets, own, len(possible))
                 values |= floor(workers, processes, passes)
     maps, curves, lines = (
         _with_nan(found, possible, len(plan.rows)) for found in (maps, curves, lines)
@@ -360,8 +363,8 @@ def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Pass
 
 
 def _within_memory(
-    work: Callable[[], _Worked], images: int, passes: Passes, warn: Callable[[str], None]
-) -> _Worked:
+    work: Callable[[], T], images: int, passes: Passes, warn: Callable[[str], None]
+) -> T:
     worked, ran_out = passes.within_memory(work, images)
     if ran_out:
         warn(f"out of memory; from now on with fewer images in a pass, {passes.limit} at first")

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.controls import CentreGaussian, RandomMap
 from lightning_aop.metrics import EnergyPointingGame, Faithfulness, OverallAUC, PointingGame
 from lightning_aop.model.passes import Passes
@@ -145,6 +146,20 @@ def with_another_seed(method: T) -> T | None:
     return replace(method, **changes) if changes else None
 
 
+def singles(metric: Judging | None) -> Iterator[Judging]:
+    """Yield the metrics of a collection, each in one of its own: one may fail without the others."""
+    if not isinstance(metric, MetricCollection):
+        yield from () if metric is None else (metric,)
+        return
+    for name, part in metric.items(keep_base=True, copy_state=False):
+        yield MetricCollection({name: part}, prefix=metric.prefix, postfix=metric.postfix)
+
+
+def name_of(metric: Judging) -> str:
+    """Return the classes of a metric, or of those of a collection."""
+    return " and ".join(type(part).__name__ for part in _parts(metric))
+
+
 def updated(
     metric: Judging,
     model: nn.Module,
@@ -190,6 +205,12 @@ def computed(metric: Judging) -> dict[str, float]:
             part._to_sync = part.sync_on_compute
     if not isinstance(result, Mapping):
         result = {_name(metric): result}
+    for name, value in result.items():
+        if torch.as_tensor(value).numel() != 1:
+            raise InvalidValueError(
+                f"{name} must be one number, got the shape {list(torch.as_tensor(value).shape)}: let "
+                "compute() return a mean, or a dictionary of numbers"
+            )
     return {name: float(value) for name, value in result.items()}
 
 

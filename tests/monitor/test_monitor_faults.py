@@ -14,9 +14,10 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_monitor import Classifier, Pictures, Watch, loaders, pictures_in, trainer
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_aop import AOP, IGOS, ExplanationMonitor, GradCAM, WGradCAM, fast_sigcam
+from lightning_aop.metrics import OverallAUC
 from lightning_aop.model.isolation import in_float32
 from lightning_aop.model.passes import Passes, pass_size
 from lightning_aop.monitor.budget import Budget
@@ -107,6 +108,61 @@ def test_a_metric_that_runs_out_of_memory_gets_half_as_many_images(tmp_path: Pat
     trainer(tmp_path, large, max_epochs=1).fit(Classifier(), *loaders())
     totals = [each.found[0].values["greedy_metric"] for each in (small, large)]
     assert totals[0] == pytest.approx(totals[1])
+
+
+class Counts(Metric):
+    """How many maps there were, or each map's mean; or it refuses them."""
+
+    full_state_update = False
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor) -> None:
+        if self.kind == "refuses":
+            raise ValueError("needs 16 images")
+        self.total += len(maps)
+
+    def compute(self) -> Tensor:
+        return self.total.expand(2) if self.kind == "each" else self.total
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("refuses", "no values of Counts. ValueError: needs 16 images"),
+        (
+            "each",
+            r"no values of Counts. .*must be one number, got the shape \[2\]: let compute\(\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_metric_that_fails_costs_its_own_values_only(
+    kind: str, words: str, beside: bool, tmp_path: Path
+) -> None:
+    metrics: Any = Counts(kind)
+    if beside:
+        counted = {"maps": Counts(""), "auc": OverallAUC(steps=4)}
+        metrics = MetricCollection({"first": metrics, **counted}, prefix="own_")
+    monitor = Found(GradCAM("net.features"), metrics=metrics)
+    module = Classifier()
+    with pytest.warns(UserWarning, match=words):
+        trainer(tmp_path, monitor, max_epochs=1).fit(module, *loaders())
+    assert pictures_in(tmp_path)
+    for explanation in monitor.found:
+        assert explanation.maps.any()
+        own = {name for name in explanation.values if "own" in name or "counts" in name}
+        assert own == ({"own_maps", "own_auc"} if beside else set())
+        if beside:
+            assert explanation.values["own_maps"] == len(explanation.maps)
+            alone = OverallAUC(steps=4)
+            shown = explanation.probe.images[explanation.rows]
+            if explanation is monitor.found[-1]:
+                alone.update(module.eval(), shown, explanation.maps, explanation.targets)
+                assert explanation.values["own_auc"] == pytest.approx(float(alone.compute()))
 
 
 SEEN: list[int] = []
@@ -398,7 +454,8 @@ def test_explanations_are_left_out_to_keep_within_the_budget(
     overhead = [float(v) for row in rows if (v := row[header.index("explain/overhead")])]
     told = sum(float(v) for v in skipped if v) + len(monitor.found)
     assert 1 + 60 - 4 <= told <= 1 + 60  # those after the last explanation are not told any more
-    assert all(share <= 0.5 + 1e-6 for share in overhead[1:])
+    assert len(overhead) == len(monitor.found) - 1  # before training there is no share of it
+    assert all(share <= 0.5 + 1e-6 for share in overhead)
 
 
 @pytest.mark.parametrize("stopped", [False, True])

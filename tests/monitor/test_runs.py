@@ -14,9 +14,10 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_monitor import Classifier, Watch, loaders, trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 
-from lightning_aop import ExplanationMonitor, GradCAM, LayerCAM
+from lightning_aop import ExplanationMonitor, GradCAM, LayerCAM, WGradCAM
 from lightning_aop.history import History
 from lightning_aop.metrics import Faithfulness, OverallAUC
 from lightning_aop.monitor.explanation import Explanation, Moment
@@ -169,6 +170,31 @@ def test_two_monitors_log_and_store_under_their_own_names(tmp_path: Path) -> Non
     folders = {path.parent.name for path in tmp_path.rglob("run.json")}
     assert folders == {"explanations", "explanations-2", "explanations-fine"}
     assert first.steps == second.steps == named.steps == [0, 2]
+
+
+def test_a_number_that_is_a_name_is_no_other_monitors(tmp_path: Path) -> None:
+    methods = [GradCAM("net.features"), LayerCAM("net.features"), WGradCAM("net.features")]
+    named, first, second = (
+        Watch(method, name=name, **CHEAP)
+        for method, name in zip(methods, ("2", None, None), strict=True)
+    )
+    run = trainer(tmp_path, named, first, second, logger=CSVLogger(tmp_path), max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    folders = {path.parent.name for path in tmp_path.rglob("run.json")}
+    assert folders == {"explanations", "explanations-2", "explanations-3"}
+
+
+def test_another_module_is_explained_on_its_own_images(tmp_path: Path) -> None:
+    """By trainer.validate() after fit, with a loader of its own; then there is no training time either."""
+    monitor = Watch(GradCAM("net.features"), **CHEAP)
+    run = trainer(tmp_path, monitor, max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    assert "explain/overhead" in run.callback_metrics
+    other = TensorDataset(torch.rand(8, 3, 24, 24), torch.arange(8) % 5)
+    run.validate(Classifier(), DataLoader(other, batch_size=8), verbose=False)
+    assert monitor._state.probe is not None
+    assert torch.equal(monitor._state.probe.images, other.tensors[0][:3])
+    assert "explain/overhead" not in run.callback_metrics
 
 
 def test_two_monitors_of_one_name_are_refused(tmp_path: Path) -> None:
