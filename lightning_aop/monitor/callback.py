@@ -26,7 +26,7 @@ from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explain import Way, evaluations_of, explain, explain_probe, fitting_score
 from lightning_aop.monitor.explanation import Explanation, Moment, MomentKind, mean_drift
-from lightning_aop.monitor.facts import Look, found_look
+from lightning_aop.monitor.facts import Look, Scale, found_look, given_look, numbers_of
 from lightning_aop.monitor.failures import Failures, is_steady
 from lightning_aop.monitor.judge import CONTROLS, Judge
 from lightning_aop.monitor.labels import ReadBatch
@@ -211,8 +211,8 @@ class ExplanationMonitor(Callback):
         panels: what stands beside each image: "overlay"; "map", the heat alone; "curves", its
             deletion and insertion.
         class_names: names by class index; by default the dataset's `classes`, or the index.
-        mean: what the images were normalised with, to show them as they were; by default what the
-            dataset's `transform` says.
+        mean: what the images were normalised with, to show them as they were, one number or one for
+            each channel; by default what the dataset's `transform` says.
         std: likewise.
         max_classes_per_image: the most positive classes of one multilabel image to explain.
         max_overhead: leave out explanations so that they take no more than this share of the training
@@ -251,8 +251,8 @@ class ExplanationMonitor(Callback):
         controls: bool = True,
         panels: Sequence[Panel] = ("overlay",),
         class_names: Sequence[str] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Scale | None = None,
+        std: Scale | None = None,
         max_classes_per_image: int = 3,
         max_overhead: float | None = 0.1,
         store: bool = True,
@@ -529,6 +529,15 @@ class ExplanationMonitor(Callback):
             return f"name={self.name!r} must be made of letters, digits, '_', '-' and '.'"
         if self.max_overhead is not None and self.max_overhead <= 0:
             return f"max_overhead={self.max_overhead} must be above 0, such as 0.05 for a twentieth"
+        if (self.mean is None) is not (self.std is None):
+            return f"mean={self.mean} and std={self.std} must come together: give both, or neither"
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            try:
+                values = [] if value is None else numbers_of(value)
+            except (TypeError, ValueError, RuntimeError):
+                return f"{name}={value!r} must be a number, or one for each channel"
+            if name == "std" and any(each <= 0 for each in values):
+                return f"std={value} must be above 0 in every channel"
         if self.graphs not in ("auto", False):
             return f'graphs={self.graphs!r} must be "auto" or False'
         if isinstance(self.panels, str) or not self.panels or set(self.panels) - set(PANELS):
@@ -901,9 +910,11 @@ class ExplanationMonitor(Callback):
         run = self._state
         assert run.adapter is not None
         assert run.probe is not None
-        look = Look(self.class_names, self.mean, self.std, self.panels)
-        channels = None if run.integers else run.probe.images.shape[1]
-        return found_look(look, fact_sources(self.probe, trainer), run.adapter, channels)
+        count = run.probe.images.shape[1]
+        look, unfit = given_look(self.class_names, self.mean, self.std, self.panels, count)
+        channels = None if run.integers else count
+        look, notes = found_look(look, fact_sources(self.probe, trainer), run.adapter, channels)
+        return look, unfit + notes
 
     def _compare(self, found: Drawn | None, probe: Probe) -> None:
         """Tell whether the data still has the images of the run that is resumed."""

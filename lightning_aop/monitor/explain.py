@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_aop.errors import InvalidValueError
+from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.history.store import stored
 from lightning_aop.methods.aop import OrBlank, fast_sigcam
 from lightning_aop.methods.cam import WGradCAM
@@ -30,7 +30,7 @@ from lightning_aop.model.isolation import (
 )
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.explanation import Explanation, Plan
-from lightning_aop.monitor.facts import Look, class_count, found_look
+from lightning_aop.monitor.facts import Scale, class_count, found_look, given_look
 from lightning_aop.monitor.facts import class_names as known_names
 from lightning_aop.monitor.judge import (
     CONTROLS,
@@ -136,8 +136,8 @@ def explain(
     metrics: Judging | bool = True,
     panels: Sequence[Panel] = ("overlay",),
     class_names: Sequence[str] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Scale | None = None,
+    std: Scale | None = None,
     max_classes_per_image: int = 3,
     graphs: Literal["auto", False] = False,
     logits: LogitsFunction | None = None,
@@ -165,7 +165,8 @@ def explain(
             map. False for none.
         panels: what stands beside each image in the picture.
         class_names: names by class index; by default those of the dataset or of the model.
-        mean: what the images were normalised with; by default what the dataset says.
+        mean: what the images were normalised with, one number or one for each channel; by default what
+            the dataset says.
         std: likewise.
         max_classes_per_image: the most positive classes of one multilabel image to explain.
         graphs: "auto" to replay passes as CUDA graphs on a GPU where that gives the same. It has not run
@@ -221,9 +222,9 @@ def explain(
                 begin,
             )
         channels = None if drawn.reading.inputs.form.integer else probe.images.shape[1]
-        look = Look(class_names, mean, std, panels)
+        look, unfit = given_look(class_names, mean, std, panels, probe.images.shape[1])
         look, notes = found_look(look, sources, adapter, channels)
-        for note in notes:
+        for note in unfit + notes:
             inform(f"explain: {note}")
         return replace(explanation, look=look)
 
@@ -293,7 +294,7 @@ def explain_probe(
     if judge.controls_due:
         judge.seconds = 0.0
     if len(possible):
-        draw = partial(passes.in_parts, partial(method.explain, model), pictures, targets)
+        draw = partial(passes.in_parts, partial(_maps_of, method, model), pictures, targets)
         own = processes.together(lambda: _within_memory(draw, len(mine), passes, warn))
         maps = workers.gather(own.float(), len(possible))
         found = own.new_full((len(own), 2, 2), torch.nan)
@@ -360,6 +361,33 @@ def _plan(model: nn.Module, probe: Probe, images: Images, way: Way, passes: Pass
     if way.targets == "confused" and probe.labels is not None and not probe.multilabel:
         judged &= targets == probe.labels[rows]  # likewise
     return Plan(rows, targets, finite, judged, logits, way.score_for(probe))
+
+
+def _maps_of(method: SaliencyMethod, model: nn.Module, images: Images, targets: Targets) -> Maps:
+    """Return what a method, maybe the user's own, makes of the images.
+
+    Raises:
+        TypeError: it is no tensor of floats.
+        ValueError: it has another shape.
+    """
+    maps: object = method.explain(model, images, targets)
+    wanted, remedy = [len(images), *images.shape[2:]], ""
+    what = (
+        f"{type(method).__name__}.explain must return one map in [0, 1] for each image, a floating-"
+        f"point tensor {wanted}, got"
+    )
+    if not isinstance(maps, Tensor):
+        raise InvalidTypeError(f"{what} {type(maps).__name__}: convert it with torch.as_tensor")
+    if not maps.is_floating_point():
+        remedy = ": divide bytes by 255" if maps.dtype == torch.uint8 else ""
+        raise InvalidTypeError(f"{what} {maps.dtype}{remedy}")
+    if list(maps.shape) != wanted:
+        single = maps.ndim == 4 and maps.shape[1] == 1
+        remedy = (
+            "drop the channel with [:, 0]" if single else "upsample with nn.functional.interpolate"
+        )
+        raise InvalidValueError(f"{what} {list(maps.shape)}: {remedy}")
+    return maps
 
 
 def _within_memory(

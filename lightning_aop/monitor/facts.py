@@ -10,8 +10,10 @@ from collections import deque
 from collections.abc import Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_aop.model.adapter import Adapter
@@ -65,6 +67,10 @@ def class_names(sources: Sequence[Any], count: int | None = None) -> Fact[list[s
     return Fact(None, note)
 
 
+Scale: TypeAlias = float | Sequence[float] | Tensor
+"""A mean or std that images were normalised with: of all channels, or of each."""
+
+
 @dataclass(frozen=True)
 class Look:
     """How images are shown.
@@ -80,6 +86,35 @@ class Look:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     panels: Sequence[Panel] = ("overlay",)
+
+
+def given_look(
+    names: Sequence[str] | None,
+    mean: Scale | None,
+    std: Scale | None,
+    panels: Sequence[Panel],
+    channels: int,
+) -> tuple[Look, list[str]]:
+    """Return a look as the user wants it for images of so many channels, and what doesn't fit them."""
+    both = [None if value is None else numbers_of(value) for value in (mean, std)]
+    first, second = (v * channels if v is not None and len(v) == 1 else v for v in both)
+    if all(v is None or len(v) == channels for v in (first, second)):
+        return Look(names, first, second, panels), []
+    note = (
+        f"mean={mean} and std={std} can't be undone in what is shown, since the images have {channels} "
+        f"channel{'s' * (channels != 1)}: give one number, or one for each"
+    )
+    return Look(names, None, None, panels), [note]
+
+
+def numbers_of(value: Scale) -> list[float]:
+    """Return a mean, or a std, as numbers.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    found: list[float] = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    return found
 
 
 def found_look(

@@ -915,6 +915,9 @@ def test_no_logger_at_all(tmp_path: Path) -> None:
     [
         ({"every_n_epochs": 1, "every_n_train_steps": 5}, "exclude each other: set one"),
         ({"every_n_epochs": -1}, "must not be negative"),
+        ({"mean": 0.5}, "mean=0.5 and std=None must come together: give both, or neither"),
+        ({"mean": 0.5, "std": [0.2, 0, 0.2]}, r"std=\[0.2, 0, 0.2\] must be above 0"),
+        ({"mean": "imagenet", "std": 1}, "mean='imagenet' must be a number, or one for each"),
         ({"probe": 0}, "probe=0 must be at least 1"),
         ({"targets": "labels"}, "targets='labels' must be 'label', 'predicted', 'confused' or"),
         ({"method": GradCAM(), "target_layer": "x"}, "name the layer in the method given"),

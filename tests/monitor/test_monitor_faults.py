@@ -2,6 +2,7 @@
 
 import errno
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,55 @@ def test_a_metric_that_fails_costs_its_own_values_only(
             if explanation is monitor.found[-1]:
                 alone.update(module.eval(), shown, explanation.maps, explanation.targets)
                 assert explanation.values["own_auc"] == pytest.approx(float(alone.compute()))
+
+
+@dataclass
+class Other:
+    """GradCAM whose maps come in a form that nobody can draw."""
+
+    form: Callable[[Tensor], Any]
+
+    def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Any:
+        return self.form(GradCAM("net.features").explain(model, images, targets))
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (Tensor.numpy, r"got ndarray: convert it with torch.as_tensor"),
+        (list, r"got list: convert it with torch.as_tensor"),
+        (lambda maps: (255 * maps).byte(), "got torch.uint8: divide bytes by 255"),
+        (lambda maps: maps > 0.5, "got torch.bool"),
+        (lambda maps: maps[:, None], r"got \[8, 1, 32, 32\]: drop the channel with \[:, 0\]"),
+        (lambda maps: maps[:, ::4, ::4], r"got \[8, 8, 8\]: upsample"),
+        (lambda maps: maps[:2], r"got \[2, 32, 32\]: "),
+    ],
+)
+def test_maps_of_another_form_are_told_by_name(
+    form: Callable[[Tensor], Any], words: str, tmp_path: Path
+) -> None:
+    said = "Other.explain must return one map in .0, 1. for each image, a floating-point tensor "
+    with pytest.warns(UserWarning, match=rf"{said}\[8, 32, 32\], {words}"):
+        trainer(tmp_path, Found(Other(form)), max_epochs=1).fit(Classifier(), *loaders())
+
+
+def test_one_number_stands_for_all_channels_and_what_does_not_fit_is_left_out(
+    tmp_path: Path,
+) -> None:
+    found = {}
+    given: dict[str, Any] = {
+        "one": (0.5, 0.2),
+        "each": ([0.5] * 3, torch.full((3, 1, 1), 0.2)),
+        "none": (None, None),
+        "unfit": ([0.5] * 2, [0.2] * 2),
+    }
+    for name, (mean, std) in given.items():
+        pl.seed_everything(0, verbose=False)
+        monitor = Found(GradCAM("net.features"), metrics=False, mean=mean, std=std)
+        trainer(tmp_path / name, monitor, max_epochs=1).fit(Classifier(), *loaders())
+        found[name] = [path.read_bytes() for path in sorted(tmp_path.rglob(f"{name}/**/*.png"))]
+        assert found[name]
+    assert found["one"] == found["each"] != found["none"] == found["unfit"]
 
 
 SEEN: list[int] = []

@@ -185,7 +185,7 @@ def test_a_number_that_is_a_name_is_no_other_monitors(tmp_path: Path) -> None:
 
 
 def test_another_module_is_explained_on_its_own_images(tmp_path: Path) -> None:
-    """By trainer.validate() after fit, with a loader of its own; then there is no training time either."""
+    """By trainer.validate() after fit; there is no training time then."""
     monitor = Watch(GradCAM("net.features"), **CHEAP)
     run = trainer(tmp_path, monitor, max_epochs=1)
     run.fit(Classifier(), *loaders())
