@@ -60,7 +60,7 @@ def main(options: Namespace) -> int:
     if pairs is None:
         return 1
     images, targets, labels, photos = pairs.images, pairs.targets, pairs.labels, pairs.photos
-    settings = (options.target_layer, options.steps)
+    settings = (options.target_layer, options.steps, recipe.score_name)
     store = MapStore(options.output / "maps", recipe.model, settings, _FIELDS)
     rows: dict[tuple[int, str], Row] = {}
     maps: dict[tuple[int, str], Tensor] = {}
@@ -76,7 +76,7 @@ def main(options: Namespace) -> int:
             bar.set_description(name)
             missing = list(range(len(photos)))
             try:
-                method = make_method(name, options.target_layer)
+                method = make_method(name, options.target_layer, recipe.score)
                 keys = [store.key(*pair, method) for pair in zip(images, targets, strict=True)]
                 for i, key in enumerate(keys):
                     if (entry := store.read(key, name)) is not None:
@@ -101,7 +101,8 @@ def main(options: Namespace) -> int:
     wrote = f"wrote {options.output / 'comparison.png'} and {options.output / 'results.csv'}"
     if options.json:
         for (i, _), row in rows.items():
-            print(json.dumps({**asdict(row), "photo": str(photos[i]), **labels[i].values()}))
+            score = {**labels[i].values(), "score_function": recipe.score_name}
+            print(json.dumps({**asdict(row), "photo": str(photos[i]), **score}))
         print(wrote, file=sys.stderr)
     else:
         print(_summary(names, list(rows.values())))
@@ -135,7 +136,7 @@ def _judged(
         maps = method.explain(recipe.model, images, targets).cpu()
     seconds = time.perf_counter() - start
     curves = deletion_insertion_curves(
-        recipe.model, images, maps.to(images.device), targets, steps=steps
+        recipe.model, images, maps.to(images.device), targets, steps=steps, score=recipe.score
     )
     deletion, insertion = (auc(curve).cpu() for curve in curves)
     return [
@@ -181,7 +182,8 @@ def _write(
         [heading(n) for n in names],
         [[caption(rows.get((i, n))) for n in names] for i in everyone],
         [f"{pairs.labels[i]}\n{pairs.photos[i].name}" for i in everyone],
-        title=f"{options.model}\nAUC of deletion (lower is better), insertion (higher), and their "
+        title=f"{options.model} · {recipe.score_name} score\n"
+        "AUC of deletion (lower is better), insertion (higher), and their "
         f"difference (overall){'; the best of each row in green' if len(names) > 1 else ''}",
         best=[best(i) for i in everyone],
         mean=recipe.mean,

@@ -28,8 +28,9 @@ def main(options: Namespace) -> int:
     if options.steps < 1:
         raise UserError(f"--steps {options.steps}: too small")
     check_output(options.output, FIGURE)
-    method = make_method(options.method, options.target_layer, option="--method")
+    make_method(options.method, option="--method")  # refused before the network is loaded
     recipe = load(options)
+    method = make_method(options.method, options.target_layer, recipe.score)
     classes = [recipe.class_index(name) for name in options.target_class]
     pictures, found, curves, labels = [], [], [], []
     with progress(recipe.model, len(options.photos)) as bar:
@@ -37,7 +38,9 @@ def main(options: Namespace) -> int:
             images, targets, names = recipe.pairs(photo, options.fit, classes)
             maps = method.explain(recipe.model, images[:1], targets[:1])
             both = maps.expand(2, -1, -1)
-            curve = deletion_curve(recipe.model, images, both, targets, steps=options.steps).cpu()
+            curve = deletion_curve(
+                recipe.model, images, both, targets, steps=options.steps, score=recipe.score
+            ).cpu()
             for name, scores in zip(names, curve, strict=True):
                 bar.write(
                     f"{photo}: {name}, mean score over the deletion {float(scores.mean()):.3f}"
@@ -47,7 +50,8 @@ def main(options: Namespace) -> int:
             curves.append(curve)
             labels.append(names)
             bar.update()
-    _draw(torch.cat(pictures), torch.cat(found), curves, labels, options.output)
+    score = f"{recipe.score_name} score"
+    _draw(torch.cat(pictures), torch.cat(found), curves, labels, score, options.output)
     print(f"wrote {options.output}")
     return 0
 
@@ -57,6 +61,7 @@ def _draw(
     maps: Maps,
     curves: list[Float[Tensor, "2 points"]],
     labels: list[list[Label]],
+    score: str,
     path: Path,
 ) -> None:
     figure = Figure(figsize=(9, 2.7 * len(pictures)), layout="constrained", dpi=150)
@@ -71,7 +76,7 @@ def _draw(
         moved = torch.linspace(0, 100, pair.shape[1]).numpy()
         for curve, name, colour in zip(pair, names, _COLOURS, strict=True):
             row[2].plot(moved, curve.numpy(), color=colour, label=str(name), lw=1.8)
-        row[2].set(xlim=(0, 100), ylim=(0, None), ylabel="score")
+        row[2].set(xlim=(0, 100), ylim=(0, None), ylabel=score)
         row[2].spines[["top", "right"]].set_visible(False)
         row[2].legend(frameon=False, fontsize=8)
     axes[-1, 2].set_xlabel(

@@ -27,9 +27,10 @@ from lightning_aop.view.heat import displayable
 
 def main(options: Namespace) -> int:
     """Explain photos; one that can't be read is named and left out."""
-    method = make_method(options.method, options.target_layer, option="--method")
+    make_method(options.method, option="--method")  # refused before the network is loaded
     check_output(options.output, RASTER + VECTOR)
     recipe = load(options)
+    method = make_method(options.method, options.target_layer, recipe.score)
     chosen = [recipe.class_index(name) for name in options.target_class or []]
     failures = 0
     pictures: list[Tensor] = []
@@ -44,12 +45,14 @@ def main(options: Namespace) -> int:
                 failures += 1
                 continue
             found = method.explain(recipe.model, images, targets)
-            curves = deletion_insertion_curves(recipe.model, images, found, targets, steps=28)
+            curves = deletion_insertion_curves(
+                recipe.model, images, found, targets, steps=28, score=recipe.score
+            )
             for label, deletion, insertion in zip(
                 labels, *(auc(curve).tolist() for curve in curves), strict=True
             ):
                 captions.append(f"{label}\noverall AUC {insertion - deletion:.2f}")
-                bar.write(_line(options, photo, label, deletion, insertion))
+                bar.write(_line(options, recipe, photo, label, deletion, insertion))
             pictures.append(images.cpu())
             maps.append(found.cpu())
             bar.update(len(targets))
@@ -63,7 +66,7 @@ def main(options: Namespace) -> int:
 def _draw(
     options: Namespace, recipe: Recipe, images: Images, maps: Maps, captions: list[str]
 ) -> None:
-    title = f"{options.model} · {options.method}"
+    title = f"{options.model} · {options.method} · {recipe.score_name} score"
     mean, std = recipe.mean, recipe.std
     if options.output.suffix.lower() in VECTOR:
         shown = displayable(images, mean, std)
@@ -73,7 +76,14 @@ def _draw(
     write_picture(grid, options.output)
 
 
-def _line(options: Namespace, photo: Path, label: Label, deletion: float, insertion: float) -> str:
+def _line(
+    options: Namespace,
+    recipe: Recipe,
+    photo: Path,
+    label: Label,
+    deletion: float,
+    insertion: float,
+) -> str:
     overall = insertion - deletion
     if not options.json:
         return (
@@ -82,4 +92,5 @@ def _line(options: Namespace, photo: Path, label: Label, deletion: float, insert
         )
     metrics = {"deletion_auc": deletion, "insertion_auc": insertion, "overall_auc": overall}
     made = {"method": options.method, "model": options.model, "picture": str(options.output)}
-    return json.dumps({"photo": str(photo), **label.values(), **metrics, **made})
+    score = {"score_function": recipe.score_name}
+    return json.dumps({"photo": str(photo), **label.values(), **score, **metrics, **made})

@@ -256,6 +256,15 @@ def _photo_options(parser: ArgumentParser, full: bool) -> None:
         metavar="PIXELS",
         help=_rare("default: what the model was published with", full),
     )
+    add(
+        "--score",
+        choices=["softmax", "sigmoid"],
+        help=_rare(
+            "the class score: a probability among all classes, or of each class on its own; default: "
+            "sigmoid for checkpoints of fit, other multilabel models and those of one class",
+            full,
+        ),
+    )
     for name in ("--mean", "--std"):
         add(
             name,

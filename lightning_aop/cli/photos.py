@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from lightning_aop import scores
 from lightning_aop.cli.options import SUFFIXES
 from lightning_aop.data.classes import class_index, read_classes
 from lightning_aop.data.hub import is_hub, load_hub
@@ -23,6 +24,7 @@ from lightning_aop.data.networks import load_classifier, published_input
 from lightning_aop.errors import UserError, did_you_mean, did_you_mean_file
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.passes import Evaluations, count_evaluations
+from lightning_aop.scores import Score, of_all_classes
 from lightning_aop.types import Images, Targets
 
 
@@ -82,7 +84,14 @@ class Recipe:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: list[str]
+    score_name: str
     value_range: ValueRange | None = None
+
+    @property
+    def score(self) -> Score:
+        """The class score that is explained and shown, a probability."""
+        score: Score = getattr(scores, self.score_name)
+        return score
 
     def read(self, photo: Path, fit: str) -> Images:
         """Return the photo as a batch of one, upright and normalised."""
@@ -114,7 +123,7 @@ class Recipe:
         """Return the photo once for each class, or for its likeliest one, with names and scores."""
         image = self.read(photo, fit).to(next(self.model.parameters()).device)
         try:
-            probabilities = predict(self.model, image).softmax(dim=1)[0].cpu()
+            probabilities = of_all_classes(self.score, predict(self.model, image))[0].cpu()
         except RuntimeError as error:
             if "size" not in str(error):
                 raise
@@ -233,10 +242,10 @@ def load(options: Namespace) -> Recipe:
             f"--range {' '.join(f'{v:g}' for v in options.range)}: must be two numbers, the lower first"
         )
     if is_hub(options.model):
-        model, classes, wants = load_hub(options.model, options.weights)
+        model, classes, multilabel, wants = load_hub(options.model, options.weights)
     else:
         weights = "DEFAULT" if options.weights is None else str(options.weights)
-        model, classes = load_classifier(options.model, weights)
+        model, classes, multilabel = load_classifier(options.model, weights)
         wants = published_input(options.model, model)
     if names is not None and len(names) != len(classes):
         raise UserError(
@@ -251,8 +260,23 @@ def load(options: Namespace) -> Recipe:
         mean=mean or wants.mean,
         std=std or wants.std,
         classes=names or classes,
+        score_name=_score(options.score, multilabel, len(classes)),
         value_range=options.range and tuple(options.range),
     )
+
+
+def _score(chosen: str | None, multilabel: bool, classes: int) -> str:
+    """Return the name of the class score: what is chosen, or what the model was trained for."""
+    if classes == 1 and chosen == "softmax":
+        raise UserError(
+            "--score softmax: the model has one class, whose softmax is always 1: use --score sigmoid, "
+            "or leave it out"
+        )
+    if chosen is None and (multilabel or classes == 1):
+        why = "the model is multilabel" if multilabel else "the model has one class"
+        print(f"scores are sigmoid, each class on its own, since {why}", file=sys.stderr)
+        return "sigmoid"
+    return chosen or "softmax"
 
 
 def _normalisation(options: Namespace) -> list[tuple[float, ...] | None]:

@@ -23,9 +23,10 @@ def main(options: Namespace) -> int:
     """Randomise, explain, compare and draw, layer by layer."""
     if options.cell < 32:
         raise UserError(f"--cell {options.cell}: must be 32 pixels or more")
-    method = make_method(options.method, options.target_layer, option="--method")
+    make_method(options.method, option="--method")  # refused before the network is loaded
     make_folder(options.output)
     recipe = load(options)
+    method = make_method(options.method, options.target_layer, recipe.score)
     pairs, failures = read_pairs(recipe, options)
     if pairs is None:
         return 1
@@ -57,7 +58,7 @@ def main(options: Namespace) -> int:
         seed=options.seed,
         skip=list(entries),
     )
-    title = f"{options.model} · {options.method}"
+    title = f"{options.model} · {options.method} · {recipe.score_name} score"
     bar_of = len(layers) * len(keys)
     with progress(recipe.model, bar_of) as bar:
         bar.update(len(entries) * len(keys))

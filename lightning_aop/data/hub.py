@@ -18,8 +18,10 @@ def is_hub(name: str) -> bool:
     return name.startswith("hf/") or Path(name).expanduser().is_dir()
 
 
-def load_hub(name: str, weights: Path | None = None) -> tuple[nn.Module, list[str], Published]:
-    """Return a classifier, the names of its classes, and what it wants of an image.
+def load_hub(
+    name: str, weights: Path | None = None
+) -> tuple[nn.Module, list[str], bool, Published]:
+    """Return a classifier, the names of its classes, whether it is multilabel, and what it wants.
 
     Args:
         name: `hf/NAME`, as in hf/microsoft/resnet-50; or a folder that `save_pretrained` of
@@ -47,12 +49,13 @@ def load_hub(name: str, weights: Path | None = None) -> tuple[nn.Module, list[st
     labels = network.config.id2label
     if weights is not None:
         fill(network, name, read_weights(weights))
-    return network, [labels[i] for i in range(len(labels))], wants
+    multilabel = network.config.problem_type == "multi_label_classification"
+    return network, [labels[i] for i in range(len(labels))], multilabel, wants
 
 
 def _timm(
     folder: Path, settings: dict[str, Any], weights: Path | None
-) -> tuple[nn.Module, list[str], Published]:
+) -> tuple[nn.Module, list[str], bool, Published]:
     timm = _module("timm", str(folder))
     try:
         network = timm.create_model(f"local-dir:{folder}", pretrained=weights is None)
@@ -61,7 +64,7 @@ def _timm(
     if weights is not None:
         fill(network, str(folder), read_weights(weights))
     names = settings.get("label_names") or [f"class {i}" for i in range(network.num_classes)]
-    return network, list(names), published_input("timm/", network)
+    return network, list(names), False, published_input("timm/", network)
 
 
 def _transformers(name: str, place: str) -> tuple[Any, Published]:

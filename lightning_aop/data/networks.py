@@ -34,7 +34,7 @@ def load_backbone(name: str, weights: str | None = "DEFAULT") -> tuple[nn.Module
 
     Arguments and errors are those of `load_network`, but that the weights may lack the head.
     """
-    network, _ = _load(name, weights, headless=True)
+    network, _, _ = _load(name, weights, headless=True)
     return network, _behead(network)
 
 
@@ -55,18 +55,21 @@ def load_network(name: str, weights: str | None = "DEFAULT") -> nn.Module:
     return _load(name, weights)[0]
 
 
-def load_classifier(name: str, weights: str | None = "DEFAULT") -> tuple[nn.Module, list[str]]:
-    """Return the network of `load_network`, and the names of its classes.
+def load_classifier(
+    name: str, weights: str | None = "DEFAULT"
+) -> tuple[nn.Module, list[str], bool]:
+    """Return the network of `load_network`, the names of its classes, and whether it is multilabel.
 
-    They are those of the weights' file; without names in it ImageNet's, where their number fits.
+    The names are those of the weights' file; without names in it ImageNet's, where their number fits.
+    Multilabel, each class having a probability of its own, are checkpoints of `MultilabelClassifier`.
     """
-    network, classes = _load(name, weights)
+    network, classes, multilabel = _load(name, weights)
     _, head = _head(network)
     count = head.out_features if isinstance(head, nn.Linear) else head.out_channels
     imagenet: list[str] = _IMAGENET.meta["categories"]
     if classes is None or len(classes) != count:
         classes = imagenet if count == len(imagenet) else [f"class {i}" for i in range(count)]
-    return network, classes
+    return network, classes, multilabel
 
 
 _IMAGENET = torchvision.models.ResNet50_Weights.DEFAULT
@@ -102,8 +105,8 @@ def published_input(name: str, network: nn.Module) -> Published:
 
 def _load(
     name: str, weights: str | None, headless: bool = False
-) -> tuple[nn.Module, list[str] | None]:
-    """Return a network, and the names of its classes where a file of weights has them."""
+) -> tuple[nn.Module, list[str] | None, bool]:
+    """Return a network, the names of its classes where a file of weights has them, and multilabel."""
     source, _, timm_name = name.partition("/")
     file = _file(weights)
     published = None if file else weights
@@ -128,7 +131,7 @@ def _load(
         )
     network = build()
     if file is None:
-        return network, None
+        return network, None, False
     found = read_weights(file)
     head, layer = _head(network)
     tensors = _with_own_head(found.tensors, head, layer)
@@ -141,10 +144,11 @@ def _load(
         and weight.is_contiguous()
     ):
         network = build(num_classes=len(weight))
-    if tensors is not found.tensors:
+    multilabel = tensors is not found.tensors
+    if multilabel:
         _uncut(network, head)
     fill(network, name, Weights(file, tensors), optional=f"{head}." if headless else None)
-    return network, found.classes
+    return network, found.classes, multilabel
 
 
 def _file(weights: str | None) -> Path | None:

@@ -11,9 +11,13 @@ import torch
 import torchvision
 from PIL import Image
 
+from lightning_aop import GradCAM
 from lightning_aop.cli.main import main
 from lightning_aop.cli.options import photos_first
 from lightning_aop.cli.output import figure_of, write_figure
+from lightning_aop.coco import MultilabelClassifier
+from lightning_aop.metrics import auc, deletion_curve
+from lightning_aop.scores import sigmoid
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +276,89 @@ def test_classes_have_the_names_of_a_file_and_wnids(
     names.write_text("cat\ndog")
     assert explain(*words) == 1
     assert "holds 2 names, where squeezenet1_1 has 1000 classes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(photo: Path, tmp_path: Path) -> tuple[MultilabelClassifier, Path]:
+    """Return a classifier of two classes, and a checkpoint of it as `fit` writes it."""
+    torch.manual_seed(0)
+    ours = MultilabelClassifier("squeezenet1_1", None, num_classes=2).eval()
+    ours.classes = ["ape", "bee"]
+    checkpoint: dict[str, Any] = {"state_dict": ours.state_dict()}
+    ours.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    return ours, tmp_path / "last.ckpt"
+
+
+def test_a_trained_multilabel_classifier_is_explained_with_its_sigmoid(
+    trained: tuple[MultilabelClassifier, Path],
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ours, checkpoint = trained
+    plain = ["--mean", 0, "--std", 1, "--fit=squash", "--target-class", "ape", "bee"]
+    words = [photo, "--json", *common(checkpoint, tmp_path), *plain]
+    assert explain(*words) == 0
+    printed = capsys.readouterr()
+    assert "scores are sigmoid, each class on its own, since the model is multilabel" in printed.err
+    found = [json.loads(line) for line in printed.out.splitlines()]
+    with Image.open(photo) as opened:
+        image = torchvision.transforms.v2.functional.resize(opened, [64, 64])
+    batch = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        wanted = ours(batch).sigmoid()[0].tolist()
+    assert [value["score"] for value in found] == pytest.approx(wanted, abs=1e-3)
+    maps = GradCAM().explain(ours, batch, torch.tensor([0]))
+    curve = deletion_curve(ours, batch, maps, torch.tensor([0]), steps=28, score=sigmoid)
+    assert found[0]["deletion_auc"] == pytest.approx(float(auc(curve)), abs=1e-3)
+    assert {value["score_function"] for value in found} == {"sigmoid"}
+    # Whoever wants the other says so.
+    assert explain(*words, "--score=softmax") == 0
+    assert sum(value["score"] for value in values_of(capsys)) == pytest.approx(1)
+
+
+def test_one_class_has_no_softmax(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = torchvision.models.squeezenet1_1(weights=None, num_classes=1)
+    torch.save(network.state_dict(), tmp_path / "one.pth")
+    words = [photo, "--json", *common(tmp_path / "one.pth", tmp_path)]
+    assert explain(*words) == 0
+    (value,) = values_of(capsys)
+    assert (value["score_function"], value["score"]) == ("sigmoid", pytest.approx(0.5, abs=0.4))
+    assert explain(*words, "--score=softmax") == 1
+    assert "--score softmax: the model has one class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compare", "sanity-check", "cross-deletion"])
+def test_every_command_takes_the_score_of_the_weights(
+    command: str,
+    trained: tuple[MultilabelClassifier, Path],
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ours, checkpoint = trained
+    method = ["--methods", "gradcam"] if command == "compare" else ["--method", "gradcam"]
+    classes = ["ape", "bee"] if command == "cross-deletion" else ["ape"]
+    out = tmp_path / ("x.svg" if command == "cross-deletion" else "x")
+    words = [command, photo, "--model=squeezenet1_1", "--weights", checkpoint, *method, "-o", out]
+    words += ["--size=64", "--fit=squash", "--mean", 0, "--std", 1, "--target-class", *classes]
+    assert main([str(word) for word in words]) == 0
+    with Image.open(photo) as opened:
+        image = torchvision.transforms.v2.functional.resize(opened, [64, 64])
+    batch = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        score = float(ours(batch).sigmoid()[0, 0])
+    if command == "cross-deletion":
+        maps = GradCAM().explain(ours, batch, torch.tensor([0]))
+        curve = deletion_curve(ours, batch, maps, torch.tensor([0]), steps=112, score=sigmoid)
+        printed = capsys.readouterr().out
+        assert f"ape {score:.2f}, mean score over the deletion {float(curve.mean()):.3f}" in printed
+        assert ">sigmoid score<" in out.read_text()
+    else:
+        assert f"ape {score:.2f}" in (out / "results.csv").read_text()
 
 
 def test_the_bar_does_not_end_full_after_a_failure(

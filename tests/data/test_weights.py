@@ -137,20 +137,22 @@ def test_a_trained_classifier_of_ours_is_read_with_its_classes(name: str, tmp_pa
     checkpoint: dict[str, Any] = {"state_dict": ours.state_dict(), "epoch": 1}
     ours.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, path)
-    network, classes = load_classifier(name, str(path))
+    network, classes, multilabel = load_classifier(name, str(path))
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(network.eval()(images), ours(images), atol=1e-5, rtol=1e-4)
         backbone, _ = load_backbone(name, str(path))
         torch.testing.assert_close(backbone.eval()(images), ours.backbone(images))
     assert classes == ["ape", "bee", "cat"]
+    assert multilabel
 
 
 def test_classes_without_names_are_numbered(state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(state, tmp_path / "file.pth")
-    _, classes = load_classifier("resnet18", str(tmp_path / "file.pth"))
+    _, classes, multilabel = load_classifier("resnet18", str(tmp_path / "file.pth"))
     assert classes == [f"class {i}" for i in range(5)]
-    _, classes = load_classifier("resnet18", None)
+    assert not multilabel
+    _, classes, _ = load_classifier("resnet18", None)
     assert classes[:2] == ["tench", "goldfish"]
 
 
