@@ -10,6 +10,11 @@ _Rules = tuple[tuple[str, str], ...]
 
 # DenseNet's published weights are older than the ban on dots in the names of parts.
 _DENSENET: _Rules = ((r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2"),)
+# So are those of its ViTs than its class MLP.
+_OLD_VIT: _Rules = (
+    (r"(encoder_layer_\d+\.mlp)\.linear_1\.", r"\1.0."),
+    (r"(encoder_layer_\d+\.mlp)\.linear_2\.", r"\1.3."),
+)
 # Stages and convolutions are counted from 0 there: they are marked here, and counted on below.
 _HF_RESNET: _Rules = (
     (r"(?:resnet\.)?embedder\.embedder\.convolution\.", "conv1."),
@@ -90,6 +95,7 @@ _HF_CONVNEXT: _Rules = (
 # A name that only the library's own files have, and what they are read by.
 _HABITS: tuple[tuple[str, _Rules], ...] = (
     ("denselayer1.norm.1.weight", _DENSENET),
+    ("encoder_layer_0.mlp.linear_1.weight", _OLD_VIT),
     ("embedder.embedder.convolution.weight", _HF_RESNET),
     ("encoder.layers.0.blocks.0.layernorm_before.weight", _HF_SWIN),
     ("encoder.stages.0.layers.0.dwconv.weight", _HF_CONVNEXT),

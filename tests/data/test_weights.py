@@ -288,6 +288,23 @@ def test_vision_transformers_of_three_libraries(tmp_path: Path) -> None:
     assert timm
 
 
+def test_the_names_of_published_vision_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = torchvision.models.vit_b_32(num_classes=3).state_dict()
+    published = {
+        k.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): v
+        for k, v in state.items()
+    }
+    assert len(published.keys() - state.keys()) == 48
+    torch.save(published, tmp_path / "published.pth")
+    network = load_network("vit_b_32", str(tmp_path / "published.pth"))
+    # torchvision's own load_state_dict renames them alike.
+    theirs = torchvision.models.vit_b_32(num_classes=3)
+    theirs.load_state_dict(published)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+
+
 NESTED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "EMA in an envelope": lambda s: {"ema": {"state_dict": under("module.", s), "decay": 0.9}},
     "a model's settings": lambda s: {"model": {"name": "resnet18"}, "weights": s},
