@@ -239,8 +239,10 @@ def fill(network: nn.Module, name: str, weights: Weights, optional: str | None =
     ]
     wrong = [key for key in found if found[key].shape != own[key].shape]
     if not missing and not unknown and not wrong:
+        # With the network's own version numbers, which MNASNet wants: the names are its own by now.
+        own.update(found)
         try:
-            network.load_state_dict(found, strict=False)
+            network.load_state_dict(own, strict=False)
         except RuntimeError as error:
             raise InvalidValueError(
                 f"weights {weights.file} can't be copied into {name} ({error}): save them as plain "

@@ -305,6 +305,15 @@ def test_the_names_of_published_vision_transformers(tmp_path: Path) -> None:
         assert torch.equal(network.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("name", ["mnasnet0_5", "mnasnet1_3"])
+def test_networks_that_want_a_version_number(name: str, tmp_path: Path) -> None:
+    state = unlike(torchvision.models.get_model(name, num_classes=3)).state_dict()
+    torch.save(under("model.", state), tmp_path / "file.pth")
+    network = load_network(name, str(tmp_path / "file.pth"))
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(state[key], tensor), key
+
+
 NESTED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "EMA in an envelope": lambda s: {"ema": {"state_dict": under("module.", s), "decay": 0.9}},
     "a model's settings": lambda s: {"model": {"name": "resnet18"}, "weights": s},
