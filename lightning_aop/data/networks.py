@@ -4,7 +4,6 @@ import functools
 import importlib
 import math
 import os
-import re
 import urllib.error
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -134,7 +133,8 @@ def _load(
         return network, None, False
     found = read_weights(file)
     head, layer = _head(network)
-    tensors = _with_own_head(found.tensors, head, layer)
+    heads = _heads(network)
+    tensors = _with_own_head(found.tensors, heads, layer)
     weight = _parts(network.state_dict(), tensors)[0].get(f"{head}.weight")
     # Of the same kind of layer, and all there: a file of a few bytes may claim any number of classes.
     if (
@@ -147,7 +147,8 @@ def _load(
     multilabel = tensors is not found.tensors
     if multilabel:
         _uncut(network, head)
-    fill(network, name, Weights(file, tensors), optional=f"{head}." if headless else None)
+    optional = tuple(f"{head}." for head in heads) if headless else ()
+    fill(network, name, Weights(file, tensors), optional)
     return network, found.classes, multilabel
 
 
@@ -214,28 +215,27 @@ def _timm(name: str, weights: str | None, **options: Any) -> nn.Module:
         ) from error
 
 
-def fill(network: nn.Module, name: str, weights: Weights, optional: str | None = None) -> None:
+def fill(network: nn.Module, name: str, weights: Weights, optional: tuple[str, ...] = ()) -> None:
     """Load weights into the network called `name`, in place, whatever wrappers their names tell of.
 
     Args:
         network: whose weights are replaced.
         name: for messages.
         weights: those of the whole network.
-        optional: the start of the names of tensors that may be missing.
+        optional: how the names of tensors start that may be missing.
 
     Raises:
         ValueError: the weights don't fit.
     """
     own = network.state_dict()
     found, unknown = _parts(own, weights.tensors)
-    if optional is not None:
-        unknown = [key for key in unknown if not key.startswith(optional)]
+    unknown = [key for key in unknown if not key.startswith(optional)]
     missing = [
         key
         for key in own
         # PyTorch before 0.4.1 did not count the batches.
         if key not in found and not key.endswith("num_batches_tracked")
-        if optional is None or not key.startswith(optional)
+        if not key.startswith(optional)
     ]
     wrong = [key for key in found if found[key].shape != own[key].shape]
     if not missing and not unknown and not wrong:
@@ -249,8 +249,8 @@ def fill(network: nn.Module, name: str, weights: Weights, optional: str | None =
                 "tensors, torch.save(model.state_dict(), FILE)"
             ) from error
         return
-    head, _ = _head(network)
-    if not wrong and not unknown and all(key.startswith(f"{head}.") for key in missing):
+    heads = tuple(f"{head}." for head in _heads(network))
+    if not wrong and not unknown and all(key.startswith(heads) for key in missing):
         raise InvalidValueError(
             f"weights {weights.file} lack the head of {name} ({', '.join(missing)}): give those of a "
             "whole classifier"
@@ -297,16 +297,27 @@ def _parts(
 
 
 def _with_own_head(
-    tensors: dict[str, Tensor], head: str, layer: nn.Linear | nn.Conv2d
+    tensors: dict[str, Tensor], heads: Sequence[str], layer: nn.Linear | nn.Conv2d
 ) -> dict[str, Tensor]:
-    """Name the head of a MultilabelClassifier as the network does; other tensors stay as they are."""
-    ours = {"head.weight", "head.bias"} <= set(tensors) and f"backbone.{head}.weight" not in tensors
-    if not ours or not any(name.startswith("backbone.") for name in tensors):
+    """Name the head of a MultilabelClassifier as the network does; other tensors stay as they are.
+
+    Of several heads each gets it: their logits are averaged, as the features without them are.
+    """
+    ours = {"head.weight", "head.bias"} <= set(tensors)
+    theirs = tuple(f"backbone.{head}." for head in heads)
+    if not ours or any(name.startswith(theirs) for name in tensors):
         return tensors
-    renamed = {re.sub(r"^head\.", f"backbone.{head}.", k): v for k, v in tensors.items()}
-    weight = renamed[f"backbone.{head}.weight"]
+    if not any(name.startswith("backbone.") for name in tensors):
+        return tensors
+    renamed = {k: v for k, v in tensors.items() if k not in ("head.weight", "head.bias")}
+    weight = tensors["head.weight"]
     if isinstance(layer, nn.Conv2d):
-        renamed[f"backbone.{head}.weight"] = weight[..., None, None]
+        weight = weight[..., None, None]
+    for head in heads:
+        renamed |= {
+            f"backbone.{head}.weight": weight,
+            f"backbone.{head}.bias": tensors["head.bias"],
+        }
     return renamed
 
 
@@ -350,8 +361,20 @@ def _head(network: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     return layers[-1]
 
 
-def _behead(network: nn.Module) -> int:
-    """Take the last layer away, in place, and return the number of features that it was given."""
+def _heads(network: Any) -> list[str]:
+    """Return the names of all parts that give logits: those of timm's may be several."""
+    if not hasattr(network, "get_classifier"):
+        return [_head(network)[0]]
+    found = network.get_classifier()
+    parts = found if isinstance(found, tuple) else (found,)
+    return [name for name, module in network.named_modules() if any(module is p for p in parts)]
+
+
+def _behead(network: Any) -> int:
+    """Take what gives logits away, in place, and return the number of features that it was given."""
+    if hasattr(network, "reset_classifier"):  # timm's
+        network.reset_classifier(0)
+        return int(network.head_hidden_size)
     name, head = _head(network)
     if isinstance(head, nn.Linear):
         network.set_submodule(name, nn.Identity())

@@ -128,8 +128,20 @@ def test_timm_shares_what_has_the_same_names(state: dict[str, Tensor], tmp_path:
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small"])
-def test_a_trained_classifier_of_ours_is_read_with_its_classes(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 64),
+        ("squeezenet1_1", 64),
+        ("mobilenet_v3_small", 64),
+        ("timm/deit_tiny_distilled_patch16_224", 224),
+    ],
+)
+def test_a_trained_classifier_of_ours_is_read_with_its_classes(
+    name: str, size: int, tmp_path: Path
+) -> None:
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
     torch.manual_seed(0)
     ours = MultilabelClassifier(name, None, num_classes=3).eval()
     ours.classes = ["ape", "bee", "cat"]
@@ -138,13 +150,35 @@ def test_a_trained_classifier_of_ours_is_read_with_its_classes(name: str, tmp_pa
     ours.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, path)
     network, classes, multilabel = load_classifier(name, str(path))
-    images = torch.rand(2, 3, 64, 64)
+    images = torch.rand(2, 3, size, size)
     with torch.no_grad():
         torch.testing.assert_close(network.eval()(images), ours(images), atol=1e-5, rtol=1e-4)
         backbone, _ = load_backbone(name, str(path))
         torch.testing.assert_close(backbone.eval()(images), ours.backbone(images))
     assert classes == ["ape", "bee", "cat"]
     assert multilabel
+
+
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_distilled_patch16_224", "levit_128s", "crossvit_9_240"]
+)
+def test_networks_of_several_heads_are_backbones(name: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    network = unlike(timm.create_model(name)).eval()
+    torch.save(network.state_dict(), tmp_path / "file.pth")
+    size = network.pretrained_cfg["input_size"][-1]
+    images = torch.rand(2, 3, size, size)
+    backbone, count = load_backbone(f"timm/{name}", str(tmp_path / "file.pth"))
+    network.reset_classifier(0)
+    with torch.no_grad():
+        features = backbone.eval()(images)
+        assert torch.equal(features, network(images))
+    assert features.shape == (2, count)
+    # Heads may be missing, all of them.
+    torch.save(network.state_dict(), tmp_path / "headless.pth")
+    backbone, _ = load_backbone(f"timm/{name}", str(tmp_path / "headless.pth"))
+    with torch.no_grad():
+        assert torch.equal(backbone.eval()(images), features)
 
 
 def test_classes_without_names_are_numbered(state: dict[str, Tensor], tmp_path: Path) -> None:
