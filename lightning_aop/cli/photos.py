@@ -1,5 +1,6 @@
 """What the commands on photos share: finding and reading photos, building the model, the bar."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -124,8 +125,9 @@ class Recipe:
         image = self.read(photo, fit).to(next(self.model.parameters()).device)
         try:
             probabilities = of_all_classes(self.score, predict(self.model, image))[0].cpu()
-        except RuntimeError as error:
-            if "size" not in str(error):
+        except (RuntimeError, AssertionError, ValueError) as error:
+            # A CNN's pooling says "size"; ViTs that want one size alone assert the height.
+            if isinstance(error, UserError) or not re.search("size|height|width", str(error)):
                 raise
             raise UserError(
                 f"--size {self.size}: too small or otherwise unfit for the model, which was published "

@@ -154,6 +154,21 @@ def test_the_suffix_decides_the_format(
     assert out.read_bytes().startswith(start)
 
 
+def test_a_size_that_a_vision_transformer_refuses_is_said(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(torchvision.models.vit_b_32(num_classes=2).state_dict(), tmp_path / "vit.pth")
+    words = [
+        "--model=vit_b_32",
+        f"--weights={tmp_path / 'vit.pth'}",
+        "--method=gradient",
+        "--size=96",
+    ]
+    assert main(["explain", str(photo), *words, f"-o={tmp_path / 'x.png'}"]) == 1
+    errors = capsys.readouterr().err
+    assert re.search(r"--size 96: too small or otherwise unfit .*Expected 224 but got 96", errors)
+
+
 def test_where_nothing_can_be_written_is_refused_before_the_work(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
