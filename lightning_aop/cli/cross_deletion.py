@@ -70,7 +70,7 @@ def _draw(
     for row, picture, heat, pair, names in zip(axes, pictures, heated, curves, labels, strict=True):
         row[0].imshow(picture.permute(1, 2, 0).numpy())
         row[1].imshow(heat.permute(1, 2, 0).numpy())
-        row[1].set_title(f"map of {names[0].name}", fontsize=9)
+        row[1].set_title(f"map of {names[0].name}", fontsize=9, parse_math=False)
         for axis in row[:2]:
             axis.set_axis_off()
         moved = torch.linspace(0, 100, pair.shape[1]).numpy()
@@ -78,7 +78,8 @@ def _draw(
             row[2].plot(moved, curve.numpy(), color=colour, label=str(name), lw=1.8)
         row[2].set(xlim=(0, 100), ylim=(0, None), ylabel=score)
         row[2].spines[["top", "right"]].set_visible(False)
-        row[2].legend(frameon=False, fontsize=8)
+        for text in row[2].legend(frameon=False, fontsize=8).get_texts():
+            text.set_parse_math(False)  # a $ in a name begins no formula
     axes[-1, 2].set_xlabel(
         "pixels blurred, most salient of the first class first (%)", fontsize=8.5
     )

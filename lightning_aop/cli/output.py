@@ -79,7 +79,8 @@ def figure_of(
     columns = max(1, min(3, math.isqrt(len(pictures))))
     rows = math.ceil(len(pictures) / columns)
     figure = Figure(figsize=(5 * columns, 2.9 * rows + 0.4), layout="constrained", dpi=200)
-    figure.suptitle(title)
+    # A $ in a name begins no formula.
+    figure.suptitle(title, parse_math=False)
     axes = figure.subplots(rows, 2 * columns, squeeze=False).ravel()
     heated = overlay(pictures, maps)
     for axis in axes:
@@ -87,7 +88,7 @@ def figure_of(
     for i, caption in enumerate(captions):
         for axis, shown in zip(axes[2 * i : 2 * i + 2], (pictures[i], heated[i]), strict=True):
             axis.imshow(shown.permute(1, 2, 0).numpy())
-        axes[2 * i].set_title(caption, fontsize=9, loc="left")
+        axes[2 * i].set_title(caption, fontsize=9, loc="left", parse_math=False)
         if not maps[i].isfinite().all() or not heat_of(maps[i : i + 1]).any():
             name = "blank map" if maps[i].isfinite().all() else "NaN map"
             options: Any = {"ha": "center", "va": "center", "transform": axes[2 * i + 1].transAxes}

@@ -148,12 +148,14 @@ def draw(
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.2, lw=0.6)
             if game == "deletion":
-                axis.set_title(network, fontsize=10.5)
+                axis.set_title(network, fontsize=10.5, parse_math=False)
             where = "upper right" if game == "deletion" else "lower right"
             if axis.lines:
-                axis.legend(
+                legend = axis.legend(
                     loc=where, fontsize=7.5, frameon=False, title="AUC in %", title_fontsize=7.5
                 )
+                for text in legend.get_texts():
+                    text.set_parse_math(False)  # a $ in a name begins no formula
         row[0].set_ylabel(f"{game}: mean score")
     axes[0, 0].set(xlim=(0, 100), ylim=(0, None))
     figure.supxlabel("pixels moved, most salient first (%)", fontsize=10)

@@ -72,6 +72,7 @@ def write_figure(
         "pdf.fonttype": 42,  # fonts that can be searched and edited, and that arXiv takes
         "ps.fonttype": 42,
         "svg.fonttype": "none",
+        "text.parse_math": False,  # a $ in a name begins no formula
     }
     across, wide = len(records) + 1, _WIDTHS[columns]
     cell = wide / (across + 0.5)  # beside the colours

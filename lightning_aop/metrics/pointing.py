@@ -222,7 +222,9 @@ class _PairGame(Metric, ABC):
             ax = plt.subplots(figsize=size, layout="constrained")[1]
         font = 7 if dense else 9
         ax.barh(range(len(drawn)), [values[k] for k in drawn], height=0.72, color=_BAR)
-        ax.set_yticks(range(len(drawn)), [self.class_names[k] for k in drawn], fontsize=font)
+        names = [self.class_names[k] for k in drawn]
+        # A $ in a name begins no formula.
+        ax.set_yticks(range(len(drawn)), names, fontsize=font, parse_math=False)
         for row, k in enumerate(drawn):
             ax.annotate(
                 f"{values[k]:.2f}  {self._count(hits[k], tested[k])}",

@@ -225,6 +225,20 @@ def test_the_text_of_an_svg_is_text(weights: Path, photo: Path, tmp_path: Path) 
     assert re.search(r"<text[^>]*>saliency<", out.read_text())
 
 
+@pytest.mark.parametrize("command", ["explain", "cross-deletion"])
+def test_dollars_in_names_begin_no_formula(
+    command: str, weights: Path, photo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(f"$class_{k}_$" for k in range(1000)))
+    words = [*common(weights, tmp_path), "--classes", tmp_path / "names.txt", "-o"]
+    words += [tmp_path / "out.svg", "--target-class", "7", "8", "--model=squeezenet1_1"]
+    assert main([command, str(photo), *map(str, words)]) == 0
+    drawn = (tmp_path / "out.svg").read_text()
+    assert all(re.search(rf"<text[^>]*>\$class_{k}_\$ 0", drawn) for k in (7, 8))
+    figure = figure_of(torch.rand(1, 3, 8, 8), torch.rand(1, 8, 8), ["a"], "$x_$")
+    write_figure(figure, tmp_path / "title.svg")
+
+
 def test_a_figure_names_the_maps_that_show_nothing(tmp_path: Path) -> None:
     maps = torch.rand(3, 8, 8)
     maps[1], maps[2, 0, 0] = 0, torch.nan

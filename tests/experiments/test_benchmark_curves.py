@@ -13,6 +13,7 @@ from lightning_aop.cli.compare import chosen_methods
 from lightning_aop.cli.configs import config_folder, resolved, shipped_configs
 from lightning_aop.cli.main import main
 from lightning_aop.cli.options import compare_parser
+from lightning_aop.cli.output import write_figure
 from lightning_aop.errors import UserError
 from lightning_aop.experiments.curves import draw, mean_curves
 from lightning_aop.experiments.results import Manifest, write_part
@@ -83,6 +84,15 @@ def test_the_picture(
     assert (run / "new" / "curves.pdf").read_bytes().startswith(b"%PDF")
     assert main(["curves", str(run), "-o", str(run / "curves.txt")]) == 1
     assert "must end in .png, .pdf or .svg" in capsys.readouterr().err
+
+
+def test_dollars_in_names_are_drawn(finished: tuple[Path, dict[str, np.ndarray]]) -> None:
+    run, _ = finished
+    found = {("$x_$", "$10_$", game): curve for (_, _, game), curve in mean_curves(run).items()}
+    write_figure(draw(found, ["$x_$"], ["$10_$"], "$10_$"), run / "names.svg")
+    drawn = (run / "names.svg").read_text()
+    assert ">$x_$<" in drawn
+    assert ">$10_$  " in drawn
 
 
 def test_nothing_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

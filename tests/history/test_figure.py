@@ -5,6 +5,7 @@ import json
 import math
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,12 @@ def test_a_figure_has_a_row_an_explanation_and_a_column_an_epoch(tmp_path: Path)
     ]
     assert [word for word in words if re.fullmatch(r"blank|0\.\d\d", word)] == scores
     assert drawn.count("<image") >= 9
+
+
+def test_dollars_in_names_are_drawn(tmp_path: Path) -> None:
+    history = replace(synthetic(), class_names={k: f"$class_{k}_$" for k in range(7)})
+    save(history, tmp_path)
+    assert ">$class_0_$<" in texts(write_figure(tmp_path, tmp_path / "f.svg"))
 
 
 def test_a_figure_is_as_wide_as_its_columns_with_text_as_text(tmp_path: Path) -> None:

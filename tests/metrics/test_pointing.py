@@ -322,6 +322,21 @@ def test_plot_draws_the_tested_classes_best_first(kind: type[Game]) -> None:
     mpl.pyplot.close("all")
 
 
+def test_a_dollar_in_the_name_of_a_class_is_drawn() -> None:
+    mpl.use("agg")
+    metric = PointingGame(2, class_names=["$10_$", "cat"])
+    metric.update(*pairs_of_known_hits([1, 1]), torch.tensor([0, 1]))
+    figure, axes = metric.plot()
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["$10_$", "cat"]
+    # Also where the labels of another figure were drawn before.
+    other, axes = mpl.pyplot.subplots()
+    other.draw_without_rendering()
+    metric.plot(ax=axes)
+    other.draw_without_rendering()
+    mpl.pyplot.close("all")
+
+
 def test_bad_input_is_refused(unchecked: None) -> None:
     maps, masks = torch.rand(3, 4, 5), torch.zeros(3, 4, 5, dtype=torch.bool)
     targets, scores = torch.tensor([0, 1, 2]), torch.rand(3)
