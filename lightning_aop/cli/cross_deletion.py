@@ -1,5 +1,6 @@
 """`lightning-aop cross-deletion`: blur one class away, and watch another (the paper's Figure 1)."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -20,7 +21,10 @@ _COLOURS = ("#c44536", "#2a6f97")
 
 
 def main(options: Namespace) -> int:
-    """Explain the first class of each photo, and judge its map by both classes' scores."""
+    """Explain the first class of each photo, and judge its map by both classes' scores.
+
+    A photo that can't be read is named and left out.
+    """
     if options.target_class is None or len(options.target_class) != 2:
         raise UserError(
             "cross-deletion: name two classes: --target-class REMOVED WATCHED, by index or name"
@@ -32,10 +36,15 @@ def main(options: Namespace) -> int:
     recipe = load(options)
     method = make_method(options.method, options.target_layer, recipe.score)
     classes = [recipe.class_index(name) for name in options.target_class]
-    pictures, found, curves, labels = [], [], [], []
+    pictures, found, curves, labels, failures = [], [], [], [], 0
     with progress(recipe.model, len(options.photos)) as bar:
         for photo in options.photos:
-            images, targets, names = recipe.pairs(photo, options.fit, classes)
+            try:
+                images, targets, names = recipe.pairs(photo, options.fit, classes)
+            except UserError as error:
+                bar.write(f"lightning-aop: {error}", file=sys.stderr)
+                failures += 1
+                continue
             maps = method.explain(recipe.model, images[:1], targets[:1])
             both = maps.expand(2, -1, -1)
             curve = deletion_curve(
@@ -50,10 +59,11 @@ def main(options: Namespace) -> int:
             curves.append(curve)
             labels.append(names)
             bar.update()
-    score = f"{recipe.score_name} score"
-    _draw(torch.cat(pictures), torch.cat(found), curves, labels, score, options.output)
-    print(f"wrote {options.output}")
-    return 0
+    if pictures:
+        score = f"{recipe.score_name} score"
+        _draw(torch.cat(pictures), torch.cat(found), curves, labels, score, options.output)
+        print(f"wrote {options.output}")
+    return 1 if failures else 0
 
 
 def _draw(

@@ -52,6 +52,23 @@ def test_both_classes_are_watched_while_the_first_is_removed(
         assert float(told) == pytest.approx(float(curve.mean()), abs=6e-4)
 
 
+def test_a_damaged_photo_is_named_and_the_others_are_drawn(
+    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a_damaged.png").write_bytes(photo.read_bytes()[:300])
+    (tmp_path / "photos" / "cat.png").write_bytes(photo.read_bytes())
+    arguments = ["--target-class", "281", "967", "--method=gradcam", "--steps=7"]
+    assert cross(weights, tmp_path / "photos", tmp_path / "x.png", *arguments) == 1
+    printed = capsys.readouterr()
+    assert "damaged.png: it can't be read" in printed.err
+    assert printed.out.count("cat.png: ") == 2
+    assert (tmp_path / "x.png").exists()
+    (tmp_path / "photos" / "cat.png").unlink()
+    assert cross(weights, tmp_path / "photos", tmp_path / "none.png", *arguments) == 1
+    assert not (tmp_path / "none.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
