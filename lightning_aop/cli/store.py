@@ -59,4 +59,6 @@ def make_folder(path: Path) -> None:
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows with the same keys as a table with a heading."""
     heading = [list(rows[0])] if rows else []
-    write_whole(path, csv_text([*heading, *(list(row.values()) for row in rows)]).encode())
+    text = csv_text([*heading, *(list(row.values()) for row in rows)])
+    # The name of a photo may be no UTF-8.
+    write_whole(path, text.encode(errors="backslashreplace"))

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import sys
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -271,6 +273,27 @@ def test_folders_patterns_and_stdin_are_photos(
     (tmp_path / "bare").mkdir()
     assert explain(tmp_path / "bare", *words) == 1
     assert "the folder holds no images" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are always Unicode")
+@pytest.mark.parametrize("command", ["explain", "compare", "sanity-check", "cross-deletion"])
+def test_a_name_that_is_no_utf8_costs_no_work(
+    command: str, weights: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    name = os.path.join(os.fsencode(tmp_path / "photos"), b"caf\xe9.jpg")
+    Path(os.fsdecode(name)).write_bytes(photo.read_bytes())
+    words = [command, tmp_path / "photos", "--model=squeezenet1_1", f"--weights={weights}"]
+    words += ["--size=64", "--methods" if command == "compare" else "--method", "gradcam"]
+    words += {"sanity-check": ["--layers=classifier.1"]}.get(command, ["--target-class", "7", "8"])
+    out = tmp_path / ("out.png" if command in ("explain", "cross-deletion") else "out")
+    printed = BytesIO()
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(printed, encoding="utf-8", errors="strict"))
+    assert main([str(word) for word in (*words, "-o", out)]) == 0
+    sys.stdout.flush()
+    assert b"wrote " in printed.getvalue()
+    shown = printed.getvalue() if out.is_file() else (out / "results.csv").read_bytes()
+    assert rb"caf\udce9.jpg" in shown
 
 
 def test_missing_photos_are_said_before_the_network_is_made(
