@@ -20,7 +20,7 @@ from lightning_aop import scores
 from lightning_aop.cli.options import SUFFIXES
 from lightning_aop.data.classes import class_index, read_classes
 from lightning_aop.data.hub import is_hub, load_hub
-from lightning_aop.data.images import ImageError, ValueRange, read_image
+from lightning_aop.data.images import ImageError, ValueRange, middle, read_image
 from lightning_aop.data.networks import load_classifier, published_input
 from lightning_aop.errors import UserError, did_you_mean, did_you_mean_file
 from lightning_aop.model.adapter import predict
@@ -103,15 +103,16 @@ class Recipe:
             raise UserError(f"{photo}: {error}") from error
         if (frames := image.info["frames"]) > 1:
             tqdm.write(f"{photo}: the first of its {frames} frames is shown", file=sys.stderr)
+        bilinear = v2.InterpolationMode.BILINEAR
         shape = (
-            [v2.Resize((self.size, self.size))]
+            v2.Resize((self.size, self.size))
             if fit == "squash"
-            else [v2.Resize(self.resize), v2.CenterCrop(self.size)]
+            else v2.Lambda(lambda whole: middle(whole, self.size, self.resize, bilinear), Tensor)
         )
         transform = v2.Compose(
             [
                 v2.ToImage(),
-                *shape,
+                shape,
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(self.mean, self.std),
             ]

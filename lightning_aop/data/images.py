@@ -301,9 +301,14 @@ class Preprocess:
         if self.resize == "squash":
             size = [self.size, self.size]
             return cast("_Shaped", v2.functional.resize(image, size, interpolation))
-        # Of a long strip only the middle is seen, and the whole could be too large once resized.
-        height, width = v2.functional.get_size(image)
-        most = 8 * min(height, width)
-        image = v2.functional.center_crop(image, [min(height, most), min(width, most)])
-        wider = v2.functional.resize(image, [round(self.size * 8 / 7)], interpolation)
-        return cast("_Shaped", v2.functional.center_crop(wider, [self.size]))
+        return middle(image, self.size, round(self.size * 8 / 7), interpolation)
+
+
+def middle(image: _Shaped, size: int, shorter: int, interpolation: v2.InterpolationMode) -> _Shaped:
+    """Return the square of `size` pixels in the middle, the shorter side resized to `shorter` first."""
+    # Of a long strip only the middle is seen, and the whole could be too large once resized.
+    height, width = v2.functional.get_size(image)
+    most = 8 * min(height, width)
+    image = v2.functional.center_crop(image, [min(height, most), min(width, most)])
+    wider = v2.functional.resize(image, [shorter], interpolation)
+    return cast("_Shaped", v2.functional.center_crop(wider, [size]))

@@ -17,6 +17,7 @@ from lightning_aop import GradCAM
 from lightning_aop.cli.main import main
 from lightning_aop.cli.options import photos_first
 from lightning_aop.cli.output import figure_of, write_figure
+from lightning_aop.cli.photos import Recipe
 from lightning_aop.coco import MultilabelClassifier
 from lightning_aop.metrics import auc, deletion_curve
 from lightning_aop.scores import sigmoid
@@ -294,6 +295,30 @@ def test_a_name_that_is_no_utf8_costs_no_work(
     assert b"wrote " in printed.getvalue()
     shown = printed.getvalue() if out.is_file() else (out / "results.csv").read_bytes()
     assert rb"caf\udce9.jpg" in shown
+
+
+def test_of_a_long_strip_the_middle_is_read_within_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(0).integers(0, 255, (5, 60_000, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "strip.png")
+    largest, resize = 0, torch.nn.functional.interpolate
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal largest
+        found: torch.Tensor = resize(*arguments, **options)
+        largest = max(largest, found.numel())
+        return found
+
+    monkeypatch.setattr("torchvision.transforms.v2.functional._geometry.interpolate", watched)
+    recipe = Recipe(torch.nn.Identity(), 64, 72, (0.0,) * 3, (1.0,) * 3, ["a"], "softmax")
+    image = recipe.read(tmp_path / "strip.png", "crop")
+    assert 0 < largest < 3 * 72 * 72 * 10
+    middle = Image.fromarray(values[:, 29_980:30_020])
+    resized = torchvision.transforms.v2.functional.resize(middle, [72])
+    cropped = torchvision.transforms.v2.functional.center_crop(resized, [64])
+    wanted = torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[None].float() / 255
+    torch.testing.assert_close(image, wanted, atol=2 / 255, rtol=0)
 
 
 def test_missing_photos_are_said_before_the_network_is_made(
