@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -25,6 +26,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 ValueRange: TypeAlias = tuple[float, float]
 _Shaped = TypeVar("_Shaped", Image.Image, Tensor)
+
+
+_PHOTOMETRIC = 262
+"""The tag of a TIFF whose value 0 says that its value 0 is white."""
 
 
 class ImageError(FileError):
@@ -77,10 +82,13 @@ def read_image(
                     raise ImageError("it is PostScript, a program that is not run")
                 # Pillow keeps the upper 8 of 16 bits per channel; only the raw mode shows it.
                 deep = ";16" in str(getattr(opened, "tile", ""))
+                # And inverts a TIFF whose 0 is white only up to 8 bits.
+                tags = opened.tag_v2 if isinstance(opened, TiffImageFile) else {}
+                negative = tags.get(_PHOTOMETRIC) == 0
                 opened.load()
                 upright = ImageOps.exif_transpose(opened) if exif else opened
                 fits = size in (None, upright.size) or opened.size != size
-                image = _rgb(upright if fits else opened, value_range, deep)
+                image = _rgb(upright if fits else opened, value_range, deep, negative)
                 # A phone's JPEG may hold a second image (MPO), which no viewer shows.
                 moves = opened.format in ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
                 image.info["frames"] = getattr(opened, "n_frames", 1) if moves else 1
@@ -166,6 +174,7 @@ def _deep_tiff(
             if colours and page.planarconfig == 2:
                 values = np.moveaxis(values, 0, -1)
             values = values[..., :3] if colours else values
+            negative = page.photometric == 0
             floats, orientation = page.dtype.kind == "f", int(page.tags.valueof(274, 1))
     except (
         ImportError,
@@ -175,7 +184,8 @@ def _deep_tiff(
     finally:
         if not isinstance(path, Path):
             path.seek(0)
-    image = Image.fromarray(_bytes(values, value_range, "F" if floats else "I;16")).convert("RGB")
+    pixels = _bytes(values, value_range, "F" if floats else "I;16")
+    image = Image.fromarray(255 - pixels if negative else pixels).convert("RGB")
     image.getexif()[0x0112] = orientation
     return image
 
@@ -191,11 +201,14 @@ def _bytes(
     return scaled.astype(np.uint8)
 
 
-def _rgb(image: Image.Image, value_range: ValueRange | None, deep: bool) -> Image.Image:
+def _rgb(
+    image: Image.Image, value_range: ValueRange | None, deep: bool, negative: bool
+) -> Image.Image:
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
         # Pillow would clip these to white instead of scaling them.
         values = np.asarray(image, dtype=np.float64)
         grey = _bytes(values, value_range, image.mode)
+        grey = 255 - grey if negative else grey
         grey[values == image.info.get("transparency")] = 255
         return Image.fromarray(grey).convert("RGB")
     if deep and value_range is not None:

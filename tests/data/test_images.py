@@ -416,6 +416,19 @@ def test_deep_tiffs_are_read_over_their_range(
         read_image(path)
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32", "float64"])
+def test_a_tiff_whose_zero_is_white_is_no_negative(kind: str, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
+    deep = values.astype(kind) * (257 if kind == "uint16" else 1)
+    value_range = (0.0, 255.0) if kind.startswith("float") else None
+    for photometric, wanted in (("minisblack", values), ("miniswhite", 255 - values)):
+        path = tmp_path / f"{photometric}.tif"
+        tifffile.imwrite(path, deep, photometric=photometric)
+        image = np.asarray(read_image(path, value_range=value_range))
+        np.testing.assert_array_equal(image, np.repeat(wanted[..., None], 3, axis=2))
+
+
 def test_colours_of_16_bits_take_no_range_where_pillow_reads_them(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(deep_png(DEEP_FOUR[..., :3], 2))
     with pytest.raises(ImageError, match="can't be read over a range: save it as TIFF and pip"):
