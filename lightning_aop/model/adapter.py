@@ -217,7 +217,7 @@ class Adapter:
         classes: K.
         plain: whether the module itself maps images to logits.
         names: what the K columns are, where they are no classes.
-        head: the key of the output that is read, where labels stand under the same key.
+        head: the key of the labels that the output has, where a batch has several.
         sources: the modules in the user's whose outputs are these logits, the outermost first, and how
             they are read.
     """

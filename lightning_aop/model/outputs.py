@@ -47,7 +47,9 @@ class Expected:
         values: whether it is trained by losses of values alone, such as the squared error.
         embeddings: whether a loss compares outputs with each other.
         trusted: whether the user has said that the outputs are what is to be explained.
-        heads: what is known of each of several outputs, by the key of its labels in the batch.
+        heads: what is known of each of several outputs, by the key of its labels in the batch; or,
+            of all that may be the labels in a tuple, by its place.
+        columns: how many numbers of an image the labels are, 0 where none is of the whole image.
     """
 
     kind: Kind | None = None
@@ -58,6 +60,11 @@ class Expected:
     embeddings: bool = False
     trusted: bool = False
     heads: Mapping[str, "Expected"] = field(default_factory=dict)
+    columns: int = 1
+
+    def of(self, head: str | None) -> "Expected":
+        """Return what is known by the labels of a head; by the own ones for None."""
+        return self if head is None else replace(self.heads[head], trusted=self.trusted)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Meaning:
         score: the class score that fits.
         classes: K.
         names: what the K columns are, where they are no classes.
-        head: the key of the output, where labels stand under the same key.
+        head: the key of the output's labels, where there are several.
     """
 
     read: Callable[[Any, int], Float[Tensor, "b k"]]
@@ -89,10 +96,12 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
     Raises:
         OutputError: it has no logits, or their number does not fit the labels.
     """
-    if _is_detection(output, count):
-        return _detection(output, expected)
-    if (queries := _queries(output, count)) is not None:
-        return _query_detection(*queries, expected)
+    queries = _queries(output, count)
+    if queries is not None or _is_detection(output, count):
+        boxes = next((key for key, each in expected.heads.items() if each.kind == "boxes"), None)
+        known = expected.of(boxes)
+        of_boxes = _query_detection(*queries, known) if queries else _detection(output, known)
+        return _labelled(of_boxes, expected, boxes)
     found: list[tuple[_Path, Tensor]] = [
         (path, tensor) for path, tensor in _tensors(output) if _fits(tensor, count)
     ]
@@ -112,14 +121,16 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
     path, tensor = (headed or named or counted or _last_layers(flat) or found)[0]
     name = str(path[-1]) if path else ""
     head = name.lower() if headed else None
-    if head is not None:
-        expected = replace(expected.heads[head], trusted=expected.trusted)
-    meaning = _meaning_of(tensor, count, name, expected)
+    if head is None and expected.kind is not None:
+        shape = tensor.shape[1:]
+        one_row = math.prod(shape) == max(shape, default=1)
+        head = fitting(expected.heads, math.prod(shape) if one_row else 0, not one_row)
+    meaning = _labelled(_meaning_of(tensor, count, name, expected.of(head)), expected, head)
     if not path:
         return meaning
-    where = _written(path)
+    where = written(path)
     others = [
-        _written(p)
+        written(p)
         for p, t in found
         if p != path
         and t.ndim == 2
@@ -131,10 +142,43 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
         return meaning.read(_at(output, path), count)
 
     described = f"{where} {meaning.description}{rest}"
-    return replace(meaning, read=read, description=described, head=head)
+    return replace(meaning, read=read, description=described)
 
 
 _Path: TypeAlias = tuple[object, ...]
+
+
+def _labelled(meaning: Meaning, expected: Expected, head: str | None) -> Meaning:
+    """Say which labels of a batch an output has, where it has been chosen by what they are."""
+    if head is None or expected.kind is None:
+        return replace(meaning, head=head)
+    others = ", ".join(key for key in expected.heads if key != head)
+    described = f"{meaning.description}; of the batch, {head} has the labels, not {others}"
+    return replace(meaning, head=head, description=described)
+
+
+def fitting(heads: Mapping[str, Expected], outputs: int, maps: bool = False) -> str | None:
+    """Return which of all that may be the labels fits a model's outputs best, the first of several.
+
+    Args:
+        heads: what each says of the outputs.
+        outputs: how many an image has, K.
+        maps: these are maps.
+    """
+
+    def misfit(labels: Expected) -> int:
+        if maps:
+            return int(labels.kind != "mask")
+        if outputs == 1 or labels.values:
+            one = outputs == 1 and labels.separately and labels.highest > 1
+            return int(labels.columns != outputs or one)
+        if labels.kind == "class":
+            return 0 if 0 <= labels.highest < outputs else 2
+        if labels.columns == outputs:
+            return int(labels.kind == "value")
+        return 3
+
+    return min(heads, key=lambda key: misfit(heads[key]), default=None)
 
 
 def _last_layers(found: list[tuple[_Path, Tensor]]) -> list[tuple[_Path, Tensor]]:
@@ -160,7 +204,8 @@ def _computed_from(tensor: Tensor, other: Tensor) -> bool:
     return False
 
 
-def _written(path: _Path) -> str:
+def written(path: _Path) -> str:
+    """Return how code says the way to a part."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
 
 
@@ -382,7 +427,7 @@ def _query_detection(path: _Path, logits: Tensor, expected: Expected) -> Meaning
     how = "a sigmoid each" if separate else "a softmax with one output for no object"
     return Meaning(
         read,
-        f"{_written(path)} [B, {logits.shape[1]}, {last}], detections, scored by the best of the "
+        f"{written(path)} [B, {logits.shape[1]}, {last}], detections, scored by the best of the "
         f"queries for each of {classes} classes, {how}",
         sigmoid,
         classes,

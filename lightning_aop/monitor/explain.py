@@ -195,7 +195,11 @@ def explain(
         sources = [*named, batch if isinstance(batch, Dataset) else None, unwrap(model)]
         drawn = Drawn(
             find_labels(
-                to_device(found.batch, device), None, read_batch, known_names(sources).value
+                to_device(found.batch, device),
+                None,
+                read_batch,
+                known_names(sources).value,
+                found.numbers,
             ),
             class_count(sources),
             None,

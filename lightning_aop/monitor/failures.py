@@ -157,7 +157,7 @@ class Failures:
         self._names, self._known, self._layout = names, None, None
         if reading is not None:
             self._known = reading.labels_for(adapter)
-            self._layout = Layout.of(reading, adapter.head) if _tells(reading) else None
+            self._layout = Layout.of(reading, adapter) if _tells(reading) else None
         if self._known is not None and self._known.kind == "mask":
             self._listener = None
             self._troubles[_OF_PIXELS] = False
@@ -241,7 +241,7 @@ class Failures:
             if layout is not None and (found := layout.parts(batch)) is not None:
                 return found
         reading = read_batch(batch, None, None, self._names)
-        layout = Layout.of(reading, None if self._adapter is None else self._adapter.head)
+        layout = Layout.of(reading, self._adapter)
         if _tells(reading):
             self._layouts[loader] = layout
         found = layout.parts(batch)

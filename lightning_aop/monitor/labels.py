@@ -13,7 +13,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_aop.model.adapter import Adapter
 from lightning_aop.model.batches import BatchError, ImageForm, Inputs, find_inputs, members
-from lightning_aop.model.outputs import Expected, Kind, sums_to_one
+from lightning_aop.model.outputs import Expected, Kind, fitting, sums_to_one, written
 from lightning_aop.scores import sigmoid, value
 
 __all__ = ["Labels", "Layout", "Parts", "ReadBatch", "Reading", "read_batch"]
@@ -75,6 +75,24 @@ class Labels:
         # 255 stands for none, as in masks, where the others are far below.
         counted = self.values[self.values != 255]
         return int((counted if len(counted) and counted.max() < 128 else self.values).max())
+
+    @property
+    def columns(self) -> int:
+        """How many numbers an image has, 0 where it has none of its own, such as of masks."""
+        if self.kind in ("mask", "boxes"):
+            return 0
+        return int(self.values[0].numel()) if len(self.values) else 1
+
+    def expected(
+        self, classes: int | None = None, how: tuple[bool, bool, bool] = (False,) * 3
+    ) -> Expected:
+        """Return what they say of a module's outputs, where it is trained by losses like these."""
+        highest = self.highest
+        if self.kind == "class" and classes is not None:
+            # A higher label is one to ignore.
+            below = self.values[self.values < classes]
+            highest = int(below.max()) if len(below) else highest
+        return Expected(self.kind, highest, classes, *how, columns=self.columns)
 
     def fitted(
         self,
@@ -171,8 +189,9 @@ class Reading:
         masks: bool [B, H, W], where the labelled class is, or [B, K, H, W], where each class is.
         masks_named: whether the batch calls them masks.
         note: why there are no labels, where that is known.
-        heads: labels by their keys, where the batch has several and calls none the labels.
+        heads: by their keys, all that may be the labels, where the batch calls none of several so.
         place: the keys, attributes and indices that lead to the labels.
+        places: likewise for each of the heads.
     """
 
     inputs: Inputs
@@ -182,28 +201,36 @@ class Reading:
     note: str = ""
     heads: Mapping[str, Labels] = field(default_factory=dict, repr=False)
     place: Path | None = None
+    places: Mapping[str, Path] = field(default_factory=dict)
 
     def expected(self, module: nn.Module, classes: int | None = None) -> Expected:
         """Return what the labels, and the names of the classes, say of the module's outputs."""
-        kind, highest = None, -1
-        if self.labels is not None:
-            kind = self.labels.kind
-            highest = self.labels.highest
-            if kind == "class" and classes is not None:
-                # A higher label is one to ignore.
-                below = self.labels.values[self.labels.values < classes]
-                highest = int(below.max()) if len(below) else highest
         how = trained(module)
-        heads = {
-            name: Expected(labels.kind, labels.highest, None, *how)
-            for name, labels in self.heads.items()
-        }
-        return Expected(kind, highest, classes, *how, heads=heads)
+        if self.labels is None:
+            heads = {name: labels.expected(None, how) for name, labels in self.heads.items()}
+            return Expected(None, -1, classes, *how, heads=heads)
+        heads = {name: labels.expected(classes, how) for name, labels in self.heads.items()}
+        return replace(self.labels.expected(classes, how), heads=heads)
+
+    def head_for(self, adapter: Adapter | None) -> str | None:
+        """Return which of the heads an adapter's output has as its labels."""
+        if adapter is None or adapter.head in self.heads:
+            return None if adapter is None else adapter.head
+        if self.labels is None:
+            return None
+        return fitting(
+            {name: each.expected() for name, each in self.heads.items()}, adapter.classes
+        )
 
     def labels_for(self, adapter: Adapter | None) -> Labels | None:
         """Return the labels of the output that an adapter reads."""
-        head = None if adapter is None else adapter.head
-        return self.labels if head is None else self.heads.get(head)
+        head = self.head_for(adapter)
+        return self.labels if head is None else self.heads[head]
+
+    def place_for(self, adapter: Adapter | None) -> Path | None:
+        """Return where these labels are."""
+        head = self.head_for(adapter)
+        return self.place if head is None else self.places[head]
 
 
 @dataclass(frozen=True)
@@ -242,13 +269,10 @@ class Layout:
     labels: Path | None
 
     @classmethod
-    def of(cls, reading: Reading, head: str | None = None) -> "Layout":
-        """Return where the batch that was read has its parts; of several labels those of `head`."""
-        inputs, place = reading.inputs, reading.place
-        if head is not None:
-            found = _headed(inputs.batch)
-            place = next((path for path, name in found if name == head), None)
-        return cls(_made_of(inputs.batch), inputs.path, place)
+    def of(cls, reading: Reading, adapter: Adapter | None = None) -> "Layout":
+        """Return where the batch that was read has its parts; of several labels the adapter's."""
+        inputs = reading.inputs
+        return cls(_made_of(inputs.batch), inputs.path, reading.place_for(adapter))
 
     def parts(self, batch: Any) -> Parts | None:
         """Return the parts of another batch, None where it is made otherwise."""
@@ -283,6 +307,7 @@ def read_batch(
     limit: int | None = None,
     read: ReadBatch | None = None,
     names: Sequence[str] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Reading:
     """Find the images and labels of a batch's first samples.
 
@@ -291,6 +316,7 @@ def read_batch(
         limit: how many samples, None for all.
         read: the user's own way to images and labels.
         names: of the classes, where they are known, for labels that are text.
+        numbers: of the samples in their dataset, which a batch may have beside the labels.
 
     Raises:
         BatchError: the batch has no images.
@@ -309,32 +335,38 @@ def read_batch(
             )
         return Reading(inputs.first(limit), _first(labels, limit))
     inputs = find_inputs(batch)
-    place, labels = _find(batch, inputs, names)
+    found = _find(batch, inputs, names, numbers)
+    place, labels = found[0] if found else (None, None)
     masks, named = _find_masks(batch, inputs)
     if labels is None and masks is not None:  # which are the labels then
         labels, masks = as_labels(masks.byte(), inputs), None
     note = "" if labels is not None else _text_note(_named(batch))
     masks = None if masks is None else masks[:limit]
-    heads = {} if labels is not None else _heads(batch, inputs, names)
+    heads = {written(path): (path, each) for path, each in found} if len(found) > 1 else {}
+    if labels is None:
+        heads = _heads(batch, inputs, names)
     return Reading(
         inputs.first(limit),
         _first(labels, limit),
         masks,
         named,
         note.lstrip("; "),
-        {name: Labels(each.kind, each.values[:limit]) for name, each in heads.items()},
+        {name: Labels(each.kind, each.values[:limit]) for name, (_, each) in heads.items()},
         place,
+        {name: path for name, (path, _) in heads.items()},
     )
 
 
-def _heads(batch: Any, inputs: Inputs, names: Sequence[str] | None) -> dict[str, Labels]:
-    """Return all that may be labels in the dictionaries of a batch, by key."""
+def _heads(
+    batch: Any, inputs: Inputs, names: Sequence[str] | None
+) -> dict[str, tuple[Path, Labels]]:
+    """Return all that may be labels in the dictionaries of a batch, by key, and where it is."""
     found = {
-        name: as_labels(_at(batch, path), inputs, names)
+        name: (path, as_labels(_at(batch, path), inputs, names))
         for path, name in _headed(batch)
         if path != inputs.path
     }
-    return {name: labels for name, labels in found.items() if labels is not None}
+    return {name: (path, each) for name, (path, each) in found.items() if each is not None}
 
 
 def _headed(batch: Any) -> list[tuple[Path, str]]:
@@ -385,45 +417,64 @@ def _first(labels: Labels | None, limit: int | None) -> Labels | None:
 
 
 def _find(
-    batch: Any, inputs: Inputs, names: Sequence[str] | None
-) -> tuple[Path | None, Labels | None]:
-    """Return the labels of a batch, and where they are: by their names, or in a tuple by their place."""
+    batch: Any,
+    inputs: Inputs,
+    names: Sequence[str] | None,
+    numbers: Sequence[int] | None = None,
+) -> list[tuple[Path, Labels]]:
+    """Return the labels of a batch, and where they are: by their names, or in a tuple by their place.
+
+    In a tuple all that may be the labels, the likeliest first: the model's outputs decide.
+    """
     if inputs.bare:
-        return None, None
+        return []
     parts = members(batch)
     for name in (*_NAMES, *_MASKS):
         for key, part in parts:
             if str(key).lower().removesuffix(".txt") == name and part is not batch:
                 found = as_labels(part, inputs, names)
                 if found is not None:
-                    return (key,), found
+                    return [((key,), found)]
     if isinstance(batch, (tuple, list)):
         here = [key for key, _ in parts].index(inputs.path[0])
-        others = (*parts[here + 1 :], *parts[:here])
-        read = [(key, as_labels(part, inputs, names)) for key, part in others]
-        several = [(key, labels) for key, labels in read if labels is not None]
-        # Beside labels, the samples' own numbers.
-        chosen = [f for f in several if not _counts_up(f[1])] or several
-        # And rows of measurements.
-        chosen = [f for f in chosen if not _measures(f[1])] or chosen
-        if chosen:
-            return (chosen[0][0],), chosen[0][1]
+        others = [_columns(key, part, inputs) for key, part in (*parts[here + 1 :], *parts[:here])]
+        read = [(path, as_labels(part, inputs, names)) for each in others for path, part in each]
+        several = [(path, labels) for path, labels in read if labels is not None]
+        # The samples' own numbers are none where others may be; of two samples it may be chance.
+        counted = [path for path, labels in several if _counts_up(labels, numbers)]
+        chosen = [(path, labels) for path, labels in several if path not in counted]
+        if len(inputs.images) < 3 or not any(labels.columns for _, labels in chosen):
+            chosen = several
+        if chosen:  # rows of measurements come last
+            return sorted(chosen, key=lambda f: (f[0] in counted, _measures(f[1])))
     if len(inputs.path) > 1:  # beside the images, in a part of the batch
         inner = Inputs((), inputs.path[1:], *_rest(inputs))
-        place, labels = _find(dict(parts)[inputs.path[0]], inner, names)
-        return None if place is None else (inputs.path[0], *place), labels
-    return None, None
+        inside = _find(dict(parts)[inputs.path[0]], inner, names, numbers)
+        return [((inputs.path[0], *path), labels) for path, labels in inside]
+    return []
+
+
+def _columns(key: object, part: Any, inputs: Inputs) -> list[tuple[Path, Any]]:
+    """Return a part of a tuple, or the parts that it is made of where each has all images' rows."""
+    count = len(inputs.images)
+    several = isinstance(part, (tuple, list)) and len(part) != count
+    if several and all(isinstance(v, Tensor) and v.ndim and len(v) == count for v in part):
+        return [((key, index), each) for index, each in enumerate(part)]
+    return [((key,), part)]
 
 
 def _rest(inputs: Inputs) -> tuple[Any, Tensor]:
     return inputs.form, inputs.images
 
 
-def _counts_up(labels: Labels) -> bool:
+def _counts_up(labels: Labels, numbers: Sequence[int] | None = None) -> bool:
+    """Tell whether these are the samples' numbers: those that are known, or any in a row."""
     values = labels.values
-    if labels.kind != "class" or len(values) < 3:
+    if labels.kind != "class":
         return False
-    return bool((values.diff() == 1).all())
+    if numbers is not None and values[: len(numbers)].tolist() == [*numbers][: len(values)]:
+        return True
+    return len(values) >= 3 and bool((values.diff() == 1).all())
 
 
 def _measures(labels: Labels) -> bool:

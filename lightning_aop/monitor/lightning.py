@@ -178,7 +178,7 @@ def draw(
     given = [] if names is None else [{"class_names": list(names)}]
     sources = [*given, *fact_sources(source, trainer)]
     known = class_names(sources).value
-    reading = read_batch(batch, found.limit, read, known)
+    reading = read_batch(batch, found.limit, read, known, found.numbers)
     return Drawn(reading, class_count(sources), found.limit, found.read_masks, given, known)
 
 

@@ -107,12 +107,14 @@ class Probe:
     note: str = ""
 
     @classmethod
-    def from_batch(cls, batch: Any, limit: int | None = None) -> "Probe":
+    def from_batch(
+        cls, batch: Any, limit: int | None = None, numbers: Sequence[int] | None = None
+    ) -> "Probe":
         """Read images and labels out of a batch: a tensor, (images, labels, …) or a dictionary.
 
         Labels mean what they say by themselves; `of` asks the model as well.
         """
-        return cls.of(read_batch(batch, limit))
+        return cls.of(read_batch(batch, limit, numbers=numbers))
 
     @classmethod
     def of(cls, reading: Reading, adapter: Adapter | None = None) -> "Probe":
@@ -121,7 +123,8 @@ class Probe:
         Raises:
             BatchError: no label fits the model's outputs.
         """
-        fitted = fit_labels(reading.labels_for(adapter), adapter)
+        given = reading.labels_for(adapter)
+        fitted = fit_labels(given, adapter)
         labels = None if fitted is None else fitted.labels
         # A subclass of tensors may refuse to be cut and joined, as MONAI's does.
         images = reading.inputs.images.detach().as_subclass(Tensor).clone().cpu()
@@ -130,10 +133,10 @@ class Probe:
             None if labels is None else labels.clone(),
             note=reading.note if fitted is None else fitted.note,
         )
-        if labels is None:
+        if given is None or labels is None:
             return probe
-        if reading.labels is not None and reading.labels.kind == "mask":
-            pixels = reading.labels.values
+        if given.kind == "mask":
+            pixels = given.values
             return probe.with_masks(
                 lambda row, classes: torch.stack(
                     [
@@ -144,19 +147,19 @@ class Probe:
             )
         if reading.masks is None:
             return probe
-        given = reading.masks.detach().cpu()
-        if given.shape != (len(images), *labels.shape[1:], *images.shape[2:]):
+        masks = reading.masks.detach().cpu()
+        if masks.shape != (len(images), *labels.shape[1:], *images.shape[2:]):
             # A batch may hold other things; only what is called masks is missed.
             if reading.masks_named:
                 warnings.warn(
-                    f"ExplanationMonitor: the batch's masks have shape {list(given.shape)}, where "
+                    f"ExplanationMonitor: the batch's masks have shape {list(masks.shape)}, where "
                     f"{[len(images), *labels.shape[1:], *images.shape[2:]]} was expected: none is drawn",
                     stacklevel=3,
                 )
             return probe
         return probe.with_masks(
             # [B, H, W] is where the class of the label is, [B, K, H, W] where each class is.
-            lambda row, classes: given[row][classes] if given.ndim == 4 else given[row][None]
+            lambda row, classes: masks[row][classes] if masks.ndim == 4 else masks[row][None]
         )
 
     def with_masks(self, read: MaskReader) -> "Probe":
@@ -350,11 +353,19 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Collected:
-    """A batch for the probe, how many of its samples to take (None for all), and their masks."""
+    """A batch for the probe.
+
+    Attributes:
+        batch: as a loader gives it.
+        limit: how many of its samples to take, None for all.
+        read_masks: what gives their masks.
+        numbers: those of the samples in their dataset, where they are known.
+    """
 
     batch: Any
     limit: int | None = None
     read_masks: MaskReader | None = None
+    numbers: Sequence[int] | None = None
 
 
 def collect(source: ProbeSource, loaders: Any) -> Collected:
@@ -519,8 +530,9 @@ def _read(
     batch, masks = read_samples(
         dataset, count, collate=collate, loader=loader, ready=ready, note=note
     )
-    limit = count if isinstance(count, int) else len(count)
-    return Collected(batch, limit, None if masks is None else _KnownMasks(masks))
+    numbers = range(count) if isinstance(count, int) else count
+    known = None if masks is None else _KnownMasks(masks)
+    return Collected(batch, len(numbers), known, numbers)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -536,16 +548,16 @@ def _masks_of_batch(
     """Return the masks of what a batch is labelled with, or why they could not be read."""
     if read is None:
         return None
+    places = range(count) if isinstance(count, int) else count
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is all said again where the batch has arrived
-            probe = Probe.from_batch(batch, count if isinstance(count, int) else len(count))
+            probe = Probe.from_batch(batch, len(places), places)
     except Exception:
         return None
     if probe.masks is not None:
         return None
     labelled = [(row, probe.classes_of(row)) for row in range(len(probe.images))]
-    places = range(len(labelled)) if isinstance(count, int) else count
     try:
         return {(row, tuple(some)): read(places[row], some) for row, some in labelled if some}
     except Exception as error:

@@ -149,8 +149,8 @@ def test_labels_by_their_place(batch: Any) -> None:
 
 
 class TrainedByBce(SmallNet):
-    def __init__(self) -> None:
-        super().__init__(3)
+    def __init__(self, outputs: int = 3) -> None:
+        super().__init__(outputs)
         self.loss = nn.BCEWithLogitsLoss()
 
 
@@ -335,6 +335,93 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"colour": self.colours(x), "shape": self.shapes(x)}
+
+
+MASK = (IMAGES[:, 0] > 0.5).long()
+SITE = torch.tensor([70, 3, 12, 8])
+WEIGHT = torch.tensor([0.5, 1.5, 0.7, 0.2])
+POINTS = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
+BOXES = [{"labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4)}] * 4
+
+
+class Pixels(nn.Module):
+    """Gives logits of three classes for each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+class Boxes(SmallNet):
+    def forward(self, x: Tensor) -> Any:
+        one = torch.tensor([1, 2])
+        return [{"labels": one, "scores": z.sigmoid()[:2]} for z in super().forward(x)]
+
+
+class Regression(SmallNet):
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.loss = nn.MSELoss()
+
+
+@pytest.mark.parametrize(
+    ("batch", "module", "place"),
+    [
+        ((IMAGES, MASK, CLASSES), SmallNet(3), 2),
+        ((IMAGES, MASK[:, None].float(), CLASSES), SmallNet(3), 2),
+        ((IMAGES, MASK.byte() * 255, CLASSES), SmallNet(3), 2),
+        ((IMAGES, CLASSES, MASK), SmallNet(3), 1),
+        ((IMAGES, CLASSES, MASK), Pixels(), 2),
+        ((IMAGES, torch.arange(4), MASK), Pixels(), 2),
+        ((IMAGES, torch.arange(4), BOXES), Boxes(3), 2),
+        ((IMAGES, SITE, CLASSES), SmallNet(3), 2),
+        ((IMAGES, SITE, ONE_HOT), SmallNet(3), 2),
+        ((IMAGES, WEIGHT, CLASSES), SmallNet(3), 2),
+        ((IMAGES, WEIGHT, CLASSES > 0), TrainedByBce(1), 1),
+        ((IMAGES, SITE, CLASSES > 0), TrainedByBce(1), 2),
+        ((IMAGES, POINTS, CLASSES), SmallNet(3), 2),
+        ((IMAGES, POINTS, CLASSES), Regression(3), 1),
+        ((IMAGES, WEIGHT, CLASSES), Regression(1), 1),
+        ((IMAGES, SITE, CLASSES), SmallNet(1), 1),  # as ages are
+        ((IMAGES, (SITE, CLASSES)), SmallNet(3), (1, 1)),
+        ((IMAGES, CLASSES, CLASSES.flip(0)), SmallNet(3), 1),
+    ],
+)
+def test_of_what_may_be_labels_in_a_tuple_those_that_fit_the_outputs_count(
+    batch: Any, module: nn.Module, place: Any
+) -> None:
+    reading = read_batch(batch)
+    adapter = find_adapter(module, reading.inputs, reading.expected(module))
+    path = place if isinstance(place, tuple) else (place,)
+    assert reading.place_for(adapter) == path
+    wanted = batch
+    for key in path:
+        wanted = wanted[key]
+    found, given = reading.labels_for(adapter), read(wanted)
+    assert found is not None
+    assert given is not None
+    assert found.kind == given.kind
+    probe = Probe.of(reading, adapter)
+    assert probe.labels is not None
+    assert (probe.masks is not None) == isinstance(module, Pixels)
+    written = "".join(f"[{key}]" for key in path)
+    assert f"of the batch, {written} has the labels, not [" in adapter.description
+
+
+@pytest.mark.parametrize("numbers", [[0, 1], [3, 9], [0, 2, 1, 3]])
+def test_the_numbers_of_the_samples_are_no_labels(numbers: list[int]) -> None:
+    count = len(numbers)
+    batch = (IMAGES[:count], torch.tensor(numbers), CLASSES[:count])
+    reading = read_batch(batch, count, numbers=numbers)
+    adapter = find_adapter(SmallNet(4), reading.inputs, reading.expected(SmallNet(4)))
+    assert reading.place_for(adapter) == (2,)
+    # Labels that are the numbers by chance stay labels.
+    reading = read_batch((batch[0], batch[1] % 4, MASK[:count]), count, numbers=range(count))
+    adapter = find_adapter(SmallNet(4), reading.inputs, reading.expected(SmallNet(4)))
+    assert reading.place_for(adapter) == (1,)
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_monitor import Classifier, Pictures, Watch, loaders, pictures_in, trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 from lightning_aop import AOP, IGOS, ExplanationMonitor, GradCAM, WGradCAM, fast_sigcam
@@ -621,3 +622,51 @@ def test_sharded_weights_are_refused_in_setup(tmp_path: Path) -> None:
     monitor = ExplanationMonitor()
     with pytest.raises(MisconfigurationException, match="FSDPStrategy shards the weights"):
         monitor.setup(run, Classifier(), "fit")
+
+
+# --------------------------------------------------------------------------------------------------
+# what a batch has beside the labels
+
+
+class Beside(Pictures):
+    """Has something between each image and its label."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.make = make
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)[:2]
+        return image, self.make(index, image), label
+
+
+class ByTheLast(Classifier):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return super().training_step((batch[0], batch[2]), index)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        super().validation_step((batch[0], batch[2]), index)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda index, image: index,
+        lambda index, image: (image[0] > image[0].mean()).long(),
+        lambda index, image: 40 + index % 3,
+        lambda index, image: torch.tensor(0.5 + index),
+    ],
+    ids=["index", "mask", "meta", "weight"],
+)
+@pytest.mark.parametrize("probe", [2, [3, 5], 4])
+def test_the_label_is_explained_and_not_what_stands_before_it(
+    make: Any, probe: Any, tmp_path: Path
+) -> None:
+    data = Beside(make)
+    monitor = Found(GradCAM("net.features"), probe=probe, metrics=False, failures=2)
+    loader = DataLoader(data, 4)
+    trainer(tmp_path, monitor, max_epochs=1).fit(ByTheLast(), loader, loader)
+    numbers = range(probe) if isinstance(probe, int) else probe
+    wanted = [int(data[number][2]) for number in numbers]
+    assert [each.targets.tolist() for each in monitor.found] == [wanted] * len(monitor.found)
+    assert len(monitor.found) > 1
