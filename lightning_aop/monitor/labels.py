@@ -340,7 +340,7 @@ def read_batch(
     masks, named = _find_masks(batch, inputs)
     if labels is None and masks is not None:  # which are the labels then
         labels, masks = as_labels(masks.byte(), inputs), None
-    note = "" if labels is not None else _text_note(_named(batch))
+    note = "" if labels is not None else _unread(batch, inputs)
     masks = None if masks is None else masks[:limit]
     heads = {written(path): (path, each) for path, each in found} if len(found) > 1 else {}
     if labels is None:
@@ -387,6 +387,22 @@ def _named(batch: Any) -> Any:
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
         return next((p for p in batch if _is_text(p) and not re.search(r"/|\.\w+$", p[0])), None)
     return next((parts[name] for name in _NAMES if name in parts), None)
+
+
+def _unread(batch: Any, inputs: Inputs) -> str:
+    """Return why what may be meant as labels is none."""
+    labels = _named(batch)
+    if labels is None and isinstance(batch, (tuple, list)):
+        others = (part for key, part in members(batch) if (key,) != inputs.path[:1])
+        labels = next((each for each in others if isinstance(each, Tensor)), None)
+    count = len(inputs.images)
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or len(labels) != count:
+        return _text_note(labels)
+    return (
+        f"the labels {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)} are neither "
+        f"classes [{count}] nor zeros and ones: choose a column of them by read_batch=fn, such as "
+        "lambda batch: (batch[0], batch[1][:, 0]); numbers to predict have to be floats"
+    )
 
 
 def _text_note(labels: Any) -> str:
@@ -509,6 +525,10 @@ def as_labels(raw: Any, inputs: Inputs, names: Sequence[str] | None = None) -> L
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim == 1:
+        missing = values.isnan()
+        if bool(missing.any()) and bool(((values == 0) | (values == 1) | missing).all()):
+            values = values.masked_fill(missing, -100)  # as losses leave it out
+            return Labels("class", values.long())
         whole = not values.is_floating_point() or bool(
             (values.isfinite() & (values >= 0) & (values == values.round())).all()
         )
@@ -535,6 +555,11 @@ def _of_pixels(values: Tensor, flags: bool, size: torch.Size) -> Labels | None:
 
 
 def _of_rows(values: Tensor) -> Labels | None:
+    missing = values.isnan()
+    if bool(missing.any()) and bool(
+        ((values == 0) | (values == 1) | (values == -1) | missing).all()
+    ):
+        return Labels("multi-hot", values.masked_fill(missing, -1))  # where nobody has said
     positive = (values == 1).sum(dim=1)
     if bool(((values == 0) | (values == 1) | (values == -1)).all()):
         one_each = bool((positive == 1).all()) and bool((values >= 0).all())
@@ -599,8 +624,12 @@ def _find_masks(batch: Any, inputs: Inputs) -> tuple[Tensor | None, bool]:
 
 
 _STEPS = ("training_step", "validation_step", "_shared_step", "shared_step", "step", "loss")
+_LIBRARIES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "builtins")
 _SEPARATE = ("BCEWithLogitsLoss", "BCELoss", "MultiLabelSoftMarginLoss")
-_SEPARATE_CALLS = ("binary_cross_entropy", "multilabel_soft_margin", *_SEPARATE)
+_SEPARATE_CALLS = (
+    *("binary_cross_entropy", "multilabel_soft_margin", "sigmoid_focal_loss"),
+    *_SEPARATE,
+)
 _OF_VALUES = ("MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "GaussianNLLLoss", "PoissonNLLLoss")
 _OF_VALUES_CALLS = ("mse_loss", "l1_loss", "huber_loss", "poisson_nll", "gaussian_nll", *_OF_VALUES)
 
@@ -618,17 +647,33 @@ def trained(module: nn.Module) -> tuple[bool, bool, bool]:
     held = [*module.modules(), *vars(module).values()]
     kinds = {cls.__name__ for each in held for cls in type(each).__mro__[:2]}
     kinds |= {getattr(each, "__name__", "") for each in vars(module).values()}  # functions
-    source = ""
-    for step in _STEPS:
-        try:
-            source += inspect.getsource(getattr(type(module), step))
-        except (AttributeError, OSError, TypeError):
-            continue
+    source = _source_of_steps(type(module))
     separately = bool(kinds & {*_SEPARATE_CALLS}) or any(w in source for w in _SEPARATE_CALLS)
     values = bool(kinds & {*_OF_VALUES_CALLS}) or any(word in source for word in _OF_VALUES_CALLS)
     others = any("crossentropy" in kind.lower() for kind in kinds) or "cross_entropy" in source
     embeddings = any(re.search(_OF_EMBEDDINGS, kind.lower()) for kind in kinds) and not others
     return separately, values and not separately and not others, embeddings
+
+
+def _source_of_steps(kind: type) -> str:
+    """Return the source of a module's steps, and of those of its own methods that they use."""
+    own = {
+        name
+        for base in kind.__mro__
+        if base.__module__.partition(".")[0] not in _LIBRARIES
+        for name in vars(base)
+    }
+    waiting, found = [*_STEPS], dict[str, str]()
+    while waiting:
+        name = waiting.pop()
+        if name in found or name not in own:
+            continue
+        try:
+            found[name] = inspect.getsource(getattr(kind, name))
+        except (AttributeError, OSError, TypeError):
+            found[name] = ""
+        waiting += re.findall(r"\.(\w+)", found[name])
+    return "".join(found.values())
 
 
 def fit_labels(

@@ -226,7 +226,8 @@ class Probe:
         if self.labels is None:
             raise InvalidValueError(
                 f"targets={targets!r} needs labels, an integer tensor [B] or a multi-hot one [B, K], "
-                "and the probe has none: pass probe=(images, labels), or targets='predicted'"
+                f"and {'those of the batch are not' if self.note else 'the probe has none'}: pass "
+                "probe=(images, labels), or read_batch=fn, or targets='predicted'"
             )
         if self.labels.ndim == 1:
             rows = (self.labels >= 0).nonzero()[:, 0]

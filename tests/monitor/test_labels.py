@@ -44,7 +44,11 @@ def probe_of(labels: Any, module: nn.Module) -> tuple[Probe, Adapter]:
         (CLASSES > 0, "class"),
         (torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None], "class"),
         (CLASSES - 100, "class"),
+        (torch.tensor([0, 1, torch.nan, 1]), "class"),
+        (torch.tensor([0, 2.5, torch.nan, 1]), "value"),
         (HOT, "multi-hot"),
+        (torch.where(HOT == 1, torch.nan, ONE_HOT), "multi-hot"),
+        (torch.where(HOT == 1, torch.nan, 2.5 * ONE_HOT), "value"),
         (HOT.bool(), "multi-hot"),
         (HOT.float() * 0.9, "multi-hot"),
         (-HOT, "multi-hot"),
@@ -294,6 +298,76 @@ def test_the_loss_says_whether_labels_are_values() -> None:
     assert adapter.score is sigmoid
     assert probe.labels is not None
     assert probe.labels.tolist() == labels.tolist()
+
+
+def test_what_nobody_has_labelled_is_no_label() -> None:
+    some = torch.tensor([[0, 1, torch.nan], [torch.nan, 0, 1], [1, 1, 0], [0, 0, 0]])
+    probe, adapter = probe_of(some, SmallNet(3))
+    assert adapter.score is sigmoid
+    assert [probe.classes_of(row) for row in range(4)] == [[1], [2], [0, 1], []]
+    assert probe.false_positives(torch.full((4, 3), 0.9))[0].tolist() == [2, 3]
+    probe, adapter = probe_of(torch.tensor([1, torch.nan, 1, 1]), SmallNet(1))
+    assert adapter.score is sigmoid
+    assert probe.labels is not None
+    assert probe.labels.tolist() == [1, -1, 1, 1]
+
+
+class Common(SmallNet):
+    """Has its loss in a method that two steps share, by another."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        return self._common_step(batch)
+
+    def _common_step(self, batch: Any) -> Tensor:
+        return self.compute_loss(self(batch[0]), batch[1])
+
+    def compute_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, labels)
+
+    def unused(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, labels)
+
+
+class CommonBce(Common):
+    def compute_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(outputs, labels)
+
+
+class CommonFocal(Common):
+    def compute_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        import torchvision
+
+        return torchvision.ops.sigmoid_focal_loss(outputs, labels)
+
+
+def test_a_loss_counts_in_any_method_that_the_steps_use() -> None:
+    for module, labels, score in (
+        (Common(3), POINTS, value),
+        (Common(1), (CLASSES > 0).float(), value),
+        (CommonBce(3), ONE_HOT.float(), sigmoid),
+        (CommonFocal(3), ONE_HOT.float(), sigmoid),
+        (SmallNet(3), ONE_HOT.float(), softmax),
+    ):
+        assert probe_of(labels, module)[1].score is score
+
+
+def test_labels_of_several_numbers_are_shown_as_they_are() -> None:
+    both = torch.stack([CLASSES, 3 * CLASSES], dim=1)
+    for batch in ((IMAGES, both), {"image": IMAGES, "label": both}):
+        reading = read_batch(batch)
+        assert reading.labels is None
+        probe = Probe.of(reading, find_adapter(SmallNet(3), reading.inputs))
+        note = "the labels int64 [4, 2] are neither classes [4] nor zeros and ones"
+        assert note in probe.note
+        assert "read_batch=fn" in probe.note
+        assert "and those of the batch are not: pass" in _refused(probe)
+    assert "the probe has none" in _refused(Probe.of(read_batch(IMAGES)))
+
+
+def _refused(probe: Probe) -> str:
+    with pytest.raises(ValueError, match="needs labels") as caught:
+        probe.pairs("label", torch.zeros(4, 3), 3)
+    return str(caught.value)
 
 
 def test_the_users_own_reading() -> None:

@@ -670,3 +670,34 @@ def test_the_label_is_explained_and_not_what_stands_before_it(
     wanted = [int(data[number][2]) for number in numbers]
     assert [each.targets.tolist() for each in monitor.found] == [wanted] * len(monitor.found)
     assert len(monitor.found) > 1
+
+
+class InAnotherMethod(Classifier):
+    """Has its loss in a method of its own; NaN stands for what nobody has labelled."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self._common_step(batch)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self._common_step(batch))
+
+    def _common_step(self, batch: Any) -> Tensor:
+        known, logits = ~batch[1].isnan(), self(batch[0])
+        return nn.functional.binary_cross_entropy_with_logits(logits[known], batch[1][known])
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_classes_of_their_own_are_told_by_a_loss_in_any_method(
+    missing: bool, tmp_path: Path
+) -> None:
+    labels = nn.functional.one_hot(torch.arange(24) % 5, 5).float()
+    if missing:
+        labels[:, 4] = torch.nan
+    model = InAnotherMethod()
+    model.loss = None
+    monitor = Found(GradCAM("net.features"), probe=4, metrics=False)
+    loader = DataLoader(Pictures(labels=labels), 4)
+    trainer(tmp_path, monitor, max_epochs=1).fit(model, loader, loader)
+    assert monitor.found[-1].targets.tolist() == [0, 1, 2, 3]
+    scores = monitor.found[-1].chances.sum(dim=1)
+    assert not torch.allclose(scores, torch.ones(4), atol=0.1)  # by a sigmoid each
