@@ -7,7 +7,9 @@ opened; or from a copy of the dataset, where there can be no such process.
 """
 
 import copy
+import ctypes
 import gc
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -169,6 +171,7 @@ class _Started:
 
     def __call__(self, worker: int) -> None:
         _open_files_anew()
+        _unshare_memory()
         if self.user is not None:
             self.user(worker)
 
@@ -192,6 +195,55 @@ def _open_files_anew() -> None:
                 os.lseek(own, os.lseek(descriptor, 0, os.SEEK_CUR), os.SEEK_SET)
                 os.dup2(own, descriptor, inheritable=False)
                 os.close(own)
+
+
+_COPIED = 2**28  # bytes at most of memory that no file is behind
+
+
+def _unshare_memory() -> None:
+    """Give the process a view of its own of all memory that it shares, by which its writes stay its own.
+
+    Such are tensors after `share_memory_`, the values and arrays of `multiprocessing`, and memory maps
+    of files. Pages are copied where they are written to, so that large ones cost nothing.
+    """
+    if sys.platform != "linux":
+        return
+    opened = {}
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            path = f"/proc/self/fd/{number}"
+            opened[os.readlink(path), str(os.stat(path).st_ino)] = path
+    with open("/proc/self/maps") as file:
+        maps = file.read().splitlines()
+    for line in maps:
+        span, rights, offset, _, inode, *names = line.split(maxsplit=5)
+        name = names[0] if names else ""
+        # Those of CUDA are devices; of semaphores the worker needs some to talk to its parent.
+        if not rights.endswith("s") or "w" not in rights or "/sem." in name:
+            continue
+        start, end = (int(each, base=16) for each in span.split("-"))
+        if name == "/dev/zero (deleted)":  # anonymous
+            if end - start <= _COPIED:
+                values = ctypes.string_at(start, end - start)
+                _map_privately(start, end - start)
+                ctypes.memmove(start, values, len(values))
+            continue
+        with suppress(OSError):  # without its file there is no other view of it
+            path = opened.get((name, inode), name)
+            if stat.S_ISREG(os.stat(path).st_mode):
+                descriptor = os.open(path, os.O_RDONLY)
+                _map_privately(start, end - start, descriptor, int(offset, base=16))
+                os.close(descriptor)
+
+
+def _map_privately(start: int, size: int, descriptor: int = -1, offset: int = 0) -> None:
+    """Put a private map of a file, or of zeros, into the place of another map."""
+    call = ctypes.CDLL(None).mmap
+    call.restype = ctypes.c_void_p
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    flags = mmap.MAP_PRIVATE | 0x10  # MAP_FIXED
+    flags |= mmap.MAP_ANONYMOUS if descriptor < 0 else 0
+    call(start, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, offset)
 
 
 _SHARED = (

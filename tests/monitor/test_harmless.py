@@ -1,9 +1,12 @@
 """Training with and without the monitor, compared bit for bit: the matrix of docs/reliability.md."""
 
+import mmap
+import multiprocessing
 import os
 import random
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +73,27 @@ class Pictures(Dataset[Any]):
         return self.images[index] + (0.1 * torch.rand(3, 24, 24) + shift).float(), self.labels[
             index
         ]
+
+
+class Shared(Pictures):
+    """Counts in memory that a forked process shares; a picture depends on the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with tempfile.TemporaryFile() as file:
+            unlinked = np.memmap(file, np.int64, "w+", shape=16)
+        self.counts: list[Any] = [
+            unlinked,
+            torch.zeros(16, dtype=torch.long).share_memory_(),
+            multiprocessing.Array("q", 16),
+            np.frombuffer(mmap.mmap(-1, 16 * 8), np.int64),
+        ]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = super().__getitem__(index)
+        for count in self.counts:
+            count[index] += 1
+        return image * (1 + 0.1 * sum(int(count[index]) for count in self.counts)), label
 
 
 class Stream(IterableDataset[Any]):
@@ -239,6 +263,11 @@ def several() -> tuple[Any, Any]:
     return loader(True), [loader(False), loader(False, batch_size=8)]
 
 
+def shared() -> tuple[Any, Any]:
+    data = Shared()
+    return loader(True, data=data), loader(False, data=data)
+
+
 def ema() -> list[pl.Callback]:
     if not hasattr(pl.callbacks, "WeightAveraging"):
         pytest.skip("Lightning has WeightAveraging since 2.6")
@@ -335,6 +364,7 @@ CELLS = [
             loader(False, num_workers=1, persistent_workers=True),
         ),
     ),
+    Cell("data sets in shared memory", data=shared),
     Cell("explained after every step", monitor=lambda: Watch(every_n_train_steps=1), fires=1 + 8),
     Cell(
         "explanations left out for max_overhead",

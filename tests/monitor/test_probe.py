@@ -158,6 +158,35 @@ def test_a_file_that_is_open_already_keeps_its_place(tmp_path: Path) -> None:
     data.file.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a fork is tried on Linux only")
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_map_of_a_file_is_read_and_keeps_its_values(tmp_path: Path, context: str) -> None:
+    numbers = np.arange(6000, dtype=np.float32)
+    numbers.tofile(tmp_path / "numbers")
+    mapped: Any = np.memmap(tmp_path / "numbers", np.float32, "r+", offset=4 * 5000)
+    shared = torch.arange(1000.0).share_memory_()
+    loader = DataLoader(Written(mapped, shared), num_workers=1, multiprocessing_context=context)
+    assert collect(3, loader).batch[1].tolist() == [5001, 5002, 5003]
+    assert np.array_equal(mapped, numbers[5000:])
+    assert np.array_equal(np.fromfile(tmp_path / "numbers", np.float32), numbers)
+    assert torch.equal(shared, torch.arange(1000.0))
+
+
+class Written(Dataset[Any]):
+    """Writes into the memory that it reads."""
+
+    def __init__(self, *arrays: Any) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        for array in self.arrays:
+            array[index] += 1
+        return IMAGES[index], torch.tensor(float(self.arrays[0][index]))
+
+
 class Lines(IterableDataset[Any]):
     """Goes on where it was left."""
 
