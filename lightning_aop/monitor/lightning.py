@@ -179,7 +179,8 @@ def draw(
     sources = [*given, *fact_sources(source, trainer)]
     known = class_names(sources).value
     reading = read_batch(batch, found.limit, read, known, found.numbers)
-    return Drawn(reading, class_count(sources), found.limit, found.read_masks, given, known)
+    masks, origin = found.read_masks, found.origin
+    return Drawn(reading, class_count(sources), found.limit, masks, given, known, origin)
 
 
 def _kept_hooks(datamodule: Any) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ may offer beside its samples is found by name, also under wrappers with a `datas
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -24,14 +25,21 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from lightning_aop.checks import require_positive
 from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.model.adapter import Adapter
 from lightning_aop.monitor.facts import Fact, class_names
 from lightning_aop.monitor.labels import Reading, fit_labels, read_batch
-from lightning_aop.monitor.reading import Collate, Stream, read_samples
+from lightning_aop.monitor.reading import Collate, Stream, loaders_in, read_samples
 from lightning_aop.types import Images
 
 
@@ -320,6 +328,7 @@ class Drawn:
         read_masks: what gives the masks of a class, where the dataset has masks.
         named: the user's own names of the classes, which have to fit the model.
         names: of the classes, for labels that are text.
+        origin: what all the samples are of, in words.
     """
 
     reading: Reading
@@ -328,6 +337,7 @@ class Drawn:
     read_masks: MaskReader | None
     named: Sequence[Any] = ()
     names: Sequence[str] | None = None
+    origin: str = "the data"
 
     def probe(self, adapter: Adapter, warn: Callable[[str], None]) -> Probe:
         """Return the probe, with labels that fit the model's outputs."""
@@ -346,8 +356,8 @@ class Drawn:
                 )
         if count is not None and len(probe.images) < count:
             warn(
-                f"probe={count} samples asked for, but the data has {len(probe.images)}: all of them "
-                "are explained; lower probe to silence this"
+                f"probe={count} samples asked for, but {self.origin} has {len(probe.images)}: all of "
+                "them are explained; lower probe to silence this"
             )
         return probe
 
@@ -360,12 +370,14 @@ class Collected:
         batch: as a loader gives it.
         limit: how many of its samples to take, None for all.
         read_masks: what gives their masks.
+        origin: what all the samples are of, in words.
         numbers: those of the samples in their dataset, where they are known.
     """
 
     batch: Any
     limit: int | None = None
     read_masks: MaskReader | None = None
+    origin: str = "the data"
     numbers: Sequence[int] | None = None
 
 
@@ -383,10 +395,11 @@ def collect(source: ProbeSource, loaders: Any) -> Collected:
         return Collected(source)
     if callable(source):
         return Collected(source())
-    if not isinstance(source, Sized):
+    if not isinstance(source, Sized) or not hasattr(source, "__getitem__"):
+        loader = ": of a loader take its dataset, probe=loader.dataset, or next(iter(loader))"
         raise InvalidTypeError(
             f"probe must be a number, a batch, a dataset with a length or a callable, got "
-            f"{type(source).__name__}"
+            f"{type(source).__name__}{loader * hasattr(source, 'dataset')}"
         )
     return replace(_read(_pictures(source), len(source), default_collate), limit=None)
 
@@ -485,8 +498,9 @@ def first_samples(loader: Any, count: int | Stratified | Sequence[int]) -> Colle
     Or those that are named by their indices, or `Stratified`.
 
     Its workers, sampler and generator are not used, so that their state stays what it was. All
-    samples are taken if there are fewer than `count`. Of a loader without a dataset, it is the first
-    batch.
+    samples are taken if there are fewer than `count`. A loader with an `__iter__` of its own, which
+    may change batches, makes this batch itself, where that leaves no mark. Of a loader without a
+    dataset, or with one that only its sampler can read, it is the first batch.
     """
     dataset: Any = getattr(loader, "dataset", None)
     if dataset is None:
@@ -516,7 +530,32 @@ def first_samples(loader: Any, count: int | Stratified | Sequence[int]) -> Colle
         collate = getattr(loader, "collate_fn", None) or default_collate
     # The dataset may make its own batches.
     ready = isinstance(loader, DataLoader) and loader.batch_sampler is None
-    return _read(pictures, count, collate, loader, ready)
+    read = partial(_read, pictures, count, collate, loader, ready)
+    first_batch = partial(_read, Stream(loader), count, _as_it_is, loader, ready=True)
+    if pictures is not dataset:
+        return read()
+    if getattr(type(loader), "__iter__", DataLoader.__iter__) is not DataLoader.__iter__:
+        if any(each.batch_sampler is not None for each in loaders_in(loader)):
+            stream = Stream(loader, _indices(dataset, count))
+            read = partial(_read, stream, count, _as_it_is, loader, ready=True, origin=dataset)
+        elif isinstance(count, int):
+            read = first_batch
+    try:
+        return read()
+    except Exception:
+        # Samplers may give keys, sizes, or only such samples together as make a batch.
+        if isinstance(count, int):
+            with suppress(Exception):
+                return first_batch()
+        raise
+
+
+def _indices(dataset: Any, count: int | Sequence[int]) -> Sequence[int]:
+    """Return the samples that are meant, of those that there are."""
+    if not isinstance(count, int):
+        return count
+    listed = isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset)
+    return range(min(count, len(dataset)) if listed else count)
 
 
 def _read(
@@ -525,15 +564,20 @@ def _read(
     collate: Collate,
     loader: Any = None,
     ready: bool = False,
+    origin: Any = None,
 ) -> Collected:
-    """Read a batch and its masks where that leaves no mark."""
-    note = partial(_masks_of_batch, _mask_reader(dataset), count)
+    """Read a batch and its masks where that leaves no mark.
+
+    `origin` is the dataset whose samples are the rows of the batch, where that is another.
+    """
+    whole = "the loader's first batch" if ready and origin is None else "the data"
+    note = partial(_masks_of_batch, _mask_reader(dataset if origin is None else origin), count)
     batch, masks = read_samples(
         dataset, count, collate=collate, loader=loader, ready=ready, note=note
     )
     numbers = range(count) if isinstance(count, int) else count
     known = None if masks is None else _KnownMasks(masks)
-    return Collected(batch, len(numbers), known, numbers)
+    return Collected(batch, len(numbers), known, whole, numbers)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -18,6 +18,7 @@ import stat
 import sys
 import types
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,13 +27,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.isolation import isolated_rng
 
-__all__ = ["Collate", "Stream", "read_samples"]
+__all__ = ["Collate", "Stream", "loaders_in", "read_samples"]
 
 Collate: TypeAlias = Callable[[Any], Any]
 
@@ -41,13 +43,40 @@ _INSTEAD = "pass the probe itself, probe=(images, labels)"
 
 
 class Stream(IterableDataset[Any]):
-    """Whatever can be iterated, as a dataset."""
+    """Whatever can be iterated, as a dataset; to be iterated in a process of its own, or as a copy.
 
-    def __init__(self, items: Iterable[Any]) -> None:
-        self.items = items
+    Attributes:
+        items: such as a loader.
+        indices: the samples of which the loaders in it make their first batch, None for those that
+            their samplers give.
+    """
+
+    def __init__(self, items: Iterable[Any], indices: Sequence[int] | None = None) -> None:
+        self.items, self.indices = items, indices
 
     def __iter__(self) -> Iterator[Any]:
+        for loader in loaders_in(self.items):
+            # This process may have neither workers nor an accelerator, nor use those of its parent.
+            settings: dict[str, Any] = {"num_workers": 0, "timeout": 0, "pin_memory": False}
+            settings["_iterator"] = None
+            if self.indices is not None and loader.batch_sampler is not None:
+                settings |= {"batch_sampler": [self.indices] if self.indices else []}
+                settings |= {
+                    "drop_last": False,
+                    "batch_size": loader.batch_size and len(self.indices),
+                }
+            vars(loader).update(settings)
         return iter(self.items)
+
+
+def loaders_in(items: Any, depth: int = 3) -> list[DataLoader[Any]]:
+    """Return the DataLoader that something is, or those that it is a wrapper of."""
+    if isinstance(items, DataLoader):
+        return [items]
+    if not depth or isinstance(items, (Dataset, nn.Module, type, types.ModuleType)):
+        return []
+    inner = [*getattr(items, "__dict__", {}).values()]
+    return [loader for each in inner for loader in loaders_in(each, depth - 1)]
 
 
 def read_samples(
@@ -90,7 +119,7 @@ def read_samples(
         settings["sampler"] = indices or range(min(1 if ready else count, len(dataset)))
     with isolated_rng(seed=0):
         if context := _context(loader):
-            start = _Started(getattr(loader, "worker_init_fn", None))
+            start = _Started(getattr(loader, "worker_init_fn", None) if workers else None)
             seconds = max(_SECONDS, float(getattr(loader, "timeout", 0)))
             process: dict[str, Any] = {"num_workers": 1, "prefetch_factor": 1, "timeout": seconds}
             process |= {"multiprocessing_context": context, "worker_init_fn": start}
@@ -101,10 +130,7 @@ def read_samples(
             except Exception as error:
                 # A dataset that no loader reads in workers, may not work in one.
                 if workers:
-                    raise RuntimeError(
-                        f"the first {count} samples of {_name(dataset)} could not be read in a worker "
-                        f"process. {_last_line(error)}. If training reads them, {_INSTEAD}"
-                    ) from error
+                    raise _unread(dataset, count, " in a worker process", error) from error
         try:
             # Together, for both may be methods of the dataset.
             copied, settings["collate_fn"] = copy.deepcopy((dataset, settings["collate_fn"]))
@@ -113,7 +139,19 @@ def read_samples(
                 f"{_name(dataset)} can't be copied ({_last_line(error)}), and reading it for the "
                 f"probe would change what training reads: {_INSTEAD}"
             ) from error
-        return _first(DataLoader(copied, **settings), dataset)
+        try:
+            return _first(DataLoader(copied, **settings), dataset)
+        except _EmptyError:
+            raise
+        except Exception as error:
+            raise _unread(dataset, count, "", error) from error
+
+
+def _unread(dataset: Any, count: int, where: str, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"the first {count} samples of {_name(dataset)} could not be read{where}. "
+        f"{_last_line(error)}. If training reads them, {_INSTEAD}"
+    )
 
 
 class _EmptyError(InvalidValueError):
@@ -173,6 +211,10 @@ class _Started:
         _open_files_anew()
         _unshare_memory()
         if self.user is not None:
+            info: Any = get_worker_info()
+            if isinstance(info.dataset, Stream):  # the user's function expects the user's dataset
+                own = getattr(info.dataset.items, "dataset", info.dataset)
+                object.__setattr__(info, "dataset", own)
             self.user(worker)
 
 
@@ -247,7 +289,7 @@ def _map_privately(start: int, size: int, descriptor: int = -1, offset: int = 0)
 
 
 _SHARED = (
-    *(socket.socket, queues.Queue, queues.SimpleQueue),
+    *(socket.socket, queues.Queue, queues.SimpleQueue, _MultiProcessingDataLoaderIter),
     *((connection._ConnectionBase,) if hasattr(connection, "_ConnectionBase") else ()),
 )
 _LEAVES = (type, types.ModuleType, types.FunctionType, Tensor, np.ndarray, str, bytes, int, float)
@@ -256,9 +298,11 @@ _MOST = 10_000  # objects that are looked at
 
 def _shared(dataset: Any) -> Any:
     """Return what a dataset reads from that other processes use up, too; None without any."""
-    ahead, seen = [dataset], {id(dataset)}
+    ahead, seen = deque([dataset]), {id(dataset)}
+    if isinstance(dataset, Stream):  # which doesn't use the workers that a loader keeps
+        seen |= {id(loader._iterator) for loader in loaders_in(dataset.items)}
     while ahead and len(seen) < _MOST:
-        thing = ahead.pop()
+        thing = ahead.popleft()
         if issubclass(type(thing), _SHARED):
             return thing
         for inner in gc.get_referents(thing):

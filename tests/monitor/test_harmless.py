@@ -268,6 +268,43 @@ def shared() -> tuple[Any, Any]:
     return loader(True, data=data), loader(False, data=data)
 
 
+class Scaled(DataLoader[Any]):
+    """Counts its batches, which depend on the count."""
+
+    given = 0
+
+    def __iter__(self) -> Any:
+        for images, labels in super().__iter__():
+            self.given += 1
+            yield images * (1 + 0.1 * self.given), labels
+
+
+class Keyed(Pictures):
+    """Has text for indices."""
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
+        return super().__getitem__(int(index.removeprefix("picture ")))
+
+
+class Keys:
+    """Draws the keys of a dataset, by a generator of its own."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(0)
+
+    def __len__(self) -> int:
+        return 16
+
+    def __iter__(self) -> Any:
+        return (f"picture {index}" for index in self.random.sample(range(16), 16))
+
+
+def keyed() -> tuple[Any, Any]:
+    return loader(True, data=Keyed(), sampler=Keys(), shuffle=False), loader(
+        False, data=Keyed(), sampler=Keys()
+    )
+
+
 def ema() -> list[pl.Callback]:
     if not hasattr(pl.callbacks, "WeightAveraging"):
         pytest.skip("Lightning has WeightAveraging since 2.6")
@@ -365,6 +402,11 @@ CELLS = [
         ),
     ),
     Cell("data sets in shared memory", data=shared),
+    Cell(
+        "loaders that change their batches",
+        data=lambda: (Scaled(Pictures(), 4, shuffle=True), Scaled(Pictures(), 4)),
+    ),
+    Cell("samplers of keys", data=keyed),
     Cell("explained after every step", monitor=lambda: Watch(every_n_train_steps=1), fires=1 + 8),
     Cell(
         "explanations left out for max_overhead",

@@ -105,6 +105,12 @@ def test_what_cannot_be_a_probe_is_refused() -> None:
     assert source_of(2, []) is None
 
 
+def test_a_loader_is_no_probe(unchecked: None) -> None:
+    loader: Any = DataLoader(TensorDataset(IMAGES))
+    with pytest.raises(TypeError, match=r"got DataLoader: .* probe=loader\.dataset"):
+        collect(loader, None)
+
+
 # --------------------------------------------------------------------------------------------------
 # the dataset that training uses is left as it was
 
@@ -249,7 +255,8 @@ def test_an_error_in_the_worker_is_one_sentence() -> None:
     with pytest.raises(RuntimeError, match=text) as raised:
         collect(3, DataLoader(Broken(), num_workers=1))
     assert "\n" not in str(raised.value)
-    with pytest.raises(KeyError, match="no such picture"):
+    text = r"3 samples of Broken could not be read. KeyError: .*such picture.*pass the probe itself"
+    with pytest.raises(RuntimeError, match=text):
         collect(3, DataLoader(Broken()))
 
 
@@ -284,6 +291,133 @@ def test_the_worker_is_started_as_the_loader_does() -> None:
     loader = DataLoader(TensorDataset(IMAGES, LABELS.clone()), num_workers=2, worker_init_fn=start)
     assert collect(2, loader).batch[1].tolist() == [4, 4]
     assert torch.equal(loader.dataset.tensors[1], LABELS)  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------------
+# loaders that change their batches, or whose samplers alone can read the dataset
+
+
+class Scaled(DataLoader[Any]):
+    """Makes of each batch what the model takes, and counts."""
+
+    given = 0
+
+    def __iter__(self) -> Any:
+        for images, labels in super().__iter__():
+            self.given += 1
+            yield {"image": images * 10, "label": labels, "given": self.given}
+
+
+class Wrapped:
+    """Another way to do so, which has all that its loader has."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        for images, labels in self.loader:
+            yield {"image": images * 10, "label": labels}
+
+
+def started(worker: int) -> None:
+    info: Any = torch.utils.data.get_worker_info()
+    info.dataset.targets = info.dataset.targets + 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_loader_that_changes_its_batches_makes_that_of_the_probe(
+    workers: int, wrapped: bool
+) -> None:
+    data = Numbered(torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
+    generator = torch.Generator().manual_seed(3)
+    settings: dict[str, Any] = {"shuffle": True, "drop_last": True, "generator": generator}
+    settings |= {"num_workers": workers, "persistent_workers": workers > 0}
+    if wrapped:
+        loader: Any = Wrapped(DataLoader(data, 2, **settings))
+    else:
+        loader = Scaled(data, 2, worker_init_fn=started, **settings)
+    begun = iter(loader)
+    first, given, state = next(begun), getattr(loader, "given", 0), generator.get_state()
+    later = not wrapped and workers > 0  # as `started` does
+    for count, samples in ((3, [0, 1, 2]), (20, [*range(8)]), ([6, 1, 3], [6, 1, 3])):
+        found = collect(count, loader)
+        assert (found.batch["image"][:, 0, 0, 0] / 10).tolist() == samples
+        assert torch.equal(found.batch["label"], data.targets[samples] + later)
+        assert found.read_masks is not None
+        probe = Probe.from_batch(found.batch).with_masks(found.read_masks)
+        assert probe.masks is not None
+        assert [int(mask.any(dim=1).nonzero()[0]) for mask in probe.masks] == samples
+    assert getattr(loader, "given", 0) == given
+    assert torch.equal(generator.get_state(), state)
+    assert (loader.num_workers, loader.batch_size) == (workers, 2)
+    seen = [first, *begun]
+    assert sorted(int(i) for batch in seen for i in batch["image"][:, 0, 0, 0] / 10) == [*range(8)]
+
+
+def test_a_stream_of_samples_is_changed_by_its_loader() -> None:
+    assert torch.equal(collect(5, Scaled(Lines(), 1, drop_last=True)).batch["image"], IMAGES * 10)
+    ready = collect(2, Scaled(Ready(), batch_size=None)).batch  # type: ignore[arg-type]
+    assert torch.equal(ready["image"], IMAGES * 10)
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        collect(2, Scaled(TensorDataset(IMAGES[:0], LABELS[:0])))
+
+
+def test_workers_that_are_under_way_are_not_asked() -> None:
+    class Infinite(Wrapped):
+        def __init__(self, loader: Any) -> None:
+            super().__init__(loader)
+            self.iterator = iter(loader)
+
+        def __iter__(self) -> Iterator[Any]:
+            return self.iterator  # type: ignore[no-any-return]
+
+    many = Numbered([(i, str(i)) for i in range(20_000)])
+    loader = Infinite(DataLoader(Subset(many, range(3)), num_workers=1, collate_fn=list))
+    with pytest.raises(ValueError, match=r"Infinite reads from a _MultiProcessingDataLoaderIter"):
+        collect(2, loader)
+    loader.iterator._shutdown_workers()
+
+
+class Keyed(Dataset[Any]):
+    """Has keys for indices, and images of several sizes."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, key: str) -> Any:
+        size = 8 + int(key[1:]) % 2
+        return torch.full((3, size, size), float(key[1:])), int(key[1:])
+
+
+class Keys:
+    """A sampler of the keys, or of batches of them, that counts."""
+
+    def __init__(self, *keys: Any) -> None:
+        self.keys, self.given = keys, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for key in self.keys:
+            self.given += 1
+            yield key
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_only_a_sampler_can_read_is_the_loaders_first_batch(workers: int) -> None:
+    batches = Keys(["k3", "k1"], ["k2", "k0"])
+    one = Keys("k2", "k1", "k0")
+    for settings, labels in (({"batch_sampler": batches}, [3, 1]), ({"sampler": one}, [2])):
+        loader: Any = DataLoader(Keyed(), num_workers=workers, **settings)  # type: ignore[arg-type]
+        found = collect(4, loader)
+        assert found.batch[0][:, 0, 0, 0].tolist() == labels
+        assert found.batch[1].tolist() == labels
+        assert found.origin == "the loader's first batch"
+    assert batches.given == one.given == 0
+    with pytest.raises(RuntimeError, match=r"2 samples of Keyed could not be read.*pass the probe"):
+        collect([1, 2], loader)
 
 
 def test_images_of_a_subclass_are_plain_in_the_probe() -> None:
