@@ -295,8 +295,9 @@ def find_adapter(
 
     The module is left undisturbed. Of ways that fit, the first counts: the images as the only
     argument, by keyword, the whole batch with the images in it, what else the forward asks for by
-    the names in the batch, and then networks that are attributes of the module. Costs one evaluation of
-    the batch for each way that is tried.
+    the names or the order in the batch, the same of the part of the batch that holds the images, and
+    then networks that are attributes of the module. Costs one evaluation of the batch for each way that
+    is tried.
 
     Args:
         module: the user's module, on the device of the batch.
@@ -492,9 +493,10 @@ def _has_forward(module: nn.Module) -> bool:
     return not unimplemented or "forward" in vars(module)
 
 
-def _ways_of_forward(module: nn.Module, inputs: Inputs) -> list[_Way]:
+def _ways_of_forward(module: nn.Module, inputs: Inputs, name: str = "batch") -> list[_Way]:
+    """Return the ways into a forward of what a batch, or the part that is so named, holds."""
     direct = _DIRECT if not inputs.form.described else _positional(inputs)
-    whole = _Way("forward(batch)", lambda m, x, exact: m(inputs.with_images(x, exact)))
+    whole = _Way(f"forward({name})", lambda m, x, exact: m(inputs.with_images(x, exact)))
     try:
         parameters = inspect.signature(module.forward).parameters
     except (TypeError, ValueError):  # such as a scripted module's
@@ -509,7 +511,9 @@ def _ways_of_forward(module: nn.Module, inputs: Inputs) -> list[_Way]:
         any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         or {str(key) for key in inputs.batch}.issubset(names)
     ):
-        ways.append(_Way("forward(**batch)", lambda m, x, exact: m(**inputs.with_images(x, exact))))
+        ways.append(
+            _Way(f"forward(**{name})", lambda m, x, exact: m(**inputs.with_images(x, exact)))
+        )
     if of_images != first:
         keyword = _Way(
             f"forward({of_images}=images)",
@@ -521,7 +525,14 @@ def _ways_of_forward(module: nn.Module, inputs: Inputs) -> list[_Way]:
             ways.insert(0, whole)
         else:
             ways.append(whole)
-        ways = [*_with_others(required, of_images, inputs), *ways]
+        ways = [*_with_others(required, of_images, inputs, name), *ways]
+    if len(inputs.path) > 1:
+        key = inputs.path[0]
+        by_key = isinstance(inputs.batch, Mapping) or isinstance(key, int)
+        tried = {way.description for way in ways}
+        part = f"{name}[{key!r}]" if by_key else f"{name}.{key}"
+        others = _ways_of_forward(module, inputs.part, part)
+        ways += [way for way in others if way.description not in tried]
     return ways
 
 
@@ -529,28 +540,36 @@ def _is_named(batch: Any) -> bool:
     return isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch)
 
 
-def _with_others(required: list[str], of_images: str, inputs: Inputs) -> list[_Way]:
+def _with_others(required: list[str], of_images: str, inputs: Inputs, name: str) -> list[_Way]:
     """Return the ways that give what else a forward requires, from the batch."""
-    others = [name for name in required if name != of_images]
+    others = [each for each in required if each != of_images]
     if not others:
         return []
-    if isinstance(inputs.batch, (tuple, list)):
-        count = len(required)
+    of = "the batch" if name == "batch" else name
+    names = [key for key, _ in members(inputs.batch)]
+    if not isinstance(inputs.batch, (tuple, list)) and {*map(str, names)}.issuperset(others):
 
-        def by_place(module: nn.Module, images: Images, exact: bool) -> Any:
-            return module(*inputs.with_images(images, exact)[:count])
+        def by_name(module: nn.Module, images: Images, exact: bool) -> Any:
+            rest = {each: inputs.value(each, images) for each in others}
+            return module(**{of_images: inputs.form.outside(images, exact)}, **rest)
 
-        fits = len(inputs.batch) >= count
-        return [_Way(f"forward({', '.join(required)}) of the batch", by_place)] if fits else []
-    known = {str(name) for name, _ in members(inputs.batch)}
+        return [_Way(f"forward({of_images}=images, {', '.join(others)} of {of})", by_name)]
 
-    def by_name(module: nn.Module, images: Images, exact: bool) -> Any:
-        rest = {name: inputs.value(name, images) for name in others}
-        return module(**{of_images: inputs.form.outside(images, exact)}, **rest)
+    def by_place(start: int, module: nn.Module, images: Images, exact: bool) -> Any:
+        values = [value for _, value in members(inputs.with_images(images, exact))]
+        return module(*values[start : start + len(required)])
 
-    names = ", ".join(others)
-    fits = known.issuperset(others)
-    return [_Way(f"forward({of_images}=images, {names} of the batch)", by_name)] if fits else []
+    # The images may stand where the forward has them: after the labels, for example.
+    place = required.index(of_images) if of_images in required else 0
+    starts = [names.index(inputs.path[0]) - place, 0]
+    if of_images not in IMAGE_NAMES:
+        starts.reverse()
+    return [
+        _Way(f"forward({', '.join(required)}) of {of}{f'[{start}:]' * (start > 0)}", call)
+        for start in dict.fromkeys(starts)
+        if 0 <= start <= len(names) - len(required)
+        for call in [partial(by_place, start)]
+    ]
 
 
 def _positional(inputs: Inputs) -> _Way:

@@ -129,6 +129,11 @@ class Inputs:
         """Whether the batch is nothing but its images."""
         return not self.path
 
+    @property
+    def part(self) -> "Inputs":
+        """The part of the batch that holds the images, as a batch of its own."""
+        return replace(self, batch=dict(members(self.batch))[self.path[0]], path=self.path[1:])
+
     def first(self, count: int | None) -> "Inputs":
         """Return the batch of the first samples."""
         if count is None or count >= len(self.images):

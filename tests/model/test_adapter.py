@@ -384,6 +384,34 @@ class Pair(Takes):
         return nn.functional.cross_entropy(logits, y), logits
 
 
+class WithTable(Takes):
+    def forward(self, img: Tensor, tab: Tensor) -> Tensor:
+        assert tab.shape == (len(img), 2)
+        logits: Tensor = self.net(img)
+        return logits
+
+
+class Twins(Takes):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        assert a.shape == b.shape
+        logits: Tensor = self.net(a)
+        return logits
+
+
+class OfTuple(Takes):
+    def forward(self, x: Any) -> Tensor:
+        images, table = x
+        assert table.shape == (len(images), 2)
+        logits: Tensor = self.net(images)
+        return logits
+
+
+class OfDictionary(Takes):
+    def forward(self, inputs: Any) -> Tensor:
+        logits: Tensor = self.net(inputs["image"])
+        return logits
+
+
 class NoForward(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -403,7 +431,10 @@ class BodyAndHead(pl.LightningModule):
 
 @dataclass(frozen=True)
 class Photos:
-    images: Tensor
+    images: Any
+
+
+TABLE = torch.rand(4, 2)
 
 
 @pytest.mark.parametrize(
@@ -416,6 +447,20 @@ class Photos:
         (Pair(), (IMAGES, TARGETS), "forward(x, y) of the batch"),
         (Pair(), {"y": TARGETS, "x": IMAGES}, "forward(x=images, y of the batch)"),
         (NoForward(), (IMAGES, TARGETS), "model(images)"),
+        (WithTable(), [[IMAGES, TABLE], TARGETS], "forward(img, tab) of batch[0]"),
+        (WithTable(), [TARGETS, IMAGES, TABLE], "forward(img, tab) of the batch[1:]"),
+        (WithTable(), {"x": IMAGES, "features": TABLE, "y": TARGETS}, "forward(img, tab) of the"),
+        (
+            WithTable(),
+            ({"img": IMAGES, "tab": TABLE}, TARGETS),
+            "forward(img=images, tab of batch[0]",
+        ),
+        (Twins(), ((IMAGES, IMAGES.flip(0)), TARGETS), "forward(a, b) of batch[0]"),
+        (OfTuple(), ([IMAGES, TABLE], TARGETS), "forward(batch[0])"),
+        (OfDictionary(), {"inputs": {"image": IMAGES}, "y": TARGETS}, "forward(batch['inputs'])"),
+        (OfDictionary(), ({"image": IMAGES}, TARGETS), "forward(batch[0])"),
+        (Named(), ({"pixel_values": IMAGES, "labels": TARGETS}, 7), "forward(**batch[0])"),
+        (WithTable(), Photos((IMAGES, TABLE)), "forward(img, tab) of batch.images"),
     ],
 )
 def test_images_get_in(module: nn.Module, batch: Any, words: str) -> None:
@@ -502,6 +547,20 @@ def test_other_inputs_are_those_of_the_image_that_is_perturbed() -> None:
     seen[:, :, :20] = 0
     found = predict(adapter.model(module), seen)
     torch.testing.assert_close(found, predict(module.net, seen) + age[rows, None])
+
+
+def test_other_inputs_of_a_part_are_those_of_the_image_that_is_perturbed() -> None:
+    module = WithFacts().eval()
+    age = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    rows = torch.tensor([2, 2, 0, 3, 1, 1])
+    for batch in (
+        ((IMAGES, age), TARGETS),
+        (TARGETS, IMAGES, age),
+        [TARGETS, {"a": IMAGES, "b": age}],
+    ):
+        adapter = find_adapter(module, batch)
+        found = predict(adapter.model(module), IMAGES[rows])
+        torch.testing.assert_close(found, predict(module.net, IMAGES[rows]) + age[rows, None])
 
 
 def test_the_users_own_way_comes_first() -> None:
