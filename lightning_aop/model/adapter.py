@@ -311,7 +311,9 @@ def find_adapter(
     """
     module = unwrap(module)
     inputs = batch if isinstance(batch, Inputs) else find_inputs(batch)
-    expected = replace(expected or Expected(), trusted=logits is not None)
+    expected = replace(
+        expected or Expected(), trusted=logits is not None, images=tuple(inputs.images.shape[1:])
+    )
     if len(inputs.images) == 1:
         # Of one image it can't be told which dimension is the batch's.
         inputs = Inputs(

@@ -50,6 +50,8 @@ class Expected:
         heads: what is known of each of several outputs, by the key of its labels in the batch; or,
             of all that may be the labels in a tuple, by its place.
         columns: how many numbers of an image the labels are, 0 where none is of the whole image.
+        pixels: whether there are no labels, but values for each pixel beside the images.
+        images: the shape of an image, [C, H, W].
     """
 
     kind: Kind | None = None
@@ -61,10 +63,14 @@ class Expected:
     trusted: bool = False
     heads: Mapping[str, "Expected"] = field(default_factory=dict)
     columns: int = 1
+    pixels: bool = False
+    images: Sequence[int] = ()
 
     def of(self, head: str | None) -> "Expected":
         """Return what is known by the labels of a head; by the own ones for None."""
-        return self if head is None else replace(self.heads[head], trusted=self.trusted)
+        if head is None:
+            return self
+        return replace(self.heads[head], trusted=self.trusted, images=self.images)
 
 
 @dataclass(frozen=True)
@@ -244,11 +250,49 @@ def _meaning_of(tensor: Tensor, count: int, name: str, expected: Expected) -> Me
         return _one_output(tensor, name, expected)
     if math.prod(shape) == max(shape):  # [B, K], and with dimensions of one
         return _class_outputs(tensor.flatten(1), name, expected)
-    if len(shape) == 3:
-        return _segmentation(tensor, expected)
-    if len(shape) == 2 and (expected.kind == "mask" or min(shape) > 16):
-        return _segmentation(tensor[:, None], expected)
-    raise OutputError(f"gives {list(tensor.shape)}, which is neither [B, K] nor [B, K, H, W]")
+    if len(shape) == 2 and _is_map(shape, expected):
+        tensor, shape = tensor[:, None], (1, *shape)
+    if len(shape) != 3:
+        raise OutputError(
+            f"gives {list(tensor.shape)}, which is neither [B, K] nor [B, K, H, W], but may be tokens, "
+            "queries or anchors: logits=fn takes their mean, or the best, to logits [B, K]"
+        )
+    if expected.kind != "mask" and not expected.trusted:
+        _refuse_other_maps(shape, expected)
+    return _segmentation(tensor, expected)
+
+
+def _is_map(shape: Sequence[int], expected: Expected) -> bool:
+    """Tell whether [H, W] is a map of the image, and not tokens or anchors."""
+    size = tuple(expected.images[1:])
+    if expected.kind == "mask":
+        return not size or shape[0] * size[1] == shape[1] * size[0]
+    return shape == size and (expected.kind is None or expected.trusted)
+
+
+def _refuse_other_maps(shape: Sequence[int], expected: Expected) -> None:
+    """Refuse maps that are no segmentation, as far as the labels and losses tell."""
+    maps = f"[B, {', '.join(map(str, shape))}]"
+    if tuple(shape) == tuple(expected.images) and expected.classes != shape[0]:
+        raise OutputError(
+            f"gives {maps}, the shape of the images, as an autoencoder does, which has no classes: "
+            "explain, for example, how alike they are, logits=lambda module, images: "
+            "-(module(images) - images).square().mean(dim=(1, 2, 3))[:, None]; or, where they are "
+            "classes, logits=lambda module, images: module(images)"
+        )
+    if expected.values or expected.pixels or expected.kind == "value":
+        raise OutputError(
+            f"gives {maps}, values for each pixel, such as depths or heatmaps, which have no classes: "
+            "explain, for example, their mean over the image, or over a part of it, "
+            "logits=lambda module, images: module(images).mean(dim=(2, 3))"
+        )
+    if expected.kind == "boxes" and expected.classes != shape[0]:
+        raise OutputError(
+            f"gives {maps}, a grid of predictions, where the labels are boxes: explain, for example, "
+            "the best score of each class, logits=lambda module, images: module(images)[:, first:]."
+            "amax(dim=(2, 3)), where the classes begin at first"
+        )
+    _check_range(max(shape[0], 2), expected)
 
 
 def _one_output(tensor: Tensor, name: str, expected: Expected) -> Meaning:
@@ -304,7 +348,7 @@ def _class_outputs(logits: Tensor, name: str, expected: Expected) -> Meaning:
     def as_it_is(output: Tensor, count: int) -> Tensor:
         return output if output.shape == (count, classes) else output.reshape(count, classes)
 
-    if expected.kind == "value" or (expected.kind == "multi-hot" and expected.values):
+    if expected.kind == "value" or (expected.kind in ("multi-hot", None) and expected.values):
         return _values(classes)
     values = full_precision(logits.detach())
     if _in_unit(values) and sums_to_one(values):

@@ -192,6 +192,7 @@ class Reading:
         heads: by their keys, all that may be the labels, where the batch calls none of several so.
         place: the keys, attributes and indices that lead to the labels.
         places: likewise for each of the heads.
+        pixels: whether there are no labels, but values for each pixel beside the images.
     """
 
     inputs: Inputs
@@ -202,13 +203,14 @@ class Reading:
     heads: Mapping[str, Labels] = field(default_factory=dict, repr=False)
     place: Path | None = None
     places: Mapping[str, Path] = field(default_factory=dict)
+    pixels: bool = False
 
     def expected(self, module: nn.Module, classes: int | None = None) -> Expected:
         """Return what the labels, and the names of the classes, say of the module's outputs."""
         how = trained(module)
         if self.labels is None:
             heads = {name: labels.expected(None, how) for name, labels in self.heads.items()}
-            return Expected(None, -1, classes, *how, heads=heads)
+            return Expected(None, -1, classes, *how, heads=heads, pixels=self.pixels)
         heads = {name: labels.expected(classes, how) for name, labels in self.heads.items()}
         return replace(self.labels.expected(classes, how), heads=heads)
 
@@ -225,7 +227,11 @@ class Reading:
     def labels_for(self, adapter: Adapter | None) -> Labels | None:
         """Return the labels of the output that an adapter reads."""
         head = self.head_for(adapter)
-        return self.labels if head is None else self.heads[head]
+        labels = self.labels if head is None else self.heads[head]
+        if labels is None and adapter is not None and adapter.score is value:
+            # What raises a value and what lowers it needs none.
+            labels = Labels("value", torch.zeros(len(self.inputs.images)))
+        return labels
 
     def place_for(self, adapter: Adapter | None) -> Path | None:
         """Return where these labels are."""
@@ -354,6 +360,7 @@ def read_batch(
         {name: Labels(each.kind, each.values[:limit]) for name, (_, each) in heads.items()},
         place,
         {name: path for name, (path, _) in heads.items()},
+        labels is None and _has_pixels(batch, inputs),
     )
 
 
@@ -387,6 +394,15 @@ def _named(batch: Any) -> Any:
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
         return next((p for p in batch if _is_text(p) and not re.search(r"/|\.\w+$", p[0])), None)
     return next((parts[name] for name in _NAMES if name in parts), None)
+
+
+def _has_pixels(batch: Any, inputs: Inputs) -> bool:
+    """Tell whether a batch has values for each pixel beside its images, as depths are."""
+    return any(
+        isinstance(part, Tensor) and part.is_floating_point() and part.ndim in (3, 4)
+        for key, part in members(batch)
+        if (key,) != inputs.path[:1]
+    )
 
 
 def _unread(batch: Any, inputs: Inputs) -> str:

@@ -1,5 +1,6 @@
 """Any module's way from images to logits: how images get in, what comes out, and what is refused."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -222,6 +223,63 @@ def test_a_segmentation_is_scored_by_the_mean_probability_of_a_class() -> None:
     adapter = find_adapter(binary, IMAGES)
     scores = adapter.score(predict(adapter.model(binary), IMAGES), torch.ones(4).long())
     torch.testing.assert_close(scores, binary(IMAGES).sigmoid().mean(dim=(1, 2, 3)))
+
+
+AUTOENCODER, GRID = r"shape of the images, as an autoencoder does", r"a grid of predictions"
+PIXELS, TOKENS = r"values for each pixel", r"neither \[B, K\] nor \[B, K, H, W\], but may be tokens"
+LIKE_IMAGES = nn.Conv2d(3, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected", "words"),
+    [
+        (LIKE_IMAGES, Expected("class", 2), AUTOENCODER),
+        (LIKE_IMAGES, Expected(values=True), AUTOENCODER),
+        (LIKE_IMAGES, Expected(), AUTOENCODER),
+        (nn.Conv2d(3, 1, 1), Expected(pixels=True), PIXELS),
+        (nn.Conv2d(3, 4, 1), Expected(values=True), PIXELS),
+        (nn.Sequential(nn.Upsample(scale_factor=2), LIKE_IMAGES), Expected(pixels=True), PIXELS),
+        (nn.Conv2d(3, 1, 1), Expected("value"), PIXELS),
+        (nn.Conv2d(3, 25, 1, 4), Expected("boxes", 2, 3), GRID),
+        (nn.Conv2d(3, 4, 1), Expected("class", 7), r"4 outputs an image, .* up to class 7"),
+        (nn.Sequential(nn.Conv2d(3, 32, 2, 2), nn.Flatten(2)), Expected("class", 1), TOKENS),
+        (nn.Sequential(nn.Conv2d(3, 25, 2, 2), nn.Flatten(2)), Expected("boxes", 1), TOKENS),
+        (nn.Sequential(nn.Conv2d(3, 32, 2, 2), nn.Flatten(2)), Expected("mask", 1), TOKENS),
+    ],
+)
+def test_maps_that_are_no_segmentation_are_refused(
+    module: nn.Module, expected: Expected, words: str
+) -> None:
+    with pytest.raises(AdapterError, match=rf"{words}.*logits="):
+        find_adapter(module, IMAGES, expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (LIKE_IMAGES, Expected("mask", 2)),
+        (LIKE_IMAGES, Expected("mask", 2, values=True)),
+        (LIKE_IMAGES, Expected("class", 2, 3)),
+        (nn.Conv2d(3, 4, 1, 2), Expected("class", 3)),  # as in learning from labels of images
+        (nn.Conv2d(3, 4, 1), Expected("boxes", 2, 4)),
+        (nn.Sequential(nn.Conv2d(3, 1, 2, 2), nn.Flatten(1, 2)), Expected("mask", 1)),
+        (nn.Sequential(nn.Conv2d(3, 1, 1), nn.Flatten(1, 2)), Expected()),
+    ],
+)
+def test_maps_that_may_be_a_segmentation_are_taken(module: nn.Module, expected: Expected) -> None:
+    assert "semantic segmentation" in find_adapter(module, IMAGES, expected).description
+
+
+def test_the_way_that_a_refusal_names_is_taken() -> None:
+    values = Expected(values=True)
+    with pytest.raises(AdapterError) as caught:
+        find_adapter(LIKE_IMAGES, IMAGES, values)
+    named = re.findall(
+        r"logits=(lambda module, images: [^;]*[^;.])(?:; |\. Set)", str(caught.value)
+    )
+    alike, classes = [eval(each) for each in named]
+    assert find_adapter(LIKE_IMAGES, IMAGES, values, alike).score is value
+    assert "segmentation" in find_adapter(LIKE_IMAGES, IMAGES, values, classes).description
 
 
 class Detector(nn.Module):

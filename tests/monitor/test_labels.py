@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_aop.model.adapter import Adapter, find_adapter
 from lightning_aop.model.batches import BatchError
+from lightning_aop.model.outputs import Expected
 from lightning_aop.monitor.labels import Labels, Reading, read_batch
 from lightning_aop.monitor.probe import Probe
 from lightning_aop.scores import sigmoid, softmax, value
@@ -298,6 +299,27 @@ def test_the_loss_says_whether_labels_are_values() -> None:
     assert adapter.score is sigmoid
     assert probe.labels is not None
     assert probe.labels.tolist() == labels.tolist()
+
+
+def test_values_for_each_pixel_are_no_segmentation() -> None:
+    depth = torch.rand(4, 1, 8, 6)
+    for batch in ((IMAGES, depth), {"image": IMAGES, "depth": depth[:, 0]}):
+        reading = read_batch(batch)
+        assert reading.pixels
+        with pytest.raises(ValueError, match="values for each pixel, such as depths"):
+            find_adapter(Pixels(), reading.inputs, Expected(pixels=True, classes=3))
+        with pytest.raises(ValueError, match="logits=lambda module, images"):
+            find_adapter(Pixels(), reading.inputs, reading.expected(Pixels()))
+    for other in ((IMAGES, CLASSES), (IMAGES, MASK), IMAGES, (IMAGES, depth, CLASSES)):
+        assert not read_batch(other).pixels
+
+
+def test_what_raises_a_value_is_explained_without_labels() -> None:
+    reading = read_batch((IMAGES, torch.rand(4, 1, 8, 6)))
+    module = Regression(2)
+    probe = Probe.of(reading, find_adapter(module, reading.inputs, reading.expected(module)))
+    assert probe.labels is not None
+    assert probe.labels.tolist() == [[1, -1, 1, -1]] * 4
 
 
 def test_what_nobody_has_labelled_is_no_label() -> None:

@@ -701,3 +701,29 @@ def test_classes_of_their_own_are_told_by_a_loss_in_any_method(
     assert monitor.found[-1].targets.tolist() == [0, 1, 2, 3]
     scores = monitor.found[-1].chances.sum(dim=1)
     assert not torch.allclose(scores, torch.ones(4), atol=0.1)  # by a sigmoid each
+
+
+class Autoencoder(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ConvTranspose2d(8, 3, 2, 2))
+        self.loss = nn.MSELoss()
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return super().training_step((batch[0], batch[0]), index)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        super().validation_step((batch[0], batch[0]), index)
+
+
+def test_an_autoencoder_is_explained_by_how_alike_its_images_are(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="as an autoencoder does, .* logits=lambda module, images"):
+        trainer(tmp_path / "a", ExplanationMonitor(), max_epochs=1).fit(Autoencoder(), *loaders())
+    assert not pictures_in(tmp_path / "a")
+
+    def alike(module: Any, images: Tensor) -> Tensor:
+        return -(module(images) - images).square().mean(dim=(1, 2, 3))[:, None]
+
+    monitor = Found(GradCAM("net.0"), probe=2, metrics=False, logits=alike)
+    trainer(tmp_path / "b", monitor, max_epochs=1).fit(Autoencoder(), *loaders())
+    assert monitor.found[-1].targets.tolist() == [0, 1, 0, 1]  # what raises it, and what lowers it
