@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -194,6 +195,12 @@ def find_inputs(batch: Any, images: object = None) -> Inputs:
 def _refusal(batch: Any, values: Sequence[Any]) -> str:
     remedy = "pass probe=(images, labels), or read_batch=fn with fn(batch) -> (images, labels)"
     for value in values:
+        if isinstance(value, np.ndarray) and value.ndim in (3, 4):
+            return (
+                f"the batch has a NumPy array {list(value.shape)}, and images must be a tensor "
+                "[B, C, H, W], beside labels that are a tensor or list: pass "
+                "probe=(torch.as_tensor(images), labels), or read_batch=fn that returns such a pair"
+            )
         if isinstance(value, Tensor) and value.ndim == 5:
             return (
                 f"the batch has volumes or videos, {list(value.shape)}: only images [B, C, H, W] are "

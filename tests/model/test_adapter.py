@@ -710,6 +710,7 @@ def test_what_leads_to_no_logits_is_refused_in_words() -> None:
         (torch.rand(4, 3, 8, 8, 8), "volumes or videos"),
         ((torch.rand(4, 3, 8, 8, 8), TARGETS), "volumes or videos"),
         (torch.rand(4, 2, 100), "1-D signals"),
+        ((torch.rand(4, 3, 8, 8).numpy(), [0, 1, 2, 0]), r"must be a tensor \[B, C, H, W\]"),
         ((torch.rand(4, 2, 100), TARGETS), "1-D signals"),
         ([torch.rand(3, 8, 8), torch.rand(3, 9, 8)], "several sizes"),
         # With labels, as loaders give them.
