@@ -21,6 +21,7 @@ def require_tensors(**values: object) -> None:
 
 def check_batch(images: Tensor, targets: Tensor) -> None:
     """Raise ValueError or TypeError unless `images` [B,C,H,W] and `targets` [B] fit each other."""
+    require_tensors(images=images, targets=targets)
     if images.ndim != 4:
         hint = "; add a batch dimension with images[None]" if images.ndim == 3 else ""
         raise InvalidValueError(

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_aop.checks import check_batch, require_tensors
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.metrics.apart import tell_apart
 from lightning_aop.metrics.pointing import energy_in_mask
@@ -34,9 +35,16 @@ def grid_pointing(maps: Maps, quarters: Int[Tensor, " b"]) -> Float[Tensor, " b"
             3 lower right.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: a side of the maps is odd, a quarter is none of these, or a map holds NaN, infinite
             or negative values.
     """
+    require_tensors(maps=maps, quarters=quarters)
+    if maps.ndim != 3 or quarters.shape != maps.shape[:1]:
+        raise InvalidValueError(
+            f"maps must have shape [B, H, W] and quarters [B], got {list(maps.shape)} and "
+            f"{list(quarters.shape)}: give one map and one quarter for each tiled image"
+        )
     height, width = maps.shape[1:]
     if height % 2 or width % 2 or not bool(((quarters >= 0) & (quarters < 4)).all()):
         raise InvalidValueError(
@@ -132,8 +140,20 @@ class GridPointing(Metric):
             model: maps images to logits [B, K].
             images: a batch as the model takes it.
             targets: the class of each.
+
+        Raises:
+            TypeError: an argument is no tensor, or the images are not floating point.
+            ValueError: the shapes don't fit each other, or a target is no class of the model.
         """
-        scores = self.score(predict(model, images), targets.to(images.device))
+        check_batch(images, targets)
+        logits = predict(model, images)
+        classes = logits.shape[1]
+        if wrong := sorted({k for k in targets.tolist() if not 0 <= k < classes}):
+            raise InvalidValueError(
+                f"targets must lie in 0..{classes - 1}, the classes of the model, got {wrong}: give the "
+                "index of a class for each image"
+            )
+        scores = self.score(logits, targets.to(logits.device))
         fours = choose_fours(targets.tolist(), scores.tolist(), self.least)
         shares = shares_of(self.method, model, images, targets, fours)
         self.shares += shares.sum().to(self.shares)

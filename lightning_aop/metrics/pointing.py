@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil, inf, isqrt
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -83,6 +84,7 @@ class _PairGame(Metric, ABC):
         kwargs: torchmetrics' own arguments, such as `sync_on_compute`.
 
     Raises:
+        TypeError: a setting is no number.
         ValueError: a setting is out of its range.
     """
 
@@ -103,6 +105,16 @@ class _PairGame(Metric, ABC):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if not isinstance(num_classes, int | Integral):
+            raise InvalidTypeError(
+                f"num_classes must be a whole number, got {num_classes!r}: give the number of the "
+                "model's classes"
+            )
+        if not isinstance(score_threshold, float | Real | None):
+            raise InvalidTypeError(
+                f"score_threshold must be a probability in [0, 1], got {score_threshold!r}: give None "
+                "to test all pairs"
+            )
         if num_classes < 1:
             raise InvalidValueError(f"num_classes must be at least 1, got {num_classes}")
         if score_threshold is not None and not 0 <= score_threshold <= 1:
@@ -464,6 +476,11 @@ def _check_shapes(maps: Tensor, masks: Tensor) -> None:
 
 
 def _check_tolerance(tolerance: float) -> None:
+    if not isinstance(tolerance, float | Real):
+        raise InvalidTypeError(
+            f"tolerance must be a number of pixels, 0 or more, got {tolerance!r}: give 0 for the pixel "
+            "itself, 15 for TorchRay's rule"
+        )
     if not 0 <= tolerance < inf:
         raise InvalidValueError(
             f"tolerance must be a finite distance in pixels, 0 or more, got {tolerance}: give 0 for "

@@ -6,7 +6,8 @@ import torch
 from skimage.filters import sobel_h, sobel_v
 from torch import nn
 
-from lightning_aop import CentreGaussian, EdgeDetector, RandomMap
+from lightning_aop import CentreGaussian, EdgeDetector, GradCAM, RandomMap, fast_sigcam
+from lightning_aop.methods import RISE
 from lightning_aop.model.passes import count_evaluations
 from lightning_aop.types import SaliencyMethod
 
@@ -25,6 +26,22 @@ def test_controls_are_maps_that_cost_nothing(
     assert together.amax(dim=(1, 2)).min() > 0.99
     single = [method.explain(net, images[i : i + 1], targets[i : i + 1]) for i in range(4)]
     assert torch.equal(torch.cat(single), together)
+
+
+@pytest.mark.parametrize(
+    "method", [RandomMap(), CentreGaussian(), GradCAM(), fast_sigcam(), RISE()]
+)
+def test_what_is_no_tensor_is_refused(
+    method: SaliencyMethod, net: nn.Module, batch: Any, unchecked: None
+) -> None:
+    images, targets = batch
+    for wrong in (targets.tolist(), targets.numpy(), 1, None):
+        with pytest.raises(
+            TypeError, match=r"targets must be a torch\.Tensor, got \w+: (conv|give)"
+        ):
+            method.explain(net, images, wrong)
+    with pytest.raises(TypeError, match=r"images must be a torch\.Tensor, got ndarray: convert it"):
+        method.explain(net, images.numpy(), targets)
 
 
 def test_random_maps_are_uniform_and_seeded(net: nn.Module, batch: Any) -> None:

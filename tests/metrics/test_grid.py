@@ -129,3 +129,25 @@ def test_what_is_no_grid_is_refused(unchecked: Any) -> None:
         grid_pointing(torch.rand(1, 5, 4), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"quarters lie in 0\.\.3"):
         grid_pointing(torch.rand(1, 4, 4), torch.tensor([4]))
+    numbers: Any = [0]
+    with pytest.raises(TypeError, match=r"quarters must be a torch\.Tensor, got list: convert it"):
+        grid_pointing(torch.rand(1, 4, 4), numbers)
+    with pytest.raises(ValueError, match=r"maps must have shape \[B, H, W\].* \[1, 1, 4, 4\]"):
+        grid_pointing(torch.rand(1, 1, 4, 4), torch.tensor([0]))
+
+
+def test_a_batch_that_fits_no_model_is_refused(unchecked: Any) -> None:
+    metric, images, targets = GridPointing(GradCAM()), torch.zeros(4, 4, 8, 8), torch.arange(4)
+    wrong: Any
+    for wrong in (targets.tolist(), targets.numpy(), None):
+        with pytest.raises(TypeError, match=r"targets must be a torch\.Tensor, got"):
+            metric.update(Colours(), images, wrong)
+    wrong = images.numpy()
+    with pytest.raises(TypeError, match=r"images must be a torch\.Tensor, got ndarray"):
+        metric.update(Colours(), wrong, targets)
+    with pytest.raises(ValueError, match="same length, got 4 images and 3 targets"):
+        metric.update(Colours(), images, targets[:3])
+    for shift, shown in ((-2, r"\[-2, -1\]"), (1, r"\[4\]")):
+        with pytest.raises(ValueError, match=rf"0\.\.3, the classes of the model, got {shown}"):
+            metric.update(Colours(), images, targets + shift)
+    assert metric.total == 0

@@ -362,9 +362,19 @@ def test_bad_input_is_refused(unchecked: None) -> None:
             pointing_hits(maps, masks, tolerance)
     with pytest.raises(ValueError, match="0 or more, got -2: give 0"):
         PointingGame(3, -2)
+    for nothing in (None, "2"):
+        with pytest.raises(TypeError, match=rf"of pixels, 0 or more, got {nothing!r}: give 0"):
+            PointingGame(3, nothing)  # type: ignore[arg-type]
+    wrong: Any
     for kind in (PointingGame, EnergyPointingGame):
         with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
             kind(0)
+        for wrong in ("5", 5.0, None):
+            with pytest.raises(TypeError, match=f"whole number, got {wrong!r}: give the number"):
+                kind(wrong)
+        wrong = "a"
+        with pytest.raises(TypeError, match=r"\[0, 1\], got 'a': give None"):
+            kind(3, score_threshold=wrong)
         with pytest.raises(ValueError, match=r"\[0, 1\], got 1.5: give None"):
             kind(3, score_threshold=1.5)
         with pytest.raises(ValueError, match="each of the 3 classes, got 2 names"):
