@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,15 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {path}: its folder can't be made ({error.strerror})") from error
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        # Tried, for the rights of a folder say nothing of /proc.
+        draft.touch()
+        draft.unlink()
+        writable = not path.exists() or os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
         raise UserError(f"--output {path}: nothing can be written there; name another file")
 
 

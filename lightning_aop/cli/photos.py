@@ -141,7 +141,7 @@ class Recipe:
 
     def class_index(self, name: str) -> int:
         """Return the class that a user means by an index or a name."""
-        if name.isdigit():
+        if name.isdecimal():
             if int(name) < len(self.classes):
                 return int(name)
             raise UserError(
@@ -310,7 +310,9 @@ def _device(name: str) -> torch.device:
     try:
         if name == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.empty(0, device=name).device
+        value = torch.zeros(1, device=name)
+        value.item()  # on meta nothing is computed
+        return value.device
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"--device {name} is not available on this machine ({error}): use --device cpu, or leave "

@@ -42,7 +42,7 @@ def _of_json(content: Any) -> list[Any]:
         return [c.get("name") for c in sorted(categories, key=lambda c: float(c["id"]))]
     if isinstance(content, dict):
         content = content.get("id2label", content)
-        if not all(str(key).isdigit() for key in content):
+        if not all(str(key).isdecimal() for key in content):
             return []
         content = [content[key] for key in sorted(content, key=int)]
     if not isinstance(content, list):

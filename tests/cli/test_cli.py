@@ -105,6 +105,8 @@ def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> No
     [
         (["--target-class=1000"], r"the model has classes 0\.\.999"),
         (["--target-class=terrier"], r"could be .*; give the index"),
+        (["--target-class=²"], "no class of the model has this name"),
+        (["--device=meta"], "--device meta is not available on this machine"),
         (["--target-class=zzz"], "no class of the model has this name"),
         (["--target-class=tabbi"], "has this name; did you mean .*tabby"),
         (["--method=gradcan"], "--method gradcan: .*did you mean gradcam"),
@@ -183,6 +185,16 @@ def test_where_nothing_can_be_written_is_refused_before_the_work(
     }.items():
         assert explain(photo, "--weights=none.pth", "-o", out) == 1  # which is not looked for
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+def test_an_output_that_only_seems_writable_is_refused_before_the_work(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert explain(photo, "--weights=none.pth", "-o", "/proc/x.png") == 1
+    assert "nothing can be written there; name another file" in capsys.readouterr().err
+    assert explain(photo, "--weights=none.pth", "-o", tmp_path / "x.png") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_photo_behind_the_classes_is_no_class(

@@ -57,3 +57,9 @@ def test_wnids_are_those_of_timm() -> None:
 
 def test_names_with_their_own_wnids_go_first() -> None:
     assert class_index("n02123045", ["n01440764 tench", "n02123045 tabby, tabby cat"]) == 1
+
+
+def test_keys_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text('{"²": "cat", "1": "dog"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="no names of classes are found in it"):
+        read_classes(tmp_path / "names.json")
