@@ -7,7 +7,7 @@ with their usual settings. Captum is an optional package: pip install "lightning
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -121,6 +121,7 @@ class CaptumAttribution:
         """
         with (
             explaining(model, images, targets, self.seed) as (classifier, x, t),
+            _one_precision(self.method, x.device.type),
             _quiet(),
         ):
             if self.method.startswith(_OF_RELU) and not any(
@@ -223,6 +224,13 @@ class _Scored(nn.Module):
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _one_precision(method: str, device: str) -> AbstractContextManager[object]:
+    """Switch autocast off for DeepLift, which multiplies values of before and behind a module."""
+    if "DeepLift" in method and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 @contextmanager

@@ -329,3 +329,13 @@ def test_what_cannot_be_done_is_said(photos: Any, unchecked: None) -> None:
     nn.init.constant_(broken.head.weight, torch.nan)
     with pytest.raises(NonFiniteScoreError, match="the attribution of Saliency is NaN"):
         gradient().explain(broken, *photos)
+
+
+def test_deeplift_under_autocast_is_that_without(
+    net: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    wanted = deeplift().explain(net, *batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = deeplift().explain(net, *batch)
+        assert torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(found, wanted)
