@@ -935,7 +935,10 @@ def test_misuse_is_refused_before_training(
 @pytest.mark.parametrize(
     ("probe", "message"),
     [
-        ((torch.rand(2, 3, 8, 8),), "needs labels.*pass probe=.images, labels., or targets='pred"),
+        (
+            (torch.rand(2, 3, 8, 8),),
+            "needs labels.*pass probe=.images, labels., or read_batch=fn, or targets='pred",
+        ),
         (({"a": torch.rand(2, 3)}), "no image.*dict.*pass probe="),
         (
             (torch.rand(2, 3, 8, 8), torch.zeros(2, 5)),

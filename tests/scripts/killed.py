@@ -136,7 +136,8 @@ def seen(out: Path) -> dict[str, Any]:
     )
     history = History.load(state["folder"])
     for record in history.records:
-        del record.values["seconds"], record.values["overhead"]
+        for name in ("seconds", "overhead"):  # of the clock; before training there is no overhead
+            record.values.pop(name, None)
     found["records"] = [asdict(record) | {"time": None} for record in history.records]
     found["maps"] = hashlib.sha256(history.maps.tobytes()).hexdigest()
     return found
