@@ -117,6 +117,29 @@ def test_of_several_heads_one_is_explained_and_the_others_named() -> None:
     assert torch.equal(logits, predict(nn.Sequential(module.body, module.shape), IMAGES))
 
 
+class Calibrated(nn.Module):
+    """Has another layer for its outputs, which the forward does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmallNet(5)
+        self.calibration = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.net(x)
+        return output
+
+
+def test_as_many_outputs_as_classes_are_no_features() -> None:
+    module = Calibrated().eval()
+    adapter = find_adapter(module, IMAGES, Expected("class", highest=4))
+    assert torch.equal(predict(adapter.model(module), IMAGES), predict(module.net, IMAGES))
+    # Without labels that say so they may be.
+    for expected in (Expected(), Expected("class", highest=2)):
+        with pytest.raises(AdapterError, match=r"'calibration' seems to take for features"):
+            find_adapter(module, IMAGES, expected)
+
+
 def test_a_plain_module_stays_itself() -> None:
     module = SmallNet()
     adapter = find_adapter(module, IMAGES)
