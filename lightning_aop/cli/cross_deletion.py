@@ -1,8 +1,8 @@
 """`lightning-aop cross-deletion`: blur one class away, and watch another (the paper's Figure 1)."""
 
-import sys
 from pathlib import Path
 
+import matplotlib
 import torch
 from jaxtyping import Float
 from jsonargparse import Namespace
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_aop.cli.output import FIGURE, check_output, write_figure
-from lightning_aop.cli.photos import Label, load, progress
+from lightning_aop.cli.photos import Label, each_photo, load, progress
 from lightning_aop.errors import UserError
 from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import deletion_curve
@@ -36,15 +36,9 @@ def main(options: Namespace) -> int:
     recipe = load(options)
     method = make_method(options.method, options.target_layer, recipe.score)
     classes = [recipe.class_index(name) for name in options.target_class]
-    pictures, found, curves, labels, failures = [], [], [], [], 0
+    pictures, found, curves, labels = [], [], [], []
     with progress(recipe.model, len(options.photos)) as bar:
-        for photo in options.photos:
-            try:
-                images, targets, names = recipe.pairs(photo, options.fit, classes)
-            except UserError as error:
-                bar.write(f"lightning-aop: {error}", file=sys.stderr)
-                failures += 1
-                continue
+        for photo, images, targets, names in each_photo(recipe, options, classes):
             maps = method.explain(recipe.model, images[:1], targets[:1])
             both = maps.expand(2, -1, -1)
             curve = deletion_curve(
@@ -63,9 +57,10 @@ def main(options: Namespace) -> int:
         score = f"{recipe.score_name} score"
         _draw(torch.cat(pictures), torch.cat(found), curves, labels, score, options.output)
         print(f"wrote {options.output}")
-    return 1 if failures else 0
+    return 1 if len(pictures) < len(options.photos) else 0
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a $ in a name begins no formula
 def _draw(
     pictures: Images,
     maps: Maps,
@@ -80,7 +75,7 @@ def _draw(
     for row, picture, heat, pair, names in zip(axes, pictures, heated, curves, labels, strict=True):
         row[0].imshow(picture.permute(1, 2, 0).numpy())
         row[1].imshow(heat.permute(1, 2, 0).numpy())
-        row[1].set_title(f"map of {names[0].name}", fontsize=9, parse_math=False)
+        row[1].set_title(f"map of {names[0].name}", fontsize=9)
         for axis in row[:2]:
             axis.set_axis_off()
         moved = torch.linspace(0, 100, pair.shape[1]).numpy()
@@ -88,8 +83,7 @@ def _draw(
             row[2].plot(moved, curve.numpy(), color=colour, label=str(name), lw=1.8)
         row[2].set(xlim=(0, 100), ylim=(0, None), ylabel=score)
         row[2].spines[["top", "right"]].set_visible(False)
-        for text in row[2].legend(frameon=False, fontsize=8).get_texts():
-            text.set_parse_math(False)  # a $ in a name begins no formula
+        row[2].legend(frameon=False, fontsize=8)
     axes[-1, 2].set_xlabel(
         "pixels blurred, most salient of the first class first (%)", fontsize=8.5
     )

@@ -16,8 +16,7 @@ from lightning_aop.cli.output import (
     write_figure,
     write_picture,
 )
-from lightning_aop.cli.photos import Label, Recipe, load, progress
-from lightning_aop.errors import UserError
+from lightning_aop.cli.photos import Label, Recipe, each_photo, load, progress
 from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.types import Images, Maps
@@ -32,18 +31,11 @@ def main(options: Namespace) -> int:
     recipe = load(options)
     method = make_method(options.method, options.target_layer, recipe.score)
     chosen = [recipe.class_index(name) for name in options.target_class or []]
-    failures = 0
     pictures: list[Tensor] = []
     maps: list[Tensor] = []
     captions: list[str] = []
     with progress(recipe.model, len(options.photos) * max(len(chosen), 1)) as bar:
-        for photo in options.photos:
-            try:
-                images, targets, labels = recipe.pairs(photo, options.fit, chosen)
-            except UserError as error:
-                bar.write(f"lightning-aop: {error}", file=sys.stderr)
-                failures += 1
-                continue
+        for photo, images, targets, labels in each_photo(recipe, options, chosen):
             found = method.explain(recipe.model, images, targets)
             curves = deletion_insertion_curves(
                 recipe.model, images, found, targets, steps=28, score=recipe.score
@@ -60,7 +52,7 @@ def main(options: Namespace) -> int:
             _draw(options, recipe, torch.cat(pictures), torch.cat(maps), captions)
     if pictures:
         print(f"wrote {options.output}", file=sys.stderr if options.json else sys.stdout)
-    return 1 if failures else 0
+    return 1 if len(pictures) < len(options.photos) else 0
 
 
 def _draw(

@@ -3,7 +3,7 @@
 import io
 import math
 import os
-import uuid
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,10 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {path}: its folder can't be made ({error.strerror})") from error
-    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         # Tried, for the rights of a folder say nothing of /proc.
-        draft.touch()
-        draft.unlink()
-        writable = not path.exists() or os.access(path, os.W_OK)
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            writable = not path.exists() or os.access(path, os.W_OK)
     except OSError:
         writable = False
     if not writable:
@@ -78,6 +76,7 @@ def write_figure(figure: Figure, path: Path) -> None:
     write_whole(path, content.getvalue())
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a $ in a name begins no formula
 def figure_of(
     pictures: Float[Tensor, "b 3 h w"], maps: Maps, captions: Sequence[str], title: str
 ) -> Figure:
@@ -88,8 +87,7 @@ def figure_of(
     columns = max(1, min(3, math.isqrt(len(pictures))))
     rows = math.ceil(len(pictures) / columns)
     figure = Figure(figsize=(5 * columns, 2.9 * rows + 0.4), layout="constrained", dpi=200)
-    # A $ in a name begins no formula.
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(title)
     axes = figure.subplots(rows, 2 * columns, squeeze=False).ravel()
     heated = overlay(pictures, maps)
     for axis in axes:
@@ -97,7 +95,7 @@ def figure_of(
     for i, caption in enumerate(captions):
         for axis, shown in zip(axes[2 * i : 2 * i + 2], (pictures[i], heated[i]), strict=True):
             axis.imshow(shown.permute(1, 2, 0).numpy())
-        axes[2 * i].set_title(caption, fontsize=9, loc="left", parse_math=False)
+        axes[2 * i].set_title(caption, fontsize=9, loc="left")
         if not maps[i].isfinite().all() or not heat_of(maps[i : i + 1]).any():
             name = "blank map" if maps[i].isfinite().all() else "NaN map"
             options: Any = {"ha": "center", "va": "center", "transform": axes[2 * i + 1].transAxes}

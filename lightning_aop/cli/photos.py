@@ -176,24 +176,33 @@ class Pairs:
     photos: list[Path]
 
 
+def each_photo(
+    recipe: Recipe, options: Namespace, classes: Sequence[int]
+) -> Iterator[tuple[Path, Images, Targets, list[Label]]]:
+    """Yield each photo as `Recipe.pairs` gives it; one that can't be read is named and left out."""
+    for photo in options.photos:
+        try:
+            found = recipe.pairs(photo, options.fit, classes)
+        except UserError as error:
+            tqdm.write(f"lightning-aop: {error}", file=sys.stderr)
+            continue
+        yield photo, *found
+
+
 def read_pairs(recipe: Recipe, options: Namespace) -> tuple[Pairs | None, int]:
     """Return all photos with their classes, or None without any, and how many can't be read."""
     classes = [recipe.class_index(name) for name in options.target_class or []]
-    images, targets, labels, photos, failures = [], [], [], [], 0
-    for photo in options.photos:
-        try:
-            pictures, chosen, names = recipe.pairs(photo, options.fit, classes)
-        except UserError as error:
-            print(f"lightning-aop: {error}", file=sys.stderr)
-            failures += 1
-            continue
-        images.append(pictures)
-        targets.append(chosen)
-        labels += names
-        photos += [photo] * len(names)
-    if not photos:
+    read = list(each_photo(recipe, options, classes))
+    failures = len(options.photos) - len(read)
+    if not read:
         return None, failures
-    return Pairs(torch.cat(images), torch.cat(targets), labels, photos), failures
+    photos, images, targets, labels = zip(*read, strict=True)
+    return Pairs(
+        torch.cat(images),
+        torch.cat(targets),
+        [label for names in labels for label in names],
+        [photo for photo, names in zip(photos, labels, strict=True) for _ in names],
+    ), failures
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]

@@ -12,6 +12,7 @@ import skimage
 import torch
 import torchvision
 from PIL import Image
+from torch import Tensor
 
 from lightning_aop import GradCAM
 from lightning_aop.cli.main import main
@@ -379,6 +380,13 @@ def trained(photo: Path, tmp_path: Path) -> tuple[MultilabelClassifier, Path]:
     return ours, tmp_path / "last.ckpt"
 
 
+def squashed(photo: Path) -> Tensor:
+    """Return the photo as `--size=64 --fit=squash` without a normalisation reads it."""
+    with Image.open(photo) as opened:
+        image = torchvision.transforms.v2.functional.resize(opened, [64, 64])
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
 def test_a_trained_multilabel_classifier_is_explained_with_its_sigmoid(
     trained: tuple[MultilabelClassifier, Path],
     photo: Path,
@@ -392,9 +400,7 @@ def test_a_trained_multilabel_classifier_is_explained_with_its_sigmoid(
     printed = capsys.readouterr()
     assert "scores are sigmoid, each class on its own, since the model is multilabel" in printed.err
     found = [json.loads(line) for line in printed.out.splitlines()]
-    with Image.open(photo) as opened:
-        image = torchvision.transforms.v2.functional.resize(opened, [64, 64])
-    batch = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    batch = squashed(photo)
     with torch.no_grad():
         wanted = ours(batch).sigmoid()[0].tolist()
     assert [value["score"] for value in found] == pytest.approx(wanted, abs=1e-3)
@@ -435,9 +441,7 @@ def test_every_command_takes_the_score_of_the_weights(
     words = [command, photo, "--model=squeezenet1_1", "--weights", checkpoint, *method, "-o", out]
     words += ["--size=64", "--fit=squash", "--mean", 0, "--std", 1, "--target-class", *classes]
     assert main([str(word) for word in words]) == 0
-    with Image.open(photo) as opened:
-        image = torchvision.transforms.v2.functional.resize(opened, [64, 64])
-    batch = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    batch = squashed(photo)
     with torch.no_grad():
         score = float(ours(batch).sigmoid()[0, 0])
     if command == "cross-deletion":
