@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.paper import method_key, reported_difference, reported_pointing
-from lightning_aop.experiments.results import MANIFEST, Manifest, parts, schema, write_part
+from lightning_aop.experiments.results import parts, schema, write_part
 from lightning_aop.experiments.tables import MEASURES, Column, Interval, bootstrap, load
 from lightning_aop.files import write_whole
 from lightning_aop.tables import formatted
@@ -327,9 +327,7 @@ def keep(run: Path, folder: Path) -> None:
 
     The curves are nine tenths of a run's bytes, and no table reads them.
     """
-    manifest = Manifest.read(run)
-    if manifest is None:
-        raise InvalidValueError(f"{run} holds no {MANIFEST}: name the output folder of a benchmark")
+    manifest, _ = load(run)
     columns = [field.name for field in schema() if not field.name.endswith("_curve")]
     for own in manifest.folders.values():
         rows: dict[tuple[int, str], dict[str, Any]] = {}

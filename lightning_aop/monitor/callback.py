@@ -331,10 +331,9 @@ class ExplanationMonitor(Callback):
             raise misconfiguration(trainer, f"ExplanationMonitor: {problem}")
         if self.name is None:
             names = {each.name for each in others}
-            numbers = (str(n) for n in itertools.count(2) if str(n) not in names)
-            labels = itertools.chain([None], numbers)
             unnamed = [each for each in others if each.name is None]
-            self._label = next(itertools.islice(labels, unnamed.index(self), None))
+            numbers = (str(n) for n in itertools.count(2) if str(n) not in names)
+            self._label = dict(zip(unnamed, itertools.chain([None], numbers), strict=False))[self]
         # A validation may be of another module, and on other data.
         if stage == "fit" or (self._run and self._run.module not in (None, pl_module)):
             self._run = self._new_run()

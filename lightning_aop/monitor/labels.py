@@ -480,8 +480,8 @@ def _find(
         if chosen:  # rows of measurements come last
             return sorted(chosen, key=lambda f: (f[0] in counted, _measures(f[1])))
     if len(inputs.path) > 1:  # beside the images, in a part of the batch
-        inner = Inputs((), inputs.path[1:], *_rest(inputs))
-        inside = _find(dict(parts)[inputs.path[0]], inner, names, numbers)
+        inner = inputs.part
+        inside = _find(inner.batch, inner, names, numbers)
         return [((inputs.path[0], *path), labels) for path, labels in inside]
     return []
 
@@ -493,10 +493,6 @@ def _columns(key: object, part: Any, inputs: Inputs) -> list[tuple[Path, Any]]:
     if several and all(isinstance(v, Tensor) and v.ndim and len(v) == count for v in part):
         return [((key, index), each) for index, each in enumerate(part)]
     return [((key,), part)]
-
-
-def _rest(inputs: Inputs) -> tuple[Any, Tensor]:
-    return inputs.form, inputs.images
 
 
 def _counts_up(labels: Labels, numbers: Sequence[int] | None = None) -> bool:
