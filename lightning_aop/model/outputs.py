@@ -124,6 +124,9 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
     if expected.kind == "class":  # an output that has all classes of the labels, where there is one
         flat = [(p, t) for p, t in flat if t.ndim == 2 and t.shape[1] > expected.highest] or flat
     headed = [(p, t) for p, t in found if p and str(p[-1]).lower() in expected.heads]
+    if not (headed or named or counted or expected.trusted):
+        found = _without_latents(found, expected)
+        flat = [(p, t) for p, t in flat if any(t is each for _, each in found)]
     path, tensor = (headed or named or counted or _last_layers(flat) or found)[0]
     name = str(path[-1]) if path else ""
     head = name.lower() if headed else None
@@ -131,7 +134,8 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
         shape = tensor.shape[1:]
         one_row = math.prod(shape) == max(shape, default=1)
         head = fitting(expected.heads, math.prod(shape) if one_row else 0, not one_row)
-    meaning = _labelled(_meaning_of(tensor, count, name, expected.of(head)), expected, head)
+    call = f"module(images){_code(output, path)}"
+    meaning = _labelled(_meaning_of(tensor, count, name, call, expected.of(head)), expected, head)
     if not path:
         return meaning
     where = written(path)
@@ -196,6 +200,30 @@ def _last_layers(found: list[tuple[_Path, Tensor]]) -> list[tuple[_Path, Tensor]
     return chosen
 
 
+def _without_latents(
+    found: list[tuple[_Path, Tensor]], expected: Expected
+) -> list[tuple[_Path, Tensor]]:
+    """Leave out vectors from which the images are made again, and others of their size, as in a VAE.
+
+    Where another vector is left, it is the images made again that are left out.
+    """
+    pictures = [t for _, t in found if t.ndim > 1 and _like_images(t.shape[1:], expected)]
+    latent = {
+        t.shape
+        for _, t in found
+        if t.ndim == 2 and any(t is not each and _computed_from(each, t) for each in pictures)
+    }
+    rest = [(path, t) for path, t in found if t.shape not in latent]
+    others = [(path, t) for path, t in rest if not any(t is each for each in pictures)]
+    return others if pictures and any(t.ndim == 2 for _, t in others) else rest
+
+
+def _like_images(shape: Sequence[int], expected: Expected) -> bool:
+    """Tell whether an output has a number for each of an image, in its shape or in one row."""
+    images = tuple(expected.images)
+    return bool(images) and tuple(shape) in (images, (math.prod(images),))
+
+
 def _computed_from(tensor: Tensor, other: Tensor) -> bool:
     ahead: list[Any] = [tensor.grad_fn]
     seen: set[Any] = {None}
@@ -213,6 +241,15 @@ def _computed_from(tensor: Tensor, other: Tensor) -> bool:
 def written(path: _Path) -> str:
     """Return how code says the way to a part."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+
+
+def _code(output: Any, path: _Path) -> str:
+    """Return how Python says the way to a part of an output."""
+    said = ""
+    for i, key in enumerate(path):
+        by_key = isinstance(key, int) or not hasattr(_at(output, path[:i]), str(key))
+        said += f"[{key!r}]" if by_key else f".{key}"
+    return said
 
 
 def _fits(tensor: Tensor, count: int) -> bool:
@@ -244,12 +281,12 @@ def _at(output: Any, path: _Path) -> Any:
     return output
 
 
-def _meaning_of(tensor: Tensor, count: int, name: str, expected: Expected) -> Meaning:
+def _meaning_of(tensor: Tensor, count: int, name: str, call: str, expected: Expected) -> Meaning:
     shape = tuple(tensor.shape[1:])
     if math.prod(shape) == 1:
         return _one_output(tensor, name, expected)
     if math.prod(shape) == max(shape):  # [B, K], and with dimensions of one
-        return _class_outputs(tensor.flatten(1), name, expected)
+        return _class_outputs(tensor.flatten(1), name, call, expected)
     if len(shape) == 2 and _is_map(shape, expected):
         tensor, shape = tensor[:, None], (1, *shape)
     if len(shape) != 3:
@@ -258,7 +295,7 @@ def _meaning_of(tensor: Tensor, count: int, name: str, expected: Expected) -> Me
             "queries or anchors: logits=fn takes their mean, or the best, to logits [B, K]"
         )
     if expected.kind != "mask" and not expected.trusted:
-        _refuse_other_maps(shape, expected)
+        _refuse_other_maps(shape, call, expected)
     return _segmentation(tensor, expected)
 
 
@@ -270,26 +307,34 @@ def _is_map(shape: Sequence[int], expected: Expected) -> bool:
     return shape == size and (expected.kind is None or expected.trusted)
 
 
-def _refuse_other_maps(shape: Sequence[int], expected: Expected) -> None:
+def _refuse_images(shape: Sequence[int], call: str, expected: Expected) -> None:
+    """Refuse what an autoencoder gives: the images again, in their shape or in rows."""
+    if not _like_images(shape, expected) or expected.classes == shape[0]:
+        return
+    same = tuple(shape) == tuple(expected.images)
+    raise OutputError(
+        f"gives [B, {', '.join(map(str, shape))}], {'the shape' if same else 'the size'} of the images, "
+        "as an autoencoder does, which has no classes: explain, for example, how alike they are, "
+        f"logits=lambda module, images: -({call}{'' if same else '.view_as(images)'} - images).square()"
+        ".mean(dim=(1, 2, 3))[:, None]; or, where they are classes, logits=lambda module, images: "
+        f"{call}"
+    )
+
+
+def _refuse_other_maps(shape: Sequence[int], call: str, expected: Expected) -> None:
     """Refuse maps that are no segmentation, as far as the labels and losses tell."""
     maps = f"[B, {', '.join(map(str, shape))}]"
-    if tuple(shape) == tuple(expected.images) and expected.classes != shape[0]:
-        raise OutputError(
-            f"gives {maps}, the shape of the images, as an autoencoder does, which has no classes: "
-            "explain, for example, how alike they are, logits=lambda module, images: "
-            "-(module(images) - images).square().mean(dim=(1, 2, 3))[:, None]; or, where they are "
-            "classes, logits=lambda module, images: module(images)"
-        )
+    _refuse_images(shape, call, expected)
     if expected.values or expected.pixels or expected.kind == "value":
         raise OutputError(
             f"gives {maps}, values for each pixel, such as depths or heatmaps, which have no classes: "
             "explain, for example, their mean over the image, or over a part of it, "
-            "logits=lambda module, images: module(images).mean(dim=(2, 3))"
+            f"logits=lambda module, images: {call}.mean(dim=(2, 3))"
         )
     if expected.kind == "boxes" and expected.classes != shape[0]:
         raise OutputError(
             f"gives {maps}, a grid of predictions, where the labels are boxes: explain, for example, "
-            "the best score of each class, logits=lambda module, images: module(images)[:, first:]."
+            f"the best score of each class, logits=lambda module, images: {call}[:, first:]."
             "amax(dim=(2, 3)), where the classes begin at first"
         )
     _check_range(max(shape[0], 2), expected)
@@ -333,15 +378,17 @@ def _values(count: int) -> Meaning:
     )
 
 
-def _class_outputs(logits: Tensor, name: str, expected: Expected) -> Meaning:
+def _class_outputs(logits: Tensor, name: str, call: str, expected: Expected) -> Meaning:
     classes = logits.shape[1]
+    if not expected.trusted:
+        _refuse_images((classes,), call, expected)
     _check_range(classes, expected)
     embedding = name in _EMBEDDINGS or expected.embeddings or _of_length_one(logits)
     if embedding and not expected.trusted:
         raise OutputError(
             f"gives [B, {classes}], an embedding, which has no class: give it a score, such as how "
             "like it is to a reference, logits=lambda module, images: "
-            "torch.cosine_similarity(module(images), reference)[:, None]"
+            f"torch.cosine_similarity({call}, reference)[:, None]"
         )
     size = f"[B, {classes}]"
 

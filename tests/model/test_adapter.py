@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -291,6 +291,51 @@ def test_maps_that_are_no_segmentation_are_refused(
 )
 def test_maps_that_may_be_a_segmentation_are_taken(module: nn.Module, expected: Expected) -> None:
     assert "semantic segmentation" in find_adapter(module, IMAGES, expected).description
+
+
+class Variational(nn.Module):
+    """Gives the images again, and beside them the mean and the variance of what they are made of."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.encoder, self.decoder = SmallNet(12), nn.Linear(6, 3 * 40 * 32)
+        self.form = form
+
+    def forward(self, x: Tensor) -> Any:
+        mean, variance = self.encoder(x).chunk(2, dim=1)
+        return self.form(self.decoder(mean), mean, variance)
+
+
+@pytest.mark.parametrize(
+    "labels", [Expected("class", 4), Expected("class", 4, values=True), Expected()]
+)
+@pytest.mark.parametrize(
+    ("form", "part"),
+    [
+        (lambda again, mean, variance: (again.view(-1, 3, 40, 32), mean, variance), "[0]"),
+        (lambda again, mean, variance: (mean, variance, again.view(-1, 3, 40, 32)), "[2]"),
+        (lambda again, mean, variance: (again, mean, variance), "[0].view_as(images)"),
+        (lambda again, mean, variance: {"mu": mean, "again": again}, "['again'].view_as(images)"),
+        (lambda again, mean, variance: SimpleNamespace(z=mean, x=again), ".x.view_as(images)"),
+        (lambda again, mean, variance: again, ".view_as(images)"),
+    ],
+)
+def test_what_images_are_made_again_from_is_not_taken_for_classes(
+    form: Callable[[Tensor, Tensor, Tensor], Any], part: str, labels: Expected
+) -> None:
+    module = Variational(form).eval()
+    with pytest.raises(AdapterError, match="of the images, as an autoencoder does") as caught:
+        find_adapter(module, IMAGES, labels)
+    named = re.search(r"logits=(lambda module, images: [^;]*);", str(caught.value))
+    assert named is not None
+    assert part in named[1]
+    assert find_adapter(module, IMAGES, replace(labels, values=True), eval(named[1])).score is value
+
+
+def test_classes_are_told_from_what_images_are_made_again_from() -> None:
+    head = nn.Linear(6, 5)
+    module = Variational(lambda again, mean, variance: (again, mean, variance, head(mean))).eval()
+    assert "[3] logits [B, 5]" in find_adapter(module, IMAGES, Expected("class", 4)).description
 
 
 def test_the_way_that_a_refusal_names_is_taken() -> None:
