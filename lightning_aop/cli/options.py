@@ -1,5 +1,6 @@
 """The options of the commands on photos; without torch, so that --help does not wait for it."""
 
+import re
 import sys
 from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Callable, Sequence
@@ -21,11 +22,25 @@ SUFFIXES = (
 
 
 class Parser(ArgumentParser):  # type: ignore[misc, unused-ignore]
-    """A parser that says which option a mistyped one may mean."""
+    """A parser that says which option a mistyped one may mean, and what a value should be."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message, and exit."""
-        super().error(message + nearest_options(self, message), ex)
+        super().error(_in_a_line(self, message) + nearest_options(self, message), ex)
+
+
+_KINDS = {"PositiveInt": "a whole number from 1 on", "<class 'float'>": "a number"}
+
+
+def _in_a_line(parser: ArgumentParser, message: str) -> str:
+    """Return what jsonargparse says of a value, over several lines and by types, as people say it."""
+    key = re.match(r'Parser key "(\w+)"', message)
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    wanted = next((words for kind, words in _KINDS.items() if kind in message), None)
+    if key is None or value is None or wanted is None:
+        return message
+    options = (a.option_strings[-1] for a in parser._actions if a.dest == key[1])
+    return f"{next(options, key[1])} {value[1]}: {wanted} is expected"
 
 
 def nearest_options(parser: ArgumentParser, message: str) -> str:

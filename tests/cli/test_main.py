@@ -66,6 +66,27 @@ def test_a_mistyped_option_gets_the_nearest(
     assert f"; did you mean {nearest}" in said
 
 
+@pytest.mark.parametrize("command", ["explain", "compare", "sanity-check"])
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("--size abc", "--size abc: a whole number from 1 on is expected"),
+        ("--size 0", "--size 0: a whole number from 1 on is expected"),
+        ("--mean 0.5 x 0.5", "--mean x: a number is expected"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_in_one_line(
+    command: str, value: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "cat.jpg", *value.split()])
+    assert stopped.value.code == 2
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", " "))
+    ]
+    assert lines == [f"error: {told}"]
+
+
 def test_every_module_of_a_command_is_a_file() -> None:
     folder = Path(sys.modules["lightning_aop.cli.main"].__file__ or "").parent
     assert {c.module for c in COMMANDS} <= {path.stem for path in folder.glob("*.py")}
