@@ -120,13 +120,12 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
         if path and str(path[-1]).lower() == name
     ]
     counted = [(p, t) for p, t in found if t.ndim > 1 and t.shape[1] == expected.classes]
-    flat = [(path, tensor) for path, tensor in found if tensor.ndim <= 2]
-    if expected.kind == "class":  # an output that has all classes of the labels, where there is one
-        flat = [(p, t) for p, t in flat if t.ndim == 2 and t.shape[1] > expected.highest] or flat
     headed = [(p, t) for p, t in found if p and str(p[-1]).lower() in expected.heads]
     if not (headed or named or counted or expected.trusted):
         found = _without_latents(found, expected)
-        flat = [(p, t) for p, t in flat if any(t is each for _, each in found)]
+    flat = [(path, tensor) for path, tensor in found if tensor.ndim <= 2]
+    if expected.kind == "class":  # an output that has all classes of the labels, where there is one
+        flat = [(p, t) for p, t in flat if t.ndim == 2 and t.shape[1] > expected.highest] or flat
     path, tensor = (headed or named or counted or _last_layers(flat) or found)[0]
     name = str(path[-1]) if path else ""
     head = name.lower() if headed else None
