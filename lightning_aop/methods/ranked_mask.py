@@ -44,11 +44,12 @@ class RankedMask:
     A few gradients are noisy, and the start is not: in the end R, min-max normalised to [0, 1], gets
     `prior` times the start added.
 
-    The map is this R min-max normalised, squared (which emphasises the top and keeps the order),
-    times its strength: twice the mean of [F_c(Φ(m_b)) − F_c(Φ(1 − m_a))] / F_c(x) over the iterations,
-    at most 1. Of a `value`, the difference that all of the image makes takes the place of F_c(x), of a
-    `contrast()` that to the lowest of the iterations. A ranking that the score doesn't follow, as of a
-    class that the model all but excludes, stays faint.
+    The map is this R min-max normalised and cubed, times its strength. The cube keeps the order, and
+    leaves little heat where the score follows nothing: that lies near 0.3 in R. The strength is twice
+    the mean of [F_c(Φ(m_b)) − F_c(Φ(1 − m_a))] / F_c(x) over the iterations, at most 1. Of a `value`,
+    the difference that all of the image makes takes the place of F_c(x), of a `contrast()` that to the
+    lowest of the iterations. A ranking that the score doesn't follow, as of a class that the model all
+    but excludes, stays faint.
 
     The orders are drawn from `seed`, the same for every image of a batch, so that no image depends
     on its batch. The two terms are those of iGOS++ (Khorram, Lawson and Li 2021).
@@ -160,7 +161,7 @@ class RankedMask:
                 level = (whole - lowest).clamp_min(self.score_floor)
             strength: Tensor = 2 * (held - removed).mean(dim=0) / level
             ranking = min_max(min_max(ranking) + self.prior * first)
-            maps: Tensor = upsampled(ranking, x, self.align_corners).square()
+            maps: Tensor = upsampled(ranking, x, self.align_corners).pow(3)
             return maps * strength.clamp(0, 1)[:, None, None].to(maps)
 
     def _direction(

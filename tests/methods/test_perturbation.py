@@ -171,7 +171,7 @@ def test_ranked_mask_is_the_slow_float64_loop(
             whole = float(double(images[i : i + 1]).softmax(dim=1)[0, targets[i]])
         strengths.append(min(max(2 * gain / max(whole, 0.05), 0), 1))
         stretched = (ranking - ranking.min()) / (ranking.max() - ranking.min())
-        expected = strengths[i] * oracles.enlarge(stretched, 40, 32) ** 2
+        expected = strengths[i] * oracles.enlarge(stretched, 40, 32) ** 3
         torch.testing.assert_close(maps[i], expected, atol=1e-9, rtol=0)
     assert any(0 < strength < 1 for strength in strengths), strengths
 
