@@ -2,7 +2,7 @@
 
     lightning-aop benchmark photos_table1
     lightning-aop benchmark photos_table2
-    python benchmarks/reproduction.py runs/photos [--pointing runs/table3] [--page docs/reproduction.md]
+    python benchmarks/reproduction.py runs/photos [--pointing runs/table3 ...] [--page PAGE]
 
 A run may be unfinished: each table is over the photos that all its methods have, and says how many
 those are. With `--page` the parts of that page between its markers are replaced; without, they are
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.paper import method_key, reported_difference, reported_pointing
+from lightning_aop.experiments.pointing_game import ClassResult, Result
 from lightning_aop.experiments.results import parts, schema, write_part
 from lightning_aop.experiments.tables import MEASURES, Column, Interval, bootstrap, load
 from lightning_aop.files import write_whole
@@ -228,47 +229,67 @@ def _spent(run: Run) -> str:
     )
 
 
-def pointing(folder: Path) -> str:
-    """Return Table 3, from the results.json of a pointing game."""
-    file = folder / "results.json"
-    if not file.is_file():
-        raise InvalidValueError(f"{file}: no such file: name the output folder of a pointing game")
-    results: list[dict[str, Any]] = json.loads(file.read_text())
-    wide = max(results[0]["accuracy"], key=float)
-    classes = {name for result in results for name in result["classes"]}
-    pairs = max(result["pairs"] for result in results)
-    by_key = {method_key(result["method"]): result for result in results}
+def pointing(folders: Sequence[Path]) -> str:
+    """Return Table 3, from the results.json of pointing games, whose pairs are pooled."""
+    found: dict[str, Result] = {}
+    for folder in folders:
+        file = folder / "results.json"
+        if not file.is_file():
+            raise InvalidValueError(
+                f"{file}: no such file: name the output folder of a pointing game"
+            )
+        for told in json.loads(file.read_text()):
+            key = method_key(told["method"])
+            found[key] = _pooled(found.get(key), told)
+    some = next(iter(found.values()))
+    wide = max((t for c in some.classes.values() for t in c.hits), key=float)
+    classes = {name for result in found.values() for name in result.classes}
     header = ["", "hit", f"within {wide} pixels", "heat in the mask", "evaluations per map"]
     header += ["the paper, ResNet50", f"SIGCAM minus it, within {wide} pixels"]
     rows = []
-    for key, result in by_key.items():
+    for key, result in found.items():
         paper = reported_pointing(key)
         apart = ""
-        if key != REFERENCE and REFERENCE in by_key:
-            apart = _over_classes(by_key[REFERENCE], result, wide).told(plus=True)
+        if key != REFERENCE and REFERENCE in found:
+            apart = _over_classes(found[REFERENCE], result, wide).told(plus=True)
         rows.append(
             [
-                result["method"],
-                _signed(100 * result["accuracy"]["0"]),
-                _signed(100 * result["accuracy"][wide]),
-                _signed(100 * result["energy"]),
-                f"{result['evaluations'] / result['pairs']:,.0f}",
+                result.method,
+                _signed(100 * result.accuracy(0)),
+                _signed(100 * result.accuracy(float(wide))),
+                _signed(100 * result.energy),
+                f"{result.evaluations / result.pairs:,.0f}",
                 "" if paper is None else f"{paper:.2f}",
                 apart,
             ]
         )
     return (
-        f"{pairs:,} pairs of an image and one of {len(classes)} classes; intervals of 95 % over the "
-        f"classes, in %:\n\n{formatted(header, rows, 'markdown')}"
+        f"{max(result.pairs for result in found.values()):,} pairs of an image and one of "
+        f"{len(classes)} classes; intervals of 95 % over the classes, in %:\n\n"
+        f"{formatted(header, rows, 'markdown')}"
     )
 
 
-def _over_classes(one: Mapping[str, Any], two: Mapping[str, Any], tolerance: str) -> Interval:
+def _pooled(earlier: Result | None, told: Mapping[str, Any]) -> Result:
+    """Return a game's result of a method, with those of other images added."""
+    classes = dict(earlier.classes) if earlier else {}
+    for name, more in told["classes"].items():
+        own = classes.get(name, ClassResult(0, dict.fromkeys(more["hits"], 0.0), 0.0))
+        classes[name] = ClassResult(
+            own.tested + more["tested"],
+            {t: own.hits[t] + hits for t, hits in more["hits"].items()},
+            own.energy + more["energy"],
+        )
+    evaluations = told["evaluations"] + (earlier.evaluations if earlier else 0)
+    seconds = told["seconds"] + (earlier.seconds if earlier else 0)
+    return Result(told["method"], classes, evaluations, seconds)
+
+
+def _over_classes(one: Result, two: Result, tolerance: str) -> Interval:
     """Return the difference of two mean accuracies, with its interval over resampled classes."""
-    names = [name for name in one["classes"] if name in two["classes"]]
+    names = [name for name in one.classes if name in two.classes]
     rates = [
-        [of["classes"][n]["hits"][tolerance] / of["classes"][n]["tested"] for n in names]
-        for of in (one, two)
+        [of.classes[n].hits[tolerance] / of.classes[n].tested for n in names] for of in (one, two)
     ]
     apart = 100 * (np.array(rates[0]) - np.array(rates[1]))
     means, drawn = bootstrap(apart[:, None], RESAMPLES)
@@ -357,7 +378,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "run", type=Path, help="the output folder of photos_table1 and photos_table2"
     )
-    parser.add_argument("--pointing", type=Path, help="the output folder of a pointing game")
+    parser.add_argument(
+        "--pointing",
+        type=Path,
+        nargs="+",
+        help="the output folders of pointing games, each on other images",
+    )
     parser.add_argument("--page", type=Path, help="replace the parts of this page")
     parser.add_argument("--keep", type=Path, help="lay the run's values into this folder")
     arguments = parser.parse_args(words)

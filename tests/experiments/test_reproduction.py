@@ -15,6 +15,8 @@ from conftest import SmallNet
 from PIL import Image
 
 from lightning_aop.cli.main import main
+from lightning_aop.coco import CocoMultilabel
+from lightning_aop.data.shapes import write_shapes
 from lightning_aop.experiments.paper import (
     reported,
     reported_difference,
@@ -278,7 +280,7 @@ def test_the_page_is_rewritten_between_its_markers_only(run: Path, tmp_path: Pat
     between = re.compile(r"(<!-- measured: \w+ -->).*?(<!-- end: \w+ -->)", re.DOTALL)
     assert between.sub(r"\1\2", written) == between.sub(r"\1\2", given)
     assert module.faithfulness(module.Run.of(run)) in written
-    assert module.pointing(tmp_path / "pointing") in written
+    assert module.pointing([tmp_path / "pointing"]) in written
     module.main([str(run), f"--page={page}", f"--pointing={tmp_path / 'pointing'}"])
     assert page.read_text(encoding="utf-8") == written
     page.write_text(given.replace("<!-- end: imagenet -->", ""), encoding="utf-8")
@@ -350,7 +352,7 @@ def pointing_game(folder: Path) -> None:
 def test_the_pointing_game_is_read_from_its_results(tmp_path: Path) -> None:
     module = script()
     pointing_game(tmp_path / "game")
-    text = module.pointing(tmp_path / "game")
+    text = module.pointing([tmp_path / "game"])
     assert text.startswith("3 pairs of an image and one of 2 classes")
     header, _, first, second = cells(text)
     assert header[2] == "within 15 pixels"
@@ -360,7 +362,38 @@ def test_the_pointing_game_is_read_from_its_results(tmp_path: Path) -> None:
     assert first[6] == "+50.0 [+0.0, +100.0]"
     assert second[6] == ""
     with pytest.raises(ValueError, match="name the output folder of a pointing game"):
-        module.pointing(tmp_path)
+        module.pointing([tmp_path])
+
+
+def test_pointing_games_on_other_images_are_pooled(tmp_path: Path) -> None:
+    module = script()
+    pointing_game(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    other = Result("gradcam", {"cat": ClassResult(2, {"0": 2.0, "15": 2.0}, 1.5)}, 4, 1.0)
+    (tmp_path / "two" / "results.json").write_text(json.dumps([details(other, (0, 15))]))
+    text = module.pointing([tmp_path / "one", tmp_path / "two"])
+    assert text.startswith("5 pairs of an image and one of 2 classes")
+    # Of the cats 3 of 4 pairs hit, 4 of 4 within 15 pixels, with 2.0 / 4 of the heat; of the dogs none.
+    assert cells(text)[2][:5] == ["gradcam", "37.5", "50.0", "35.0", "2"]
+
+
+def test_every_image_of_coco_is_judged_in_one_fold(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path / "coco", train=9, val=5)
+    script("coco_folds").main([str(root), str(tmp_path / "folds"), "--folds=3"])
+
+    def samples(where: Path, split: str) -> dict[int, float]:
+        data = CocoMultilabel.from_root(where, split, links=True)
+        return {name: float(data[i][0].mean()) for i, name in enumerate(data.ids)}
+
+    every = samples(root, "train2017") | samples(root, "val2017")
+    judged: dict[int, float] = {}
+    for k in range(3):
+        val = samples(tmp_path / "folds" / str(k), "val2017")
+        assert len(val) == 5 - (k == 2)
+        assert samples(tmp_path / "folds" / str(k), "train2017") | val == every
+        assert judged.keys().isdisjoint(val)
+        judged |= val
+    assert judged == every
 
 
 def test_quality_against_cost_has_the_ceiling_as_a_line(
