@@ -26,21 +26,37 @@ class Parser(ArgumentParser):  # type: ignore[misc, unused-ignore]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message, and exit."""
-        super().error(_in_a_line(self, message) + nearest_options(self, message), ex)
+        super().error(in_a_line(self, message) + nearest_options(self, message), ex)
 
 
-_KINDS = {"PositiveInt": "a whole number from 1 on", "<class 'float'>": "a number"}
+_KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false"}
 
 
-def _in_a_line(parser: ArgumentParser, message: str) -> str:
+def in_a_line(parser: ArgumentParser, message: str) -> str:
     """Return what jsonargparse says of a value, over several lines and by types, as people say it."""
-    key = re.match(r'Parser key "(\w+)"', message)
+    key = re.match(r'Parser key "([\w.]+)"', message)
     value = re.search(r"(?:Given value|Got value): (.*)", message)
-    wanted = next((words for kind, words in _KINDS.items() if kind in message), None)
-    if key is None or value is None or wanted is None:
+    wanted = "a whole number from 1 on" if "PositiveInt" in message else _expected(message)
+    if key is None or value is None or not wanted:
         return message
     options = (a.option_strings[-1] for a in parser._actions if a.dest == key[1])
     return f"{next(options, key[1])} {value[1]}: {wanted} is expected"
+
+
+def _expected(message: str) -> str:
+    """Return in words the kinds of value that a message lists; nothing where one has no word."""
+    kinds = set(re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", message, re.MULTILINE))
+    if "<class 'float'>" in kinds:
+        kinds -= {"<class 'int'>"}
+    words = []
+    for kind in sorted(kinds - {"<class 'NoneType'>"}):
+        simple = re.fullmatch(r"<class '(\w+)'>", kind)
+        named = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+        word = _KINDS.get(simple[1]) if simple else named and f"one of {named[1]}"
+        if word is None:
+            return ""
+        words.append(word)
+    return " or ".join(words)
 
 
 def nearest_options(parser: ArgumentParser, message: str) -> str:

@@ -8,15 +8,15 @@ from typing import NoReturn
 import torch.distributed as dist
 from pytorch_lightning.cli import LightningArgumentParser
 
-from lightning_aop.cli.options import nearest_options
+from lightning_aop.cli.options import in_a_line, nearest_options
 
 
 class LightningParser(LightningArgumentParser):
-    """A parser that says which option a mistyped one may mean."""
+    """A parser that says which option a mistyped one may mean, and in a line what a value must be."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message, and exit."""
-        super().error(message + nearest_options(self, message), ex)
+        super().error(in_a_line(self, message) + nearest_options(self, message), ex)
 
 
 # What Lightning warns of, and what is meant or none of the user's business.

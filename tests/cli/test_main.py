@@ -66,6 +66,25 @@ def test_a_mistyped_option_gets_the_nearest(
     assert f"; did you mean {nearest}" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("benchmark table2 --rules.pixels_per_step x", "x: a whole number is expected"),
+        ("benchmark table2 --rules.target x", "x: one of 'predicted', 'label' is expected"),
+        ("fit --config coco_resnet50 --data.horizontal_flip 3", "3: true or false is expected"),
+        ("fit --config coco_resnet50 --trainer.limit_val_batches x", "x: a number is expected"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_of_a_nested_option_is_refused_in_one_line(
+    words: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 2
+    option = words.split()[-2]
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {option} {told}"
+
+
 @pytest.mark.parametrize("command", ["explain", "compare", "sanity-check"])
 @pytest.mark.parametrize(
     ("value", "told"),
