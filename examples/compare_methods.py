@@ -1,6 +1,6 @@
 """Explain one photo with several methods, and say which map the network agrees with most.
 
-    python examples/compare_methods.py PHOTO [--weights resnet50.pth] [--target-class 281]
+    python examples/compare_methods.py PHOTO [--weights resnet50.pth] [--target_class 281]
 
 The same from the shell, for any number of photos: lightning-aop compare PHOTO --methods all
 """

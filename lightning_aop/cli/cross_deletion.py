@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_aop.cli.output import FIGURE, check_output, write_figure
-from lightning_aop.cli.photos import Label, each_photo, load, progress
+from lightning_aop.cli.photos import Label, each_photo, found_photos, load, progress
 from lightning_aop.errors import UserError
 from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import deletion_curve
@@ -31,7 +31,7 @@ def main(options: Namespace) -> int:
         )
     if options.steps < 1:
         raise UserError(f"--steps {options.steps}: too small")
-    check_output(options.output, FIGURE)
+    check_output(options.output, FIGURE, found_photos(options))
     make_method(options.method, option="--method")  # refused before the network is loaded
     recipe = load(options)
     method = make_method(options.method, options.target_layer, recipe.score)

@@ -16,7 +16,7 @@ from lightning_aop.cli.output import (
     write_figure,
     write_picture,
 )
-from lightning_aop.cli.photos import Label, Recipe, each_photo, load, progress
+from lightning_aop.cli.photos import Label, Recipe, each_photo, found_photos, load, progress
 from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.types import Images, Maps
@@ -27,7 +27,7 @@ from lightning_aop.view.heat import displayable
 def main(options: Namespace) -> int:
     """Explain photos; one that can't be read is named and left out."""
     make_method(options.method, option="--method")  # refused before the network is loaded
-    check_output(options.output, RASTER + VECTOR)
+    check_output(options.output, RASTER + VECTOR, found_photos(options))
     recipe = load(options)
     method = make_method(options.method, options.target_layer, recipe.score)
     chosen = [recipe.class_index(name) for name in options.target_class or []]

@@ -32,12 +32,16 @@ FIGURE = (".png", *VECTOR)
 """The formats of `write_figure`."""
 
 
-def check_output(path: Path, suffixes: Sequence[str]) -> None:
+def check_output(path: Path, suffixes: Sequence[str], photos: Sequence[Path] = ()) -> None:
     """Make the folder of a picture, before minutes are spent on it.
 
     Raises:
-        UserError: the suffix names no format, or nothing can be written there.
+        UserError: the suffix names no format, nothing can be written there, or it is one of the photos.
     """
+    if any(path.exists() and photo.exists() and path.samefile(photo) for photo in photos):
+        raise UserError(
+            f"--output {path}: is one of the photos, and would be overwritten; name another file"
+        )
     if path.is_dir():
         raise UserError(
             f"--output {path}: is a folder; name a file in it, such as {path / 'map.png'}"

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import os
 import random
 import re
@@ -98,7 +99,11 @@ class Pictures:
 
     def _by_labels(self) -> list[Picture]:
         """Return the images of folders named by class."""
-        folders = sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir())
+        folders = sorted(
+            entry.name
+            for entry in self.folder.iterdir()
+            if entry.is_dir() and not entry.name.startswith(".")  # .ipynb_checkpoints is no class
+        )
         if not folders:
             raise InvalidValueError(
                 f"{self.folder} has neither folders named by class nor labels: name a file with "
@@ -106,7 +111,7 @@ class Pictures:
                 f"{OFFICIAL}"
             )
         if self.classes is not None:
-            lines = _expanded(self.classes).read_text().splitlines()
+            lines = _text(_expanded(self.classes), "data.classes").splitlines()
             index = {line.split()[0].rstrip(","): i for i, line in enumerate(lines) if line.split()}
         elif len(folders) != 1000 and all(map(_WNID.fullmatch, folders)):
             raise InvalidValueError(
@@ -129,7 +134,7 @@ class Pictures:
     def _labelled(self, file: Path) -> list[Picture]:
         if file.suffix.lower() == ".csv":
             return _from_csv(file)
-        lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+        lines = [line.split() for line in _text(file, "data.labels").splitlines() if line.strip()]
         if lines and len(lines[0]) == 2:
             return [Picture(name, _whole(index, file)) for name, index in lines]
         files = _flat(self.folder)
@@ -181,8 +186,7 @@ def _flat(folder: Path) -> list[str]:
 
 
 def _from_csv(file: Path) -> list[Picture]:
-    with file.open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
+    rows = list(csv.DictReader(io.StringIO(_text(file, "data.labels"), newline="")))
     names = rows[0].keys() if rows else ()
     column = next((name for name in _COLUMNS if name in names), None)
     if "file" not in names or column is None:
@@ -192,9 +196,19 @@ def _from_csv(file: Path) -> list[Picture]:
     return [Picture(row["file"], _whole(row[column], file)) for row in rows]
 
 
-def _whole(text: str, file: Path) -> int:
+def _text(file: Path, option: str) -> str:
+    """Return the text of a file in UTF-8, with or without the byte order mark that Excel writes."""
     try:
-        return int(text)
+        return file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InvalidValueError(f"{option} {file}: can't be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InvalidValueError(f"{option} {file}: is no text in UTF-8; save it as such") from error
+
+
+def _whole(text: str | None, file: Path) -> int:
+    try:
+        return int(text or "")
     except ValueError as error:
         raise InvalidValueError(f"{file}: {text!r} is no index of a class") from error
 

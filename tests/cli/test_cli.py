@@ -175,6 +175,20 @@ def test_a_size_that_a_vision_transformer_refuses_is_said(
     assert re.search(r"--size 96: too small or otherwise unfit .*Expected 224 but got 96", errors)
 
 
+@pytest.mark.parametrize("words", ["explain", "cross-deletion --target-class 1 2"])
+def test_a_photo_is_never_overwritten(
+    words: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *more = words.split()
+    before = photo.read_bytes()
+    there = tmp_path / "link.png"
+    there.symlink_to(photo)
+    for given in (photo, photo.parent):
+        assert main([command, str(given), "--model=resnet18", *more, f"-o={there}"]) == 1
+        assert "is one of the photos, and would be overwritten" in capsys.readouterr().err
+    assert photo.read_bytes() == before
+
+
 def test_where_nothing_can_be_written_is_refused_before_the_work(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

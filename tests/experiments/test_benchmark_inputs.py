@@ -47,6 +47,14 @@ def test_folders_by_class_are_those_of_torchvision(tmp_path: Path) -> None:
     assert [picture.label for picture in found] == [0, 0, 1, 2]
 
 
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    pictures(tmp_path / "ape", ["a.png"])
+    pictures(tmp_path / ".ipynb_checkpoints", ["b.png"])
+    assert listed(tmp_path) == [Picture("ape/a.png", 0)]
+    with pytest.raises(ValueError, match=r"data.classes .*none.txt: can't be read"):
+        listed(tmp_path, classes=str(tmp_path / "none.txt"))
+
+
 def test_a_part_of_imagenet_needs_all_its_classes(tmp_path: Path) -> None:
     pictures(tmp_path, [f"{WNIDS[500]}/a.JPEG", f"{WNIDS[3]}/b.JPEG"])
     with pytest.raises(ValueError, match=r"holds 2 of ImageNet's 1,000 classes: name a file"):
@@ -114,6 +122,15 @@ def test_other_lists_of_labels(tmp_path: Path) -> None:
         listed(root, labels=str(csv))
     with pytest.raises(ValueError, match="neither folders named by class nor labels"):
         listed(root)
+    # Excel's "CSV UTF-8" begins with a byte order mark; its plain CSV may be Latin-1.
+    csv.write_text("file,class_index\na.JPEG,7\n", encoding="utf-8-sig")
+    assert listed(root, labels=str(csv)) == [Picture("a.JPEG", 7)]
+    csv.write_text("file,class_index\nä.JPEG,7\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"labels.csv: is no text in UTF-8"):
+        listed(root, labels=str(csv))
+    csv.write_text("file,class_index\na.JPEG\n")
+    with pytest.raises(ValueError, match="None is no index of a class"):
+        listed(root, labels=str(csv))
     (tmp_path / "none" / "ape").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds no images"):
         listed(tmp_path / "none")
