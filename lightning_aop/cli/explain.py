@@ -40,16 +40,18 @@ def main(options: Namespace) -> int:
             curves = deletion_insertion_curves(
                 recipe.model, images, found, targets, steps=28, score=recipe.score
             )
+            lines = []
             for label, deletion, insertion in zip(
                 labels, *(auc(curve).tolist() for curve in curves), strict=True
             ):
                 captions.append(f"{label}\noverall AUC {insertion - deletion:.2f}")
-                bar.write(_line(options, recipe, photo, label, deletion, insertion))
+                lines.append(_line(options, recipe, photo, label, deletion, insertion))
             pictures.append(images.cpu())
             maps.append(found.cpu())
             bar.update(len(targets))
             # After every photo, so that an interrupted run leaves what it has.
             _draw(options, recipe, torch.cat(pictures), torch.cat(maps), captions)
+            bar.write("\n".join(lines))
     if pictures:
         print(f"wrote {options.output}", file=sys.stderr if options.json else sys.stdout)
     return 1 if len(pictures) < len(options.photos) else 0

@@ -1,5 +1,6 @@
 """The `lightning-aop` command: the list of its commands, and what the user sees of an error."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -85,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lightning-aop: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader of a pipe has gone, as `head` goes; the interpreter would complain of it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         # Anything else is a bug of this package or of the user's own code, and needs its traceback.
         if debug or not isinstance(error, UserError):

@@ -175,6 +175,24 @@ def test_a_size_that_a_vision_transformer_refuses_is_said(
     assert re.search(r"--size 96: too small or otherwise unfit .*Expected 224 but got 96", errors)
 
 
+def test_a_reader_that_has_gone_costs_no_picture(
+    weights: Path,
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        words = ["--weights", weights, "--method=gradcam", "--size=96", "-o", tmp_path / "x.png"]
+        assert explain(photo, *words) == 1
+        monkeypatch.undo()
+    assert (tmp_path / "x.png").exists()
+    assert "Error" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("words", ["explain", "cross-deletion --target-class 1 2"])
 def test_a_photo_is_never_overwritten(
     words: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
