@@ -414,7 +414,7 @@ def _class_outputs(logits: Tensor, name: str, call: str, expected: Expected) -> 
     if bool((values <= 0).all()) and bool((values.logsumexp(dim=1).abs() < 1e-3).all()):
         return Meaning(as_it_is, f"{size}, logarithms of probabilities", softmax, classes)
     separate = expected.kind == "multi-hot" or (
-        expected.separately and expected.kind in ("one-hot", None)
+        expected.separately and expected.kind in ("one-hot", "boxes", None)
     )
     return Meaning(as_it_is, f"logits {size}", sigmoid if separate else softmax, classes)
 

@@ -230,6 +230,7 @@ def test_the_labels_say_what_an_output_is() -> None:
         (Expected("multi-hot", 4), sigmoid),
         (Expected("one-hot", 4), softmax),
         (Expected("one-hot", 4, separately=True), sigmoid),
+        (Expected("boxes", 4, classes=6, separately=True), sigmoid),
         (Expected("value"), value),
         (Expected(separately=True), sigmoid),
     ):
