@@ -23,9 +23,21 @@ from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, member
 from lightning_aop.model.collectives import collectives_noticed
 from lightning_aop.model.float16 import Raise, in_float16
 from lightning_aop.model.graphs import Graphs, Work
-from lightning_aop.model.isolation import device_of, precision_of, undisturbed, unwrap
+from lightning_aop.model.isolation import (
+    device_of,
+    gradients_kept,
+    precision_of,
+    undisturbed,
+    unwrap,
+)
 from lightning_aop.model.listening import Read, outputs_of
-from lightning_aop.model.outputs import Expected, Meaning, OutputError, find_meaning
+from lightning_aop.model.outputs import (
+    Expected,
+    Meaning,
+    OutputError,
+    computed_from,
+    find_meaning,
+)
 from lightning_aop.model.passes import kept_bytes, pass_size, seconds, uncounted
 from lightning_aop.scores import Score, full_precision, softmax, value
 from lightning_aop.types import Images, Targets
@@ -76,7 +88,8 @@ class Classifier:
             images = self._raise.leaving(images)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        output = self.model(images if dtype is None else images.to(dtype))
+        # A copy, since a forward may scale its images in place.
+        output = self.model(images.clone() if dtype is None else images.to(dtype, copy=True))
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -356,6 +369,18 @@ class _Way:
     description: str
     call: Callable[[nn.Module, Images, bool], Any]
     trusted: bool = False  # the user's own
+    through: bool = False  # with gradients where the forward computes none
+
+
+def _with_gradients(way: _Way) -> _Way:
+    """Return a way on which a forward has gradients where it does without, as for frozen layers."""
+
+    def call(module: nn.Module, images: Images, exact: bool) -> Any:
+        with gradients_kept():
+            return way.call(module, images, exact)
+
+    described = f"{way.description}, with gradients where it computes none,"
+    return replace(way, description=described, call=call, through=True)
 
 
 def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> Adapter:
@@ -364,12 +389,18 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
     images = inputs.images.detach().to(device_of(module), dtype, copy=True).requires_grad_()
     count, exact = len(images), False
     with _idle_heads(module) as idle, outputs_of(module) as inside:
-        output = way.call(module, images, False)
+        given = images.clone()  # it may scale them in place
+        output = way.call(module, given, False)
     meaning = find_meaning(output, count, expected)
+    if not computed_from(meaning.read(output, count), given):
+        if way.through:
+            raise OutputError("has no gradient")
+        with suppress(OutputError, RuntimeError, TypeError):  # such as of what NumPy computes
+            return _tried(_with_gradients(way), module, inputs, expected)
     if inputs.form.integer:
         # A forward may ask for the dtype, and scale integers only.
         with outputs_of(module) as inside_then:
-            of_integers = way.call(module, images, True)
+            of_integers = way.call(module, images.clone(), True)
         found = find_meaning(of_integers, count, expected)
         values, wanted = meaning.read(output, count), found.read(of_integers, count)
         if values.shape != wanted.shape or not torch.allclose(values, wanted, 1e-3, 1e-3):
@@ -383,12 +414,13 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
             f"gives {meaning.classes} outputs an image, which '{head}' seems to take for features, as "
             f"in lambda module, images: module.{head}(module(images))"
         )
+    some = 2 if count > 2 else 1  # a norm by the batch refuses a single image
     with torch.no_grad():
-        of_one = way.call(module, images[:1], exact)
+        of_some = way.call(module, images[:some].clone(), exact)
     try:
-        meaning.read(of_one, 1)
+        meaning.read(of_some, some)
     except RuntimeError as error:  # another size
-        raise OutputError(f"gives other outputs for one image than for {count}") from error
+        raise OutputError(f"gives other outputs for {some} images than for {count}") from error
     form = inputs.form.described
     logits = meaning.read(output, count)
     return Adapter(

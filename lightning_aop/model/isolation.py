@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from lightning_aop.errors import InvalidTypeError
@@ -87,6 +89,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             # Importing dynamo costs seconds; whoever compiled a model has already paid for it.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_without_checkpoints())
         stack.enter_context(isolated_rng())
         reshard(model)
         saved = Saved(model)
@@ -96,6 +99,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         stack.callback(reshard, model)
         saved.hold()
         saved.set_gradients_aside()
+        saved.leave_inference_mode()
         for module in model.modules():
             if hasattr(
                 type(module), "_log_dict_through_fabric"
@@ -104,6 +108,23 @@ def isolated(model: nn.Module) -> Iterator[None]:
         _open.append(saved)
         stack.callback(_open.remove, saved)
         yield
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Let reentrant checkpoints call their functions, since they refuse gradients of the input alone."""
+    found = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _Uncheckpointed  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = found  # type: ignore[misc]
+
+
+class _Uncheckpointed:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 @contextmanager
@@ -171,6 +192,33 @@ def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
             for parameter, requires_grad in parameters:
                 if parameter.requires_grad is not requires_grad:
                     parameter.requires_grad = requires_grad
+
+
+class _Gradients(TorchFunctionMode):
+    """Lets nothing switch gradients off, or cut them off."""
+
+    _CUTS = (
+        *(torch.Tensor.detach, torch.detach),
+        torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function, unless it is one of those."""
+        if func in self._CUTS:
+            return args[0].view_as(args[0])
+        if func is torch._C._set_grad_enabled and args == (False,):
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_kept() -> AbstractContextManager[Any]:
+    """Let a forward compute gradients, where they are enabled, under its own `no_grad` and `detach`.
+
+    As for frozen layers, which a training step needs none of, while an explanation does.
+    """
+    return _Gradients() if torch.is_grad_enabled() else nullcontext()
 
 
 @contextmanager

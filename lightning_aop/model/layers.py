@@ -253,7 +253,8 @@ def find_feature_map(model: nn.Module, images: Images) -> FeatureMap:
     VGG19, the layers of the paper. In a vision transformer it is the final norm where the tokens are
     pooled, and `norm1` of the last block where a class token is classified.
 
-    Costs one evaluation of five images. The answer is remembered for each size of image, as long as
+    Costs one evaluation of five images, a second one where the model refuses values outside the range of
+    the images. The answer is remembered for each size of image, as long as
     the model's modules stay the same. It doesn't depend on what the images show.
 
     Raises:
@@ -287,11 +288,26 @@ class _Output:
 
 
 def _ask(model: nn.Module, images: Images) -> FeatureMap:
+    noise, other = torch.randn(2, *images.shape[1:], dtype=images.dtype)
+    try:
+        # So much contrast also makes places differ where attention is still even.
+        return _found_by(model, images, noise, 4 * other)
+    except (TargetLayerError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # a forward may refuse values that no image has
+        low, high = (float(end) for end in images.aminmax())
+        if low == high:
+            raise
+        noise, other = (low + (high - low) * (n > 0).to(n.dtype) for n in (noise, other))
+        return _found_by(model, images, noise, other)
+
+
+def _found_by(
+    model: nn.Module, images: Images, noise: Float[Tensor, "c h w"], other: Float[Tensor, "c h w"]
+) -> FeatureMap:
     height, width = images.shape[2:]
     lower, right = torch.arange(height) >= height // 2, torch.arange(width) >= width // 2
     quarters = torch.stack([(lower == i)[:, None] & (right == j) for i in (0, 1) for j in (0, 1)])
-    noise, other = torch.randn(2, *images.shape[1:], dtype=images.dtype)
-    other = 4 * other  # so much contrast also makes places differ where attention is still even
     asked = torch.cat([noise[None], torch.where(quarters[:, None], other, noise)])
     asked, quarters = asked.to(images.device).requires_grad_(), quarters.to(images.device)
     for parameter in model.parameters():  # so that the graph shows where weights come in

@@ -141,9 +141,7 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
     others = [
         written(p)
         for p, t in found
-        if p != path
-        and t.ndim == 2
-        and not (_computed_from(t, tensor) or _computed_from(tensor, t))
+        if p != path and t.ndim == 2 and not (computed_from(t, tensor) or computed_from(tensor, t))
     ]
     rest = f"; of other outputs, {', '.join(others[:4])}, none is explained" if others else ""
 
@@ -194,7 +192,7 @@ def _last_layers(found: list[tuple[_Path, Tensor]]) -> list[tuple[_Path, Tensor]
     """Leave out features from which another output, of another size, is computed."""
     chosen = found[:1]
     for path, tensor in found[1:]:
-        if tensor.shape != chosen[0][1].shape and _computed_from(tensor, chosen[0][1]):
+        if tensor.shape != chosen[0][1].shape and computed_from(tensor, chosen[0][1]):
             chosen = [(path, tensor)]
     return chosen
 
@@ -210,7 +208,7 @@ def _without_latents(
     latent = {
         t.shape
         for _, t in found
-        if t.ndim == 2 and any(t is not each and _computed_from(each, t) for each in pictures)
+        if t.ndim == 2 and any(t is not each and computed_from(each, t) for each in pictures)
     }
     rest = [(path, t) for path, t in found if t.shape not in latent]
     others = [(path, t) for path, t in rest if not any(t is each for each in pictures)]
@@ -223,7 +221,8 @@ def _like_images(shape: Sequence[int], expected: Expected) -> bool:
     return bool(images) and tuple(shape) in (images, (math.prod(images),))
 
 
-def _computed_from(tensor: Tensor, other: Tensor) -> bool:
+def computed_from(tensor: Tensor, other: Tensor) -> bool:
+    """Tell by its graph whether a tensor comes from another, which is no leaf."""
     ahead: list[Any] = [tensor.grad_fn]
     seen: set[Any] = {None}
     while ahead:

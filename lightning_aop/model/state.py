@@ -185,6 +185,19 @@ class Saved:
             if grad is not None:
                 tensor.grad = None
 
+    def leave_inference_mode(self) -> None:
+        """Let copies stand in for tensors that were made in inference mode, which have no gradients."""
+        copies: dict[int, Tensor] = {}
+
+        def copied(item: Any) -> Any:
+            if type(item) is not Tensor or not item.is_inference():
+                return item
+            return copies.setdefault(id(item), item.clone())
+
+        for container, items in self._containers:
+            if any(type(item) is Tensor and item.is_inference() for item in items):
+                _refill(container, [copied(item) for item in items])
+
     def devices(self) -> set[torch.device]:
         """Return the devices that the values are on."""
         return {storage.device for storage, *_ in self._storages.values()}

@@ -45,6 +45,7 @@ from lightning_aop.monitor.lightning import (
     moment_of,
     precision_of,
     unsupported,
+    validates,
     wants_files,
     warn,
     watched,
@@ -431,7 +432,7 @@ class ExplanationMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen epochs where there is no validation."""
-        if not trainer.enable_validation and self._due(trainer):
+        if not validates(trainer) and self._due(trainer):
             self._fire(trainer, pl_module, "epoch")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -145,11 +145,18 @@ def precision_of(trainer: Trainer, module: LightningModule, full: bool) -> Itera
         yield
 
 
+def validates(trainer: Trainer) -> bool:
+    """Tell whether epochs of training have a validation: not without a batch to validate on."""
+    known = trainer.val_dataloaders is not None
+    return bool(trainer.enable_validation) and not (known and not sum(trainer.num_val_batches))
+
+
 def loaders_of(trainer: Trainer) -> Any:
     """Return the loaders that the probe is taken from: those of validation, else of training."""
-    # Not `or`: the truth of a DataLoader is its length, which an iterable dataset has not.
     validation = trainer.val_dataloaders
-    return trainer.train_dataloader if validation is None else validation
+    if validation is None or (trainer.state.fn == "fit" and not validates(trainer)):
+        return trainer.train_dataloader
+    return validation
 
 
 def draw(
@@ -264,6 +271,7 @@ __all__ = [
     "precision_of",
     "to_device",
     "unsupported",
+    "validates",
     "wants_files",
     "warn",
     "watched",

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import SmallNet, assert_same, snapshot
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_aop import GradCAM
 from lightning_aop.methods.captum import CaptumAttribution
@@ -18,7 +19,7 @@ from lightning_aop.metrics.functional import deletion_curve
 from lightning_aop.model import count_evaluations, predict
 from lightning_aop.model.adapter import Adapted, AdapterError, find_adapter
 from lightning_aop.model.layers import find_target_layer, named_layer
-from lightning_aop.model.outputs import Expected
+from lightning_aop.model.outputs import Expected, computed_from
 from lightning_aop.scores import sigmoid, softmax, value
 
 IMAGES = torch.rand(4, 3, 40, 32, generator=torch.Generator().manual_seed(1))
@@ -704,6 +705,131 @@ def test_the_users_own_way_comes_first() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# forwards that stand in the way of gradients, or of the search
+
+
+def under_no_grad(net: SmallNet, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        features = net.features(x)
+    logits: Tensor = net.head(features.mean(dim=(2, 3)))
+    return logits
+
+
+def detached(net: SmallNet, x: Tensor) -> Tensor:
+    logits: Tensor = net.head(net.features(x).detach().mean(dim=(2, 3)))
+    return logits
+
+
+def without_data(net: SmallNet, x: Tensor) -> Tensor:
+    logits: Tensor = net.head(net.features(x).data.mean(dim=(2, 3)))
+    return logits
+
+
+def checkpointed(net: SmallNet, x: Tensor) -> Tensor:
+    logits: Tensor = net.head(checkpoint(net.features, x, use_reentrant=True).mean(dim=(2, 3)))
+    return logits
+
+
+def scaled_in_place(net: SmallNet, x: Tensor) -> Tensor:
+    x -= 0.25
+    logits: Tensor = net(x.mul_(2))
+    return logits
+
+
+def of_its_range_alone(net: SmallNet, x: Tensor) -> Tensor:
+    if x.min() < 0 or x.max() > 1:
+        raise ValueError("images lie in [0, 1]")
+    logits: Tensor = net(x)
+    return logits
+
+
+class Calls(nn.Module):
+    """The small network, called by a function."""
+
+    def __init__(self, call: Callable[[SmallNet, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = SmallNet()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.net, x)
+
+
+@pytest.mark.parametrize(
+    ("call", "plain"),
+    [
+        (under_no_grad, None),
+        (detached, None),
+        (without_data, None),
+        (torch.no_grad()(lambda net, x: net(x)), None),
+        (checkpointed, None),
+        (scaled_in_place, lambda net, x: net((x - 0.25) * 2)),
+        (of_its_range_alone, None),
+    ],
+)
+def test_what_stands_in_the_way_of_gradients_is_gone_round(
+    call: Callable[[SmallNet, Tensor], Tensor],
+    plain: Callable[[SmallNet, Tensor], Tensor] | None,
+) -> None:
+    module, wanted = Calls(call).eval(), Calls(plain or (lambda net, x: net(x))).eval()
+    words = same_as_plain(module, IMAGES, wanted)
+    kept = ", with gradients where it computes none," * (call not in _WITH_GRADIENTS)
+    assert words == f"forward(images){kept} gives logits [B, 5]"
+    if kept:  # nothing of it is left in training
+        assert not computed_from(module(images := IMAGES.clone().requires_grad_().clone()), images)
+
+
+_WITH_GRADIENTS = (checkpointed, scaled_in_place, of_its_range_alone)
+
+
+def test_a_stopped_gradient_beside_others_stays_stopped() -> None:
+    def half(net: SmallNet, x: Tensor) -> Tensor:
+        logits: Tensor = net(x + 0.5 * (x.detach() - x))  # a gradient of one half
+        return logits
+
+    module, wanted = Calls(half).eval(), Calls(lambda net, x: net(x)).eval()
+    adapter = find_adapter(module, IMAGES)
+    assert adapter.plain
+    x = IMAGES.clone().requires_grad_()
+    (found,) = torch.autograd.grad(adapter(module, x).sum(), x)
+    (whole,) = torch.autograd.grad(wanted(x).sum(), x)
+    torch.testing.assert_close(found, whole / 2)
+
+
+def test_a_norm_by_the_batch_is_not_tried_on_one_image() -> None:
+    class Normalises(Takes):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5, track_running_stats=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            normalised: Tensor = self.norm(self.net(x))
+            return normalised
+
+    module = Normalises().eval()
+    assert torch.equal(predict(find_adapter(module, IMAGES).model(module), IMAGES), module(IMAGES))
+
+
+def test_tables_made_in_inference_mode_have_gradients() -> None:
+    class Remembers(Takes):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "table"):
+                self.table = [torch.linspace(0.5, 1.5, x.shape[-1])]
+            logits: Tensor = self.net(x * self.table[0])
+            return logits
+
+    module, wanted = Remembers().eval(), Remembers().eval()
+    wanted(IMAGES)
+    with torch.inference_mode():
+        module(IMAGES)
+        table = module.table[0]
+        found = GradCAM().explain(module, IMAGES, TARGETS)
+    assert torch.equal(found, GradCAM().explain(wanted, IMAGES, TARGETS))
+    assert module.table[0] is table
+
+
+# --------------------------------------------------------------------------------------------------
 # a model like any other
 
 
@@ -770,7 +896,7 @@ def test_what_leads_to_no_logits_is_refused_in_words() -> None:
         find_adapter(SmallNet(), IMAGES, Expected("class", highest=9))
     with pytest.raises(AdapterError, match=r"'head' seems to take .* module.head\(module\(im"):
         find_adapter(Embeds(), IMAGES)
-    with pytest.raises(AdapterError, match="gives other outputs for one image than for 4"):
+    with pytest.raises(AdapterError, match="gives other outputs for 2 images than for 4"):
         find_adapter(Form(lambda z: z @ z.T), IMAGES)  # how like the images are to each other
     with pytest.raises(AdapterError, match=r"raised RuntimeError: .*Set logits=fn") as refused:
         find_adapter(SmallNet(channels=1), IMAGES)

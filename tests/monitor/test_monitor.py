@@ -558,6 +558,18 @@ def test_when(settings: Any, run: Any, steps: list[int], tmp_path: Path) -> None
     assert monitor.steps == steps
 
 
+@pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero")
+@pytest.mark.parametrize("nothing", [[], DataLoader(Pictures(0))])
+def test_where_validation_has_no_batch_the_training_samples_are_explained(
+    nothing: Any, tmp_path: Path
+) -> None:
+    for settings, steps in (({}, [0, 2, 5]), ({"check_val_every_n_epoch": 2}, [0, 2, 5])):
+        monitor = Watch(WGradCAM(), metrics=False, probe=2)
+        trainer(tmp_path, monitor, **settings).fit(Classifier(), loaders()[0], nothing)
+        assert monitor.steps == steps
+        assert not [*monitor._state.warn.told]
+
+
 def test_without_a_validation_loop_the_training_samples_are_explained(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(
         tmp_path, monitor="explain/overall_auc", mode="max", save_on_train_epoch_end=True
