@@ -124,15 +124,23 @@ def find_meaning(output: Any, count: int, expected: Expected) -> Meaning:
     if not (headed or named or counted or expected.trusted):
         found = _without_latents(found, expected)
     flat = [(path, tensor) for path, tensor in found if tensor.ndim <= 2]
-    if expected.kind == "class":  # an output that has all classes of the labels, where there is one
-        flat = [(p, t) for p, t in flat if t.ndim == 2 and t.shape[1] > expected.highest] or flat
+    flat = [(p, t) for p, t in flat if not _is_embedding(t, p)] or flat
+    several = len({tensor.shape for _, tensor in flat}) > 1
+    if expected.kind == "class":
+        # The output that has the classes of the labels and no other, or all of them, if there is one.
+        ends = {each.highest + 1 for each in (expected, *expected.heads.values())} - {0, 1}
+        rows = [(p, t) for p, t in flat if t.ndim == 2]
+        exact = [(p, t) for p, t in rows if several and t.shape[1] in ends]
+        flat = exact or [(p, t) for p, t in rows if t.shape[1] > expected.highest] or flat
     path, tensor = (headed or named or counted or _last_layers(flat) or found)[0]
     name = str(path[-1]) if path else ""
     head = name.lower() if headed else None
     if head is None and expected.kind is not None:
         shape = tensor.shape[1:]
         one_row = math.prod(shape) == max(shape, default=1)
-        head = fitting(expected.heads, math.prod(shape) if one_row else 0, not one_row)
+        size = math.prod(shape) if one_row else 0
+        same = {k: h for k, h in expected.heads.items() if several and h.highest + 1 == size > 1}
+        head = fitting(same or expected.heads, size, not one_row)
     call = f"module(images){_code(output, path)}"
     meaning = _labelled(_meaning_of(tensor, count, name, call, expected.of(head)), expected, head)
     if not path:
@@ -381,7 +389,7 @@ def _class_outputs(logits: Tensor, name: str, call: str, expected: Expected) -> 
     if not expected.trusted:
         _refuse_images((classes,), call, expected)
     _check_range(classes, expected)
-    embedding = name in _EMBEDDINGS or expected.embeddings or _of_length_one(logits)
+    embedding = expected.embeddings or _is_embedding(logits, (name,))
     if embedding and not expected.trusted:
         raise OutputError(
             f"gives [B, {classes}], an embedding, which has no class: give it a score, such as how "
@@ -418,10 +426,17 @@ def _class_outputs(logits: Tensor, name: str, call: str, expected: Expected) -> 
     return Meaning(as_it_is, f"logits {size}", sigmoid if separate else softmax, classes)
 
 
-def _of_length_one(outputs: Tensor) -> bool:
+def _is_embedding(outputs: Tensor, path: _Path) -> bool:
+    """Tell by its name or values whether an output is an embedding."""
+    if path and str(path[-1]).lower() in _EMBEDDINGS:
+        return True
     values = full_precision(outputs.detach())
-    lengths = bool(((values.norm(dim=1) - 1).abs() < 1e-3).all())
-    return lengths and outputs.shape[1] > 2 and bool((values < 0).any())
+    return (
+        outputs.ndim == 2
+        and outputs.shape[1] > 2
+        and bool(((values.norm(dim=1) - 1).abs() < 1e-3).all())
+        and bool((values < 0).any())
+    )
 
 
 def _check_range(classes: int, expected: Expected) -> None:

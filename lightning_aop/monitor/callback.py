@@ -910,10 +910,12 @@ class ExplanationMonitor(Callback):
         run = self._state
         assert run.adapter is not None
         assert run.probe is not None
-        count = run.probe.images.shape[1]
-        look, unfit = given_look(self.class_names, self.mean, self.std, self.panels, count)
-        channels = None if run.integers else count
-        look, notes = found_look(look, fact_sources(self.probe, trainer), run.adapter, channels)
+        images = run.probe.images
+        look, unfit = given_look(
+            self.class_names, self.mean, self.std, self.panels, images.shape[1]
+        )
+        shown = None if run.integers else images
+        look, notes = found_look(look, fact_sources(self.probe, trainer), run.adapter, shown)
         return look, unfit + notes
 
     def _compare(self, found: Drawn | None, probe: Probe) -> None:

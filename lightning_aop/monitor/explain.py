@@ -225,9 +225,9 @@ def explain(
                 warn,
                 begin,
             )
-        channels = None if drawn.reading.inputs.form.integer else probe.images.shape[1]
+        images = None if drawn.reading.inputs.form.integer else probe.images
         look, unfit = given_look(class_names, mean, std, panels, probe.images.shape[1])
-        look, notes = found_look(look, sources, adapter, channels)
+        look, notes = found_look(look, sources, adapter, images)
         for note in unfit + notes:
             inform(f"explain: {note}")
         return replace(explanation, look=look)

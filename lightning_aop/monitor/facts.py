@@ -13,10 +13,11 @@ from enum import Enum
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_aop.model.adapter import Adapter
+from lightning_aop.types import Images
 from lightning_aop.view.grid import Panel
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ def numbers_of(value: Scale) -> list[float]:
 
 
 def found_look(
-    look: Look, sources: Sequence[Any], adapter: Adapter, channels: int | None
+    look: Look, sources: Sequence[Any], adapter: Adapter, images: Images | None
 ) -> tuple[Look, list[str]]:
     """Return a look with what was not given filled in from what is found.
 
@@ -126,7 +127,7 @@ def found_look(
         look: as the user wants it.
         sources: datasets, datamodules and modules, the likeliest first.
         adapter: the way to the model's outputs.
-        channels: how many the images have; None where they are as they were taken.
+        images: those to show; None where they are as they were taken.
 
     Returns:
         The look, and what was found and does not fit.
@@ -138,8 +139,10 @@ def found_look(
         names = class_names(sources, adapter.classes)
         look = replace(look, names=names.value)
         notes.append(names.note)
-    if look.mean is None and look.std is None and channels is not None:
-        scale = normalisation(sources, channels)
+    if look.mean is None and look.std is None and images is not None:
+        if not (images < 0).any():  # what a model normalises by, it has yet to do
+            sources = [source for source in sources if not isinstance(source, nn.Module)]
+        scale = normalisation(sources, images.shape[1])
         mean, std = scale.value or (None, None)
         look = replace(look, mean=mean, std=std)
         notes.append(scale.note)

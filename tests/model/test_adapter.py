@@ -118,6 +118,32 @@ def test_of_several_heads_one_is_explained_and_the_others_named() -> None:
     assert torch.equal(logits, predict(nn.Sequential(module.body, module.shape), IMAGES))
 
 
+def test_the_output_that_has_the_classes_of_the_labels_is_taken() -> None:
+    def project(colour: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([shape, shape * 2], dim=1), colour
+
+    def normalised(colour: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
+        return nn.functional.normalize(shape), colour
+
+    for pack in (project, normalised):
+        module = Heads(pack).eval()
+        adapter = find_adapter(module, IMAGES, Expected("class", highest=2))
+        logits = predict(adapter.model(module), IMAGES)
+        assert torch.equal(logits, predict(nn.Sequential(module.body, module.colour), IMAGES))
+    # None of several has them all and no other: the first that has them all.
+    module = Heads(project).eval()
+    assert find_adapter(module, IMAGES, Expected("class", highest=1)).classes == 10
+
+
+def test_of_several_outputs_and_labels_those_belong_together_that_fit() -> None:
+    module = Heads(lambda colour, shape: (shape, colour)).eval()
+    colours, shapes = Expected("class", highest=2), Expected("class", highest=4)
+    for heads in ({"[1]": colours, "[2]": shapes}, {"[1]": shapes, "[2]": colours}):
+        expected = replace(heads["[1]"], heads=heads)
+        adapter = find_adapter(module, IMAGES, expected)
+        assert (adapter.classes, adapter.head) == (5, next(k for k in heads if heads[k] is shapes))
+
+
 class Calibrated(nn.Module):
     """Has another layer for its outputs, which the forward does not use."""
 

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms as transforms
+from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from lightning_aop.monitor.facts import class_count, class_names, normalisation
+from lightning_aop.model.adapter import Adapter
+from lightning_aop.monitor.facts import Look, class_count, class_names, found_look, normalisation
+from lightning_aop.scores import softmax
 
 NAMES = ["zebra", "okapi", "quagga"]
 
@@ -118,6 +121,24 @@ def test_normalisation_in_any_form(source: Any) -> None:
     assert found.value is not None
     assert tuple(map(list, found.value)) == HALF
     assert found.note == ""
+
+
+def test_a_model_that_normalises_says_nothing_of_images_it_has_yet_to_normalise() -> None:
+    model = nn.Conv2d(3, 2, 3)
+    model.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
+    model.register_buffer("std", torch.full((1, 3, 1, 1), 0.25))
+    adapter = Adapter(lambda module, images: images.mean(dim=(2, 3)), "", softmax, 3)
+    images = torch.rand(2, 3, 4, 4)
+    says = Has(transform=transforms.Normalize([0.5] * 3, [0.25] * 3))
+    for sources, shown, wanted in (
+        ([model], images, None),
+        ([model], (images - 0.5) / 0.25, HALF[0]),  # as a hook for batches has done
+        ([says, model], images, HALF[0]),
+        ([model], None, None),
+    ):
+        look, notes = found_look(Look(), sources, adapter, shown)
+        assert (look.mean and list(look.mean)) == wanted
+        assert notes == []
 
 
 def test_normalisation_that_does_not_fit_is_left_out_and_said() -> None:
