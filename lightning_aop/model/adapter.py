@@ -6,7 +6,7 @@ finds is a model like any other: `adapter.model(module)` goes wherever a model g
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ from lightning_aop.model.isolation import (
     undisturbed,
     unwrap,
 )
-from lightning_aop.model.listening import Read, outputs_of
+from lightning_aop.model.listening import Read, calls_in, same_images
 from lightning_aop.model.outputs import (
     Expected,
     Meaning,
@@ -42,7 +42,14 @@ from lightning_aop.model.passes import kept_bytes, pass_size, seconds, uncounted
 from lightning_aop.scores import Score, full_precision, softmax, value
 from lightning_aop.types import Images, Targets
 
-__all__ = ["Adapter", "AdapterError", "Classifier", "explaining", "find_adapter", "predict"]
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "Classifier",
+    "explaining",
+    "find_adapter",
+    "predict",
+]
 
 if TYPE_CHECKING:
     _Logits: TypeAlias = Float[Tensor, "b k"]
@@ -233,6 +240,7 @@ class Adapter:
         head: the key of the labels that the output has, where a batch has several.
         sources: the modules in the user's whose outputs are these logits, the outermost first, and how
             they are read.
+        takes: the modules in the user's that are given the images as they are.
     """
 
     logits: LogitsFunction
@@ -243,6 +251,7 @@ class Adapter:
     names: Sequence[str] | None = None
     head: str | None = None
     sources: Mapping[str, Read] = field(default_factory=dict, repr=False)
+    takes: Collection[str] = field(default=(), repr=False)
 
     def __call__(self, module: nn.Module, images: Images) -> Float[Tensor, "b k"]:
         """Return the logits of the module."""
@@ -358,8 +367,16 @@ def find_adapter(
     raise AdapterError(
         f"no logits of {name} found: {told}. Set logits=fn, a function "
         "fn(module, images) that returns logits [B, K], such as "
-        "lambda module, images: module.head(module.backbone(images))"
+        f"lambda module, images: {_example(module)}"
     )
+
+
+def _example(module: nn.Module) -> str:
+    """Return a call of what the module is made of."""
+    names = [name for name, child in module.named_children() if list(child.parameters())]
+    if len(names) > 1:
+        return f"module.{names[-1]}(module.{names[0]}(images))"
+    return f"module.{names[0]}(images)" if names else "module(images)"
 
 
 @dataclass(frozen=True)
@@ -388,7 +405,7 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     images = inputs.images.detach().to(device_of(module), dtype, copy=True).requires_grad_()
     count, exact = len(images), False
-    with _idle_heads(module) as idle, outputs_of(module) as inside:
+    with _idle_heads(module) as idle, calls_in(module) as inside:
         given = images.clone()  # it may scale them in place
         output = way.call(module, given, False)
     meaning = find_meaning(output, count, expected)
@@ -399,7 +416,7 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
             return _tried(_with_gradients(way), module, inputs, expected)
     if inputs.form.integer:
         # A forward may ask for the dtype, and scale integers only.
-        with outputs_of(module) as inside_then:
+        with calls_in(module) as inside_then:
             of_integers = way.call(module, images.clone(), True)
         found = find_meaning(of_integers, count, expected)
         values, wanted = meaning.read(output, count), found.read(of_integers, count)
@@ -432,12 +449,13 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
         names=meaning.names,
         head=meaning.head,
         sources=_sources(module, inside, logits, meaning, expected),
+        takes=[] if form else [name for name, args, _ in inside if same_images(args, images)],
     )
 
 
 def _sources(
     module: nn.Module,
-    inside: Sequence[tuple[str, Any]],
+    inside: Sequence[tuple[str, Any, Any]],
     logits: Float[Tensor, "b k"],
     meaning: Meaning,
     expected: Expected,
@@ -448,7 +466,7 @@ def _sources(
         return found
     wanted, count = _comparable(logits, meaning.score), len(logits)
 
-    for name, output in inside:
+    for name, _, output in inside:
         for whole in (True, False):
             with suppress(Exception):  # most outputs are no logits
                 read = (meaning if whole else find_meaning(output, count, expected)).read

@@ -1,6 +1,6 @@
 """Hear the logits that a module computes in its own steps: hooks on its outputs, and no evaluation."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -14,8 +14,9 @@ from lightning_aop.model.isolation import hooked, isolated_rng
 from lightning_aop.model.outputs import sums_to_one
 from lightning_aop.model.passes import images_of
 from lightning_aop.scores import full_precision
+from lightning_aop.types import Images
 
-__all__ = ["Listener", "Read", "outputs_of"]
+__all__ = ["Listener", "Read", "calls_in"]
 
 Read = Callable[[Any, int], Tensor]
 """From an output and the number of images to logits [B, K]; raises where there are none."""
@@ -83,7 +84,7 @@ class Listener:
         found = [logits for name, logits in heard if name == self._source]
         return found[-1] if "." in self._source else found[0] if found else None
 
-    def _hear(self, name: str, output: Any) -> None:
+    def _hear(self, name: str, given: Any, output: Any) -> None:
         # In the midst of the user's step, and it may be another output than that which was tried.
         with isolated_rng(), suppress(Exception), torch.no_grad():
             count, _ = images_of(output)
@@ -104,29 +105,75 @@ class Listener:
 
 
 class _Ear:
-    """A forward hook that hands on the output.
+    """A forward hook that hands on what was given and the output.
 
     A copy of the module, or a file with it, gets one of the standard library that does nothing: whoever
     copies or saves the module in the middle of a batch needs nothing of this package, and is not heard.
     """
 
-    def __init__(self, hear: Callable[[Any], None]) -> None:
+    def __init__(self, hear: Callable[[Any, Any], None]) -> None:
         self._hear = hear
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._hear(output)
+        self._hear(args, output)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
 
 
-@contextmanager
-def outputs_of(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
-    """Yield a list to which each module that runs in the block adds its name and its output."""
-    found: list[tuple[str, Any]] = []
+class Compared:
+    """Tells whether one of some modules is called with a batch's images, and none with others.
 
-    def note(name: str, output: Any) -> None:
-        found.append((name, output))
+    Args:
+        names: of the modules, within another.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self._heard: dict[str, bool] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def open(self) -> bool:
+        """Whether a batch is going through."""
+        return bool(self._handles)
+
+    def start(self, module: nn.Module, images: Images) -> None:
+        """Compare the calls from here on, until `stop`."""
+        kept = images.detach().clone()  # a step may write into its own
+
+        def hear(name: str, given: Any, output: Any) -> None:
+            with isolated_rng(), suppress(Exception), torch.no_grad():
+                self._heard[name] = self._heard.get(name, False) or same_images(given, kept)
+
+        modules = [(name, each) for name, each in _audible(module) if name in self._names]
+        self._handles = [hooked(each, _Ear(partial(hear, name))) for name, each in modules]
+
+    def stop(self) -> str | None:
+        """Take the hooks away; return the outermost module that was given other images alone."""
+        for handle in self._handles:
+            handle.remove()
+        heard, self._heard, self._handles = self._heard, {}, []
+        first = min(heard, key=len, default=None)
+        return None if first is None or heard[first] else first
+
+
+def same_images(given: Any, images: Images) -> bool:
+    """Tell whether the first argument of a call is a batch of images, down to half precision."""
+    first = given[0] if given else None
+    if not isinstance(first, Tensor) or first.shape != images.shape:
+        return False
+    apart = (first.detach().float() - images.float()).abs().mean()
+    return bool(apart <= 0.01 * images.float().std())
+
+
+@contextmanager
+def calls_in(module: nn.Module) -> Iterator[list[tuple[str, Any, Any]]]:
+    """Yield a list to which each module that runs in the block adds its name, arguments and output."""
+    found: list[tuple[str, Any, Any]] = []
+
+    def note(name: str, given: Any, output: Any) -> None:
+        found.append((name, given, output))
 
     handles = [hooked(each, _Ear(partial(note, name))) for name, each in _audible(module)]
     try:

@@ -441,8 +441,14 @@ def _is_embedding(outputs: Tensor, path: _Path) -> bool:
 
 def _check_range(classes: int, expected: Expected) -> None:
     if expected.kind in ("class", "soft", "one-hot", "multi-hot") and expected.highest >= classes:
+        from_one = (
+            " (if they count from 1, set read_batch=fn, such as lambda batch: (batch[0], batch[1] - 1))"
+            if expected.highest == classes and expected.kind == "class"
+            else ""
+        )
         raise OutputError(
             f"gives {classes} outputs an image, where the labels go up to class {expected.highest}"
+            f"{from_one}"
         )
 
 

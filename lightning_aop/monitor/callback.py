@@ -19,9 +19,11 @@ from lightning_aop._version import __version__
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.history.store import HistoryWriter
 from lightning_aop.model.adapter import Adapter, LogitsFunction, find_adapter, name_of
+from lightning_aop.model.batches import find_inputs
 from lightning_aop.model.collectives import collectives_noticed, is_sharded
 from lightning_aop.model.isolation import device_of, foreign_state, isolated, isolated_rng
 from lightning_aop.model.layers import find_feature_map
+from lightning_aop.model.listening import Compared
 from lightning_aop.model.passes import Passes
 from lightning_aop.monitor.budget import Budget
 from lightning_aop.monitor.explain import Way, evaluations_of, explain, explain_probe, fitting_score
@@ -98,6 +100,8 @@ class _Run:
         explained: how many there were.
         alike: all processes do all the work, since the model's forward exchanges something.
         failures: the worst samples of the last validation.
+        compared: whether a validation step gives the network the images that are explained, until it is
+            known.
         drawn: what the probe was made of; None where that can't be read any more.
     """
 
@@ -121,6 +125,7 @@ class _Run:
     explained: int = 0
     alike: bool = False
     failures: Failures = field(default_factory=lambda: Failures(0))
+    compared: Compared | None = None
     drawn: Drawn | None = None
 
     def hold(self, values: dict[str, float]) -> dict[str, float]:
@@ -292,6 +297,10 @@ class ExplanationMonitor(Callback):
         self._label = name  # what is logged under, the number of one without a name
         self._run: _Run | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the run: a copy, or one in another process, begins its own."""
+        return vars(self) | {"_run": None}
+
     # ---------------------------------------------------------------------------------------------
     # without a Trainer
 
@@ -403,8 +412,12 @@ class ExplanationMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Listen to the batch."""
+        run = self._state
         if self._follows(trainer):
-            self._state.failures.listen()
+            run.failures.listen()
+        if run.compared and run.module is pl_module and not trainer.sanity_checking:
+            with isolated_rng(), suppress(Exception):  # of a batch of another form
+                run.compared.start(pl_module, find_inputs(batch).images)
 
     def on_validation_batch_end(
         self,
@@ -418,6 +431,16 @@ class ExplanationMonitor(Callback):
         """Keep the worst samples of the batch."""
         if self._follows(trainer):
             self._attempt(pl_module, lambda: self._see(trainer, outputs, batch, dataloader_idx))
+        run = self._state
+        if run.compared and run.compared.open:
+            found, run.compared = run.compared.stop(), None  # one batch tells
+            if found is not None:
+                name = f"its '{found}'" if found else "the network"
+                run.warn(
+                    f"the validation step gives {name} other images than those of the batch, which are "
+                    "explained: if it prepares them, as by a normalisation, set logits=fn, a function "
+                    "fn(module, images) that does likewise and returns logits [B, K]"
+                )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen validations, never in the sanity check."""
@@ -487,6 +510,8 @@ class ExplanationMonitor(Callback):
     ) -> None:
         """Leave no hook on the module of a validation that was broken off."""
         self._state.failures.end()
+        if self._state.compared:
+            self._state.compared.stop()
 
     @property
     def _enabled(self) -> bool:
@@ -868,6 +893,7 @@ class ExplanationMonitor(Callback):
             run.resumed = False
             self._compare(found, run.probe)
         run.module, run.model = pl_module, way.model(pl_module)
+        run.compared = Compared(way.takes) if self.logits is None and way.takes else None
 
     @property
     def _way(self) -> Way:

@@ -918,8 +918,13 @@ def test_what_leads_to_no_logits_is_refused_in_words() -> None:
     module = Form(lambda z: {"loss": z.sum()})
     with pytest.raises(AdapterError, match=r"gives a dict \(loss: \[\]\).* Set logits=fn, a func"):
         find_adapter(module, IMAGES)
-    with pytest.raises(AdapterError, match=r"5 outputs .*labels go up to class 9.* logits=fn"):
+    with pytest.raises(
+        AdapterError,
+        match=r"5 outputs .*labels go up to class 9\. Set logits=fn.*module\.head\(module\.features\(",
+    ):
         find_adapter(SmallNet(), IMAGES, Expected("class", highest=9))
+    with pytest.raises(AdapterError, match=r"class 5 \(if they count from 1, set read_batch=fn"):
+        find_adapter(SmallNet(), IMAGES, Expected("class", highest=5))
     with pytest.raises(AdapterError, match=r"'head' seems to take .* module.head\(module\(im"):
         find_adapter(Embeds(), IMAGES)
     with pytest.raises(AdapterError, match="gives other outputs for 2 images than for 4"):

@@ -1,6 +1,7 @@
 import copy
 import csv
 import io
+import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -568,6 +569,43 @@ def test_where_validation_has_no_batch_the_training_samples_are_explained(
         trainer(tmp_path, monitor, **settings).fit(Classifier(), loaders()[0], nothing)
         assert monitor.steps == steps
         assert not [*monitor._state.warn.told]
+
+
+class Prepares(Classifier):
+    """Normalises the images in its steps, before it calls the network."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        super().validation_step(((batch[0] - 0.5) / 0.25, *batch[1:]), index)
+
+
+def test_a_step_that_prepares_images_for_the_network_is_noticed(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning,
+        match="the validation step gives the network other images .* set logits=fn, a function",
+    ):
+        trainer(tmp_path, Watch(WGradCAM(), metrics=False, probe=2)).fit(
+            module := Prepares(), *loaders()
+        )
+    assert not module._forward_hooks
+    assert not module.net._forward_hooks
+
+    def prepared(module: Any, images: Tensor) -> Tensor:
+        logits: Tensor = module((images - 0.5) / 0.25)
+        return logits
+
+    monitor = Watch(WGradCAM(), metrics=False, probe=2, logits=prepared)
+    trainer(tmp_path, monitor).fit(Prepares(), *loaders())
+    assert not [*monitor._state.warn.told]
+
+
+def test_a_monitor_that_has_seen_a_run_can_be_copied(tmp_path: Path) -> None:
+    monitor = ExplanationMonitor(WGradCAM(), metrics=False, probe=2)
+    trainer(tmp_path, monitor).fit(Classifier(), *loaders())
+    assert monitor._state.explained == 3
+    for copied in (pickle.loads(pickle.dumps(monitor)), copy.deepcopy(monitor)):
+        assert copied._state.explained == 0
+        trainer(tmp_path, copied).fit(Classifier(), *loaders())
+        assert copied._state.explained == 3
 
 
 def test_without_a_validation_loop_the_training_samples_are_explained(tmp_path: Path) -> None:
