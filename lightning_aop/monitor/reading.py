@@ -16,6 +16,7 @@ import pickle
 import socket
 import stat
 import sys
+import threading
 import types
 import warnings
 from collections import deque
@@ -102,7 +103,7 @@ def read_samples(
         ValueError: there are no samples, or they can't be read without using up the dataset's.
         RuntimeError: reading failed in the worker.
     """
-    if shared := _shared(dataset):
+    if shared := _held(dataset, lambda thing: issubclass(type(thing), _SHARED)):
         raise InvalidValueError(
             f"{_name(dataset)} reads from a {type(shared).__name__}, and what the probe took from it "
             f"would be missing in training: {_INSTEAD}"
@@ -118,7 +119,9 @@ def read_samples(
     if not isinstance(dataset, IterableDataset):
         settings["sampler"] = indices or range(min(1 if ready else count, len(dataset)))
     with isolated_rng(seed=0):
-        if context := _context(loader):
+        # A fork has none of the threads that a dataset may wait for.
+        context = None if not workers and _held(dataset, _is_running) else _context(loader)
+        if context:
             start = _Started(getattr(loader, "worker_init_fn", None) if workers else None)
             seconds = max(_SECONDS, float(getattr(loader, "timeout", 0)))
             process: dict[str, Any] = {"num_workers": 1, "prefetch_factor": 1, "timeout": seconds}
@@ -292,18 +295,26 @@ _SHARED = (
     *(socket.socket, queues.Queue, queues.SimpleQueue, _MultiProcessingDataLoaderIter),
     *((connection._ConnectionBase,) if hasattr(connection, "_ConnectionBase") else ()),
 )
+"""What a dataset reads from that other processes use up, too."""
 _LEAVES = (type, types.ModuleType, types.FunctionType, Tensor, np.ndarray, str, bytes, int, float)
 _MOST = 10_000  # objects that are looked at
 
 
-def _shared(dataset: Any) -> Any:
-    """Return what a dataset reads from that other processes use up, too; None without any."""
+def _is_running(thing: Any) -> bool:
+    """Tell whether something is a thread that runs, other than that of the program."""
+    if not issubclass(type(thing), threading.Thread) or thing is threading.main_thread():
+        return False
+    return bool(thing.is_alive())
+
+
+def _held(dataset: Any, is_wanted: Callable[[Any], bool]) -> Any:
+    """Return what a dataset has of some kind of objects; None without any."""
     ahead, seen = deque([dataset]), {id(dataset)}
     if isinstance(dataset, Stream):  # which doesn't use the workers that a loader keeps
         seen |= {id(loader._iterator) for loader in loaders_in(dataset.items)}
     while ahead and len(seen) < _MOST:
         thing = ahead.popleft()
-        if issubclass(type(thing), _SHARED):
+        if is_wanted(thing):
             return thing
         for inner in gc.get_referents(thing):
             if not issubclass(type(inner), _LEAVES) and id(inner) not in seen:

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,26 @@ def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
         collect(3, DataLoader(Stuck(), num_workers=1))
     # The process would wait for it at its end.
     assert multiprocessing.active_children() == []
+
+
+class Pooled(Broken):
+    """Reads by threads of its own, which a fork would wait for in vain."""
+
+    def __init__(self) -> None:
+        self.threads = ThreadPoolExecutor(1)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.threads.submit(lambda: (IMAGES[index], LABELS[index])).result()
+
+
+def test_threads_of_a_dataset_are_not_waited_for_in_a_fork() -> None:
+    data = Pooled()
+    assert data[1][1] == 0
+    with pytest.raises(ValueError, match=r"Pooled can't be copied .*pass the probe itself"):
+        collect(3, DataLoader(data))
+    # Before the first of them runs a fork has its own.
+    assert collect(2, DataLoader(Pooled())).batch[1].tolist() == [2, 0]
+    data.threads.shutdown()
 
 
 def test_a_loader_without_a_dataset_gives_its_first_batch() -> None:
