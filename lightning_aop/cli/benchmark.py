@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import pytorch_lightning as pl
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_aop.cli.configs import resolved, shipped_configs
 from lightning_aop.cli.store import make_folder
-from lightning_aop.cli.trainer import LightningParser, tidy_run
+from lightning_aop.cli.trainer import LightningParser, Trainer, tidy_run
 from lightning_aop.errors import UserError
 from lightning_aop.experiments import Network, Pictures, Rules, run
 from lightning_aop.experiments.tables import summary, written
@@ -53,7 +52,7 @@ def benchmark_parser() -> LightningArgumentParser:
         type=Literal["table1", "table2"] | None,
         help="the table of the paper whose values are shown beside",
     )
-    parser.add_class_arguments(pl.Trainer, "trainer", fail_untyped=False)
+    parser.add_class_arguments(Trainer, "trainer", fail_untyped=False)
     parser.set_defaults(
         {
             "trainer.logger": False,

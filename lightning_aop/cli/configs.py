@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_aop.errors import UserError, did_you_mean, did_you_mean_file
+from lightning_aop.files import read_text
 
 
 def config_folder() -> Path:
@@ -27,9 +28,10 @@ def resolved(value: str, below: str = "") -> str:
     `configs/coco_resnet50.yaml`, as in a checkout, works from anywhere too.
 
     Raises:
-        UserError: there is no such file, and no configuration of this name.
+        UserError: there is no such file, and no configuration of this name; or it is no text.
     """
     if Path(value).is_file():
+        read_text(Path(value), "--config")
         return value
     name = value.removesuffix(".yaml").removeprefix("configs/")
     known = [*shipped_configs(), *shipped_configs("benchmark")]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MultilabelAveragePrecision
 
+from lightning_aop.cli.store import make_folder
 from lightning_aop.coco import CocoMultilabel
 from lightning_aop.data.shapes import CLASSES, write_shapes
 from lightning_aop.model.isolation import isolated_rng
@@ -148,6 +149,7 @@ def run(
         seed: of the network and the order of the images.
         pictures: how many to train with.
     """
+    make_folder(root, "--root")
     write_shapes(root / "shapes", train=pictures)
     train, val = (
         CocoMultilabel.from_root(root / "shapes", split) for split in ("train2017", "val2017")

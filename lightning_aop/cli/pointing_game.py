@@ -3,10 +3,10 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import pytorch_lightning as pl
-
+from lightning_aop.cli import trainer
+from lightning_aop.cli.store import make_folder
 from lightning_aop.coco import CocoClassification, MultilabelClassifier
 from lightning_aop.data.networks import fill
 from lightning_aop.data.weights import read_content, read_weights
@@ -16,7 +16,7 @@ from lightning_aop.methods.names import MethodName, coco_method
 from lightning_aop.types import SaliencyMethod
 
 
-class Trainer(pl.Trainer):
+class Trainer(trainer.Trainer):
     """Lightning's trainer, with one more thing to do."""
 
     def pointing_game(
@@ -49,9 +49,8 @@ class Trainer(pl.Trainer):
         assert ckpt_path is not None, "seen to by the command line"
         if method == []:
             raise UserError("pointing-game: no method is named; name one: --method sigcam")
-        checkpoint = read_content(Path(ckpt_path))
-        if not isinstance(checkpoint, dict):
-            raise UserError(f"--ckpt_path {ckpt_path}: it is no checkpoint of fit")
+        make_folder(output)
+        checkpoint: Any = read_content(Path(ckpt_path))
         model.on_load_checkpoint(checkpoint)
         fill(model, "the network that fit trained", read_weights(Path(ckpt_path)))
         data = datamodule.dataset("val")

@@ -70,6 +70,8 @@ def report(options: Namespace) -> int:
 
 
 def _folders(run: Path) -> list[Path]:
+    if run.is_file():
+        raise UserError(f"{run}: it is a file; name the folder of a run")
     if not run.is_dir():
         raise UserError(f"{run}: no such folder{did_you_mean_file(run)}")
     folders = sorted(path.parent for path in run.rglob("run.json") if _is_ours(path.parent))

@@ -44,7 +44,7 @@ class MapStore:
         self._store.write(f"{key}-{name}", entry)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, option: str = "--output") -> None:
     """Make the folder of the results, before hours are spent on them.
 
     Raises:
@@ -53,7 +53,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {path}: no folder can be made there ({error})") from error
+        raise UserError(f"{option} {path}: no folder can be made there ({error})") from error
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -3,12 +3,15 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import pytorch_lightning as pl
 import torch.distributed as dist
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_aop.cli.options import in_a_line, nearest_options
+from lightning_aop.errors import UserError
 
 
 class LightningParser(LightningArgumentParser):
@@ -17,6 +20,16 @@ class LightningParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message, and exit."""
         super().error(in_a_line(self, message) + nearest_options(self, message), ex)
+
+
+class Trainer(pl.Trainer):
+    """Lightning's trainer, which says in a line what it refuses of its settings."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise UserError(f"--trainer: {' '.join(str(error).split())}") from error
 
 
 # What Lightning warns of, and what is meant or none of the user's business.

@@ -114,7 +114,12 @@ class CommandLine(LightningCLI):
         self.config = saved.clone()
         options = self.config[command].model
         content = read_content(Path(path))
-        network = content.get("hyper_parameters") if isinstance(content, dict) else None
+        if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
+            raise UserError(
+                f"--ckpt_path {path}: it is no checkpoint of fit; of weights alone begin anew, with "
+                f"--model.weights {path}"
+            )
+        network = content.get("hyper_parameters")
         network = network if isinstance(network, dict) else {}
         for key in {"backbone", "num_classes"} & set(network):
             options[key] = network[key]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_aop.errors import InvalidValueError, MissingFileError, did_you_mean_file
+from lightning_aop.files import read_text
 
 _WNID = re.compile(r"n\d{8}")
 
@@ -27,13 +28,13 @@ def read_classes(path: Path) -> list[str]:
         return _checked(sorted(entry.name for entry in path.iterdir() if entry.is_dir()), path)
     if not path.is_file():
         raise MissingFileError(f"classes {path}: no such file{did_you_mean_file(path)}")
+    text = read_text(path, "classes")
+    if path.suffix.lower() != ".json":
+        return _checked([line.strip() for line in text.splitlines() if line.strip()], path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() != ".json":
-            return _checked([line.strip() for line in text.splitlines() if line.strip()], path)
         return _checked(_of_json(json.loads(text)), path)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InvalidValueError(f"classes {path}: it can't be read as text ({error})") from error
+    except json.JSONDecodeError as error:
+        raise InvalidValueError(f"classes {path}: it is no JSON ({error})") from error
 
 
 def _of_json(content: Any) -> list[Any]:

@@ -231,9 +231,10 @@ def _rgb(
 def _full_range(values: Float[np.ndarray, "h w *c"], mode: str) -> ValueRange:
     """Return the range of 16 bits, unless the values leave it, or hardly use it."""
     low, high = values.min(), values.max()
+    span = (0, 4095) if 0 <= low <= high < 4096 and mode != "F" else (low, high)
     remedy = (
-        "say which values are black and white, as in value_range=(0, 4095), or --range 0 4095 on the "
-        "command line"
+        f"say which values are black and white, as in value_range=({span[0]:g}, {span[1]:g}), or "
+        f"--range {span[0]:g} {span[1]:g} on the command line"
     )
     if mode == "F" or not 0 <= low <= high <= 65535:
         raise ImageError(

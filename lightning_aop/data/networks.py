@@ -159,6 +159,8 @@ def _file(weights: str | None) -> Path | None:
     path = Path(weights).expanduser()
     if path.is_file():
         return path
+    if path.is_dir():
+        raise MissingFileError(f"weights {weights}: it is a folder; name the file in it")
     if path.suffix or len(path.parts) > 1:
         raise MissingFileError(
             f"weights {weights}: no such file; name one, or published weights such as DEFAULT"

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_aop.errors import InvalidValueError, MissingPackageError
+from lightning_aop.files import read_text
 
 OFFICIAL = "ILSVRC2012_validation_ground_truth.txt"
 _WNID = re.compile(r"n\d{8}")
@@ -111,7 +112,7 @@ class Pictures:
                 f"{OFFICIAL}"
             )
         if self.classes is not None:
-            lines = _text(_expanded(self.classes), "data.classes").splitlines()
+            lines = read_text(_expanded(self.classes), "data.classes").splitlines()
             index = {line.split()[0].rstrip(","): i for i, line in enumerate(lines) if line.split()}
         elif len(folders) != 1000 and all(map(_WNID.fullmatch, folders)):
             raise InvalidValueError(
@@ -134,7 +135,9 @@ class Pictures:
     def _labelled(self, file: Path) -> list[Picture]:
         if file.suffix.lower() == ".csv":
             return _from_csv(file)
-        lines = [line.split() for line in _text(file, "data.labels").splitlines() if line.strip()]
+        lines = [
+            line.split() for line in read_text(file, "data.labels").splitlines() if line.strip()
+        ]
         if lines and len(lines[0]) == 2:
             return [Picture(name, _whole(index, file)) for name, index in lines]
         files = _flat(self.folder)
@@ -186,7 +189,7 @@ def _flat(folder: Path) -> list[str]:
 
 
 def _from_csv(file: Path) -> list[Picture]:
-    rows = list(csv.DictReader(io.StringIO(_text(file, "data.labels"), newline="")))
+    rows = list(csv.DictReader(io.StringIO(read_text(file, "data.labels"), newline="")))
     names = rows[0].keys() if rows else ()
     column = next((name for name in _COLUMNS if name in names), None)
     if "file" not in names or column is None:
@@ -194,16 +197,6 @@ def _from_csv(file: Path) -> list[Picture]:
             f"{file} must have the columns file and class_index, got {', '.join(names) or 'none'}"
         )
     return [Picture(row["file"], _whole(row[column], file)) for row in rows]
-
-
-def _text(file: Path, option: str) -> str:
-    """Return the text of a file in UTF-8, with or without the byte order mark that Excel writes."""
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InvalidValueError(f"{option} {file}: can't be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InvalidValueError(f"{option} {file}: is no text in UTF-8; save it as such") from error
 
 
 def _whole(text: str | None, file: Path) -> int:

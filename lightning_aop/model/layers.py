@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from lightning_aop.errors import InvalidValueError
+from lightning_aop.errors import InvalidValueError, NonFiniteScoreError
 from lightning_aop.model.adapter import Classifier, name_of
 from lightning_aop.model.isolation import hooked, undisturbed, unwrap
 from lightning_aop.scores import full_precision
@@ -259,6 +259,7 @@ def find_feature_map(model: nn.Module, images: Images) -> FeatureMap:
 
     Raises:
         TargetLayerError: no layer gives such a map.
+        NonFiniteScoreError: the model gives NaN or infinity.
     """
     model = unwrap(model)
     structure = hash(tuple(id(module) for module in model.modules()))
@@ -292,7 +293,7 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
     try:
         # So much contrast also makes places differ where attention is still even.
         return _found_by(model, images, noise, 4 * other)
-    except (TargetLayerError, torch.OutOfMemoryError):
+    except (TargetLayerError, NonFiniteScoreError, torch.OutOfMemoryError):
         raise
     except Exception:  # a forward may refuse values that no image has
         low, high = (float(end) for end in images.aminmax())
@@ -339,6 +340,11 @@ def _found_by(
             return found
     if last := small or scores:  # a network of one convolution has nothing but its scores
         return last
+    if not logits.isfinite().all():
+        raise NonFiniteScoreError(
+            f"{name_of(model)} gives NaN or infinity: check the model's weights for NaN (a diverged "
+            "training?)"
+        )
     raise TargetLayerError(
         f"{name_of(model)} has no layer that gives a feature map of images of {height} x {width} "
         "(one that changes where the image changes, carries all that reaches the logits, and comes "

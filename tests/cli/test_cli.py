@@ -113,6 +113,7 @@ def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> No
         (["--method=gradcan"], "--method gradcan: .*did you mean gradcam"),
         (["--size=16"], "--size 16: too small"),
         (["--weights=nowhere.pth"], "nowhere.pth: no such file"),
+        (["--weights=."], r"weights \.: it is a folder; name the file in it"),
         (
             ["--model=alexnet"],
             r"are no weights of alexnet.*they fit squeezenet1_1: name .* \(--model\)",
@@ -140,6 +141,20 @@ def test_what_a_user_can_mend_is_said(
     common = [str(photo), "--model=squeezenet1_1", f"--weights={weights}"]
     assert main(["explain", *common, f"-o={tmp_path / 'x.png'}", *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_weights_of_a_training_that_diverged_are_told_as_such(
+    photo: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(weights, weights_only=True)
+    torch.save(
+        {name: tensor * float("nan") for name, tensor in state.items()}, tmp_path / "nan.pth"
+    )
+    common = [str(photo), "--model=squeezenet1_1", f"--weights={tmp_path / 'nan.pth'}"]
+    for method in ("gradcam", "igos"):
+        out = f"-o={tmp_path / 'x.png'}"
+        assert main(["explain", *common, f"--method={method}", "--size=64", out]) == 1
+        assert "check the model's weights for NaN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

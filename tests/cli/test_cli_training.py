@@ -150,6 +150,10 @@ def test_methods_nest_in_the_monitor(root: Path, weights: Path, tmp_path: Path) 
         (["--data.features=cached", "--model.train_backbone=true"], "needs a frozen backbone"),
         (["--config=nothing"], "nothing"),
         (["--ckpt_path=gone.ckpt"], "--ckpt_path gone.ckpt: no such file"),
+        (["--ckpt_path=WEIGHTS"], "it is no checkpoint of fit; of weights alone begin anew, with"),
+        (["--config=WEIGHTS"], "it is no text in UTF-8"),
+        (["--trainer.devices=0"], "--trainer: `Trainer(devices='0')` value is not a valid input"),
+        (["--trainer.strategy=nosuch"], "--trainer: You selected an invalid strategy name"),
     ],
 )
 def test_what_a_user_can_mend_is_said_without_a_traceback(
@@ -159,6 +163,7 @@ def test_what_a_user_can_mend_is_said_without_a_traceback(
     weights: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    arguments = [word.replace("WEIGHTS", str(weights)) for word in arguments]
     try:
         status: Any = main(["fit", *options(root, weights, "--trainer.logger=false"), *arguments])
     except SystemExit as stopped:

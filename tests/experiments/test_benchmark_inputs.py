@@ -51,7 +51,7 @@ def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
     pictures(tmp_path / "ape", ["a.png"])
     pictures(tmp_path / ".ipynb_checkpoints", ["b.png"])
     assert listed(tmp_path) == [Picture("ape/a.png", 0)]
-    with pytest.raises(ValueError, match=r"data.classes .*none.txt: can't be read"):
+    with pytest.raises(OSError, match=r"data.classes .*none.txt: it can't be read"):
         listed(tmp_path, classes=str(tmp_path / "none.txt"))
 
 
@@ -126,7 +126,7 @@ def test_other_lists_of_labels(tmp_path: Path) -> None:
     csv.write_text("file,class_index\na.JPEG,7\n", encoding="utf-8-sig")
     assert listed(root, labels=str(csv)) == [Picture("a.JPEG", 7)]
     csv.write_text("file,class_index\nä.JPEG,7\n", encoding="latin-1")
-    with pytest.raises(ValueError, match=r"labels.csv: is no text in UTF-8"):
+    with pytest.raises(ValueError, match=r"data.labels .*labels.csv: it is no text in UTF-8"):
         listed(root, labels=str(csv))
     csv.write_text("file,class_index\na.JPEG\n")
     with pytest.raises(ValueError, match="None is no index of a class"):

@@ -185,6 +185,7 @@ def test_the_command_makes_page_and_animation(
     [
         (["EMPTY"], "holds no explanations"),
         (["EMPTY/missing"], "no such folder"),
+        ([__file__], "it is a file; name the folder of a run"),
         (["EMPTY", "--seconds", "0"], "--seconds 0.0: must be above 0"),
     ],
 )
