@@ -143,6 +143,8 @@ class Compared:
         kept = images.detach().clone()  # a step may write into its own
 
         def hear(name: str, given: Any, output: Any) -> None:
+            if not given or not isinstance(given[0], Tensor):
+                return  # by keyword, or the batch
             with isolated_rng(), suppress(Exception), torch.no_grad():
                 self._heard[name] = self._heard.get(name, False) or same_images(given, kept)
 

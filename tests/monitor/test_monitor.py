@@ -598,6 +598,30 @@ def test_a_step_that_prepares_images_for_the_network_is_noticed(tmp_path: Path) 
     assert not [*monitor._state.warn.told]
 
 
+class ByKeyword(Classifier):
+    """Gives its network the images by keyword in the step, which no hook is told."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self.loss(self(images=batch[0]), batch[1]))
+
+
+class TwoViews(Classifier):
+    """Looks at the images the other way round, too."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        logits = self(batch[0].flip(3)) + self(batch[0])
+        self.log("val_loss", self.loss(logits, batch[1]))
+
+
+@pytest.mark.parametrize("module", [Classifier, ByKeyword, TwoViews])
+def test_a_step_that_gives_the_network_the_images_is_not_warned_of(
+    module: type[Classifier], tmp_path: Path
+) -> None:
+    monitor = Watch(WGradCAM(), metrics=False, probe=2)
+    trainer(tmp_path, monitor).fit(module(), *loaders())
+    assert not [*monitor._state.warn.told]
+
+
 def test_a_monitor_that_has_seen_a_run_can_be_copied(tmp_path: Path) -> None:
     monitor = ExplanationMonitor(WGradCAM(), metrics=False, probe=2)
     trainer(tmp_path, monitor).fit(Classifier(), *loaders())
