@@ -86,10 +86,11 @@ def benchmark(words: Sequence[str]) -> int:
         options.paper,
         tell=lambda text: print(text, flush=True) if zero else None,
     )
-    if zero:
-        print("\n" + written(summary(options.output)))
-        print(f"\nlightning-aop table {options.output} prints it again")
-    return 0
+    if not zero:
+        return 0
+    table = summary(options.output)
+    print(f"\n{written(table)}\n\nlightning-aop table {options.output} prints it again")
+    return 0 if any(row.images for row in table.rows) else 1
 
 
 def _instantiated(parser: LightningArgumentParser, words: Sequence[str]) -> Namespace:

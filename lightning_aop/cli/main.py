@@ -86,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lightning-aop: stopped", file=sys.stderr)
         return 130
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, KeyboardInterrupt):  # which a trainer ends by exit(1)
+            return 130
+        raise
     except BrokenPipeError:
         # The reader of a pipe has gone, as `head` goes; the interpreter would complain of it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -292,13 +292,15 @@ class Picky:
 def test_failures_are_entries_with_a_reason(
     config: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "photos"
+    folder, kept = tmp_path / "photos", tmp_path / "kept"
     folder.mkdir()
+    kept.mkdir()
     values = []
     for i in range(5):
         with Image.open(photos / f"{i}.png") as picture:
             small = picture.resize((SIZE, SIZE))
         small.save(folder / f"{i}.png")
+        small.save(kept / f"{i}.png")
         values.append(round((np.asarray(small)[0, 0, 0] / 255 - 0.485) / 0.229, 4))
     (folder / "4.png").write_bytes(b"no picture")
     net = SmallNet().eval()
@@ -348,6 +350,13 @@ def test_failures_are_entries_with_a_reason(
     assert also["GradCAM"]["failed"] == str(6 - len(right))
     assert "not classified as it is labelled" in text_of(tmp_path / "correct", capsys)
 
+    # Where nothing has values, nothing was achieved.
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(b"no picture either")
+    assert run(own, tmp_path / "nothing") == 1
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes((kept / f"{i}.png").read_bytes())
+
     # The labelled class.
     assert run(own, tmp_path / "label", "--rules.target=label") == 0
     rows_of = [row for row in entries(tmp_path / "label") if row["method"] == "GradCAM"]
@@ -358,6 +367,26 @@ def csv_rows(output: Path, capsys: pytest.CaptureFixture[str], *more: str) -> li
     capsys.readouterr()
     assert main(["table", str(output), "--format=csv", *more]) == 0
     return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Is stopped by the user."""
+
+    def explain(self, model: nn.Module, images: Images, targets: Targets) -> Maps:
+        raise KeyboardInterrupt
+
+
+def test_a_stop_is_told_by_the_exit_status(config: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load(config.read_text())
+    settings["methods"] = {"stopped": {"class_path": "test_benchmark.Stopped"}}
+    own = tmp_path / "config.yaml"
+    own.write_text(yaml.safe_dump(settings, sort_keys=False))
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert run(own, tmp_path / "out") == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)  # which the trainer lets go
 
 
 @dataclass(frozen=True)
