@@ -37,10 +37,30 @@ def in_a_line(parser: ArgumentParser, message: str) -> str:
     key = re.match(r'Parser key "([\w.]+)"', message)
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     wanted = "a whole number from 1 on" if "PositiveInt" in message else _expected(message)
-    if key is None or value is None or not wanted:
+    if key is None or value is None:
         return message
     options = (a.option_strings[-1] for a in parser._actions if a.dest == key[1])
-    return f"{next(options, key[1])} {value[1]}: {wanted} is expected"
+    option = next(options, key[1]).removesuffix("+")  # as jsonargparse adds to a list
+    if wanted:
+        return f"{option} {value[1]}: {wanted} is expected"
+    if mistyped := _mistyped(message):
+        name, known = mistyped
+        hint = did_you_mean(name, known)
+        return f"{option} {name}: there is no such name{hint}; there are {', '.join(known)}"
+    return message
+
+
+def _mistyped(message: str) -> tuple[str, list[str]] | None:
+    """Return the first given name that is none of those which a message lists, and these."""
+    listed = re.search(r"typing\.Literal\[([^\]]*)\]", message)
+    given = re.findall(r"Given value: (.*)", message)
+    if listed is None or not given or "class_path" in given[-1]:
+        return None
+    known = re.findall(r"'([^']+)'", listed[1])
+    value = given[-1]
+    names = re.findall(r": '([^']+)'" if value.startswith("{") else r"'([^']+)'", value) or [value]
+    unknown = [name for name in names if name not in known and re.fullmatch(r"[\w+]+", name)]
+    return (unknown[0], known) if unknown else None
 
 
 def _expected(message: str) -> str:

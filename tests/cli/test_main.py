@@ -85,6 +85,28 @@ def test_a_value_of_the_wrong_kind_of_a_nested_option_is_refused_in_one_line(
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {option} {told}"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "benchmark table2 --methods [gradcam,gradcan]",
+        "benchmark table2 --methods {CAM:gradcan}",
+        "pointing-game --config table3 --method gradcan",
+        "pointing-game --config table3 --method [gradcan]",
+    ],
+)
+def test_a_mistyped_method_gets_the_nearest_in_one_line(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([word.replace(":", ": ") for word in words.split()])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    option = words.split()[-2]
+    assert said.startswith(
+        f"error: {option} gradcan: there is no such name; did you mean gradcam or"
+    )
+
+
 @pytest.mark.parametrize("command", ["explain", "compare", "sanity-check"])
 @pytest.mark.parametrize(
     ("value", "told"),
