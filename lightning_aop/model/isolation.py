@@ -213,12 +213,22 @@ class _Gradients(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients_kept() -> AbstractContextManager[Any]:
+@contextmanager
+def gradients_kept() -> Iterator[None]:
     """Let a forward compute gradients, where they are enabled, under its own `no_grad` and `detach`.
 
     As for frozen layers, which a training step needs none of, while an explanation does.
     """
-    return _Gradients() if torch.is_grad_enabled() else nullcontext()
+    if not torch.is_grad_enabled():
+        yield
+        return
+    found = torch._C._InferenceMode
+    torch._C._InferenceMode = nullcontext  # type: ignore[misc,assignment]
+    try:
+        with _Gradients():
+            yield
+    finally:
+        torch._C._InferenceMode = found  # type: ignore[misc]
 
 
 @contextmanager

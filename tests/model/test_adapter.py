@@ -751,6 +751,13 @@ def without_data(net: SmallNet, x: Tensor) -> Tensor:
     return logits
 
 
+def in_inference_mode(net: SmallNet, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        features = net.features(x)
+    logits: Tensor = net.head(features.clone().mean(dim=(2, 3)))
+    return logits
+
+
 def checkpointed(net: SmallNet, x: Tensor) -> Tensor:
     logits: Tensor = net.head(checkpoint(net.features, x, use_reentrant=True).mean(dim=(2, 3)))
     return logits
@@ -787,6 +794,7 @@ class Calls(nn.Module):
     [
         (under_no_grad, None),
         (detached, None),
+        (in_inference_mode, None),
         (without_data, None),
         (torch.no_grad()(lambda net, x: net(x)), None),
         (checkpointed, None),
