@@ -8,8 +8,8 @@ PACKAGE = Path(__file__).parents[1] / "lightning_aop"
 
 # From the bottom to the top; what stands in one row may not import each other, but for itself.
 FLOORS = (
-    {"_version", "errors", "files", "tables"},
-    {"types"},
+    {"_version", "errors", "tables"},
+    {"types", "files"},
     {"checks", "scores"},
     {"ops"},
     {"model"},

@@ -46,6 +46,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Classifier",
+    "NoGradientError",
     "explaining",
     "find_adapter",
     "predict",
@@ -62,6 +63,16 @@ LogitsFunction: TypeAlias = Callable[[Any, Images], _Logits]
 
 class AdapterError(InvalidValueError):
     """No way from images to logits was found."""
+
+
+class NoGradientError(InvalidValueError):
+    """A model that can't be differentiated, by a method that has to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(
+            f"{name_of(model)} has no gradient from its images to its logits, as where it computes in "
+            "NumPy: use a method that needs none (RISE, LIME, RegionalMultiscale)"
+        )
 
 
 @dataclass(eq=False)
@@ -119,7 +130,10 @@ class Classifier:
 
     def scores(self, images: Images, targets: Targets, score: Score) -> Float[Tensor, " b"]:
         """Return F_c of each image."""
-        return score(self.logits(images), targets)
+        logits = self.logits(images)
+        if torch.is_grad_enabled() and images.requires_grad and not logits.requires_grad:
+            raise NoGradientError(self.model)
+        return score(logits, targets)
 
     def pass_size(self, wanted: int | None, rows: int, images: Images, rounds: int = 1) -> int:
         """Return how many of so many images like these to take through the model in one pass.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from lightning_aop.errors import InvalidValueError, NonFiniteScoreError
-from lightning_aop.model.adapter import Classifier, name_of
+from lightning_aop.model.adapter import Classifier, NoGradientError, name_of
 from lightning_aop.model.isolation import hooked, undisturbed, unwrap
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images
@@ -259,6 +259,7 @@ def find_feature_map(model: nn.Module, images: Images) -> FeatureMap:
 
     Raises:
         TargetLayerError: no layer gives such a map.
+        NoGradientError: the model can't be differentiated.
         NonFiniteScoreError: the model gives NaN or infinity.
     """
     model = unwrap(model)
@@ -293,7 +294,10 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
     try:
         # So much contrast also makes places differ where attention is still even.
         return _found_by(model, images, noise, 4 * other)
-    except (TargetLayerError, NonFiniteScoreError, torch.OutOfMemoryError):
+    except (
+        *(TargetLayerError, NoGradientError, NonFiniteScoreError),
+        torch.OutOfMemoryError,
+    ):
         raise
     except Exception:  # a forward may refuse values that no image has
         low, high = (float(end) for end in images.aminmax())
@@ -316,6 +320,8 @@ def _found_by(
     with _statistics_of_batch(model):
         outputs, sources = _record(model, asked)
     logits = sources[0]
+    if not logits.requires_grad:
+        raise NoGradientError(model)
     weights = len(_leaves(logits)) - 1  # without the image
     small: FeatureMap | None = None
     scores: FeatureMap | None = None

@@ -13,7 +13,7 @@ from conftest import SmallNet, assert_same, snapshot
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_aop import GradCAM
+from lightning_aop import RISE, GradCAM, fast_sigcam, sigcam
 from lightning_aop.methods.captum import CaptumAttribution
 from lightning_aop.metrics.functional import deletion_curve
 from lightning_aop.model import count_evaluations, predict
@@ -829,6 +829,19 @@ def test_a_stopped_gradient_beside_others_stays_stopped() -> None:
     (found,) = torch.autograd.grad(adapter(module, x).sum(), x)
     (whole,) = torch.autograd.grad(wanted(x).sum(), x)
     torch.testing.assert_close(found, whole / 2)
+
+
+def test_a_forward_without_any_gradient_is_told_as_such() -> None:
+    def outside(net: SmallNet, x: Tensor) -> Tensor:
+        return torch.from_numpy(net(x).detach().numpy())
+
+    module, wanted = Calls(outside).eval(), Calls(lambda net, x: net(x)).eval()
+    model = find_adapter(module, IMAGES).model(module)
+    for method in (fast_sigcam(), sigcam()):
+        with pytest.raises(ValueError, match=r"Calls has no gradient from .*: use a method that"):
+            method.explain(model, IMAGES, TARGETS)
+    found = RISE(masks=8).explain(model, IMAGES, TARGETS)
+    assert torch.equal(found, RISE(masks=8).explain(wanted, IMAGES, TARGETS))
 
 
 def test_a_norm_by_the_batch_is_not_tried_on_one_image() -> None:
