@@ -106,8 +106,7 @@ class Classifier:
             images = self._raise.leaving(images)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        # A copy, since a forward may scale its images in place.
-        output = self.model(images.clone() if dtype is None else images.to(dtype, copy=True))
+        output = self.model(images if dtype is None else images.to(dtype))
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -420,8 +419,11 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
     images = inputs.images.detach().to(device_of(module), dtype, copy=True).requires_grad_()
     count, exact = len(images), False
     with _idle_heads(module) as idle, calls_in(module) as inside:
-        given = images.clone()  # it may scale them in place
+        given = images.clone()
         output = way.call(module, given, False)
+    if given._version:  # it has written into them
+        own = way.call
+        way = replace(way, call=lambda module, x, exact: own(module, x.clone(), exact))
     meaning = find_meaning(output, count, expected)
     if not computed_from(meaning.read(output, count), given):
         if way.through:
