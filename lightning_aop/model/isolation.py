@@ -89,7 +89,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             # Importing dynamo costs seconds; whoever compiled a model has already paid for it.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_without_checkpoints())
+        # Reentrant checkpoints refuse gradients of the input alone.
+        stack.enter_context(_replaced(checkpoint, "CheckpointFunction", _Uncheckpointed))
         stack.enter_context(isolated_rng())
         reshard(model)
         saved = Saved(model)
@@ -111,17 +112,19 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_checkpoints() -> Iterator[None]:
-    """Let reentrant checkpoints call their functions, since they refuse gradients of the input alone."""
-    found = checkpoint.CheckpointFunction
-    checkpoint.CheckpointFunction = _Uncheckpointed  # type: ignore[misc,assignment]
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Let something of torch's be another inside the block."""
+    own = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        checkpoint.CheckpointFunction = found  # type: ignore[misc]
+        setattr(owner, name, own)
 
 
 class _Uncheckpointed:
+    """Calls the function of a checkpoint as if there were none."""
+
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         return function(*args)
@@ -222,13 +225,8 @@ def gradients_kept() -> Iterator[None]:
     if not torch.is_grad_enabled():
         yield
         return
-    found = torch._C._InferenceMode
-    torch._C._InferenceMode = nullcontext  # type: ignore[misc,assignment]
-    try:
-        with _Gradients():
-            yield
-    finally:
-        torch._C._InferenceMode = found  # type: ignore[misc]
+    with _replaced(torch._C, "_InferenceMode", nullcontext), _Gradients():
+        yield
 
 
 @contextmanager

@@ -294,10 +294,7 @@ def _ask(model: nn.Module, images: Images) -> FeatureMap:
     try:
         # So much contrast also makes places differ where attention is still even.
         return _found_by(model, images, noise, 4 * other)
-    except (
-        *(TargetLayerError, NoGradientError, NonFiniteScoreError),
-        torch.OutOfMemoryError,
-    ):
+    except (InvalidValueError, torch.OutOfMemoryError):  # another image would not help
         raise
     except Exception:  # a forward may refuse values that no image has
         low, high = (float(end) for end in images.aminmax())

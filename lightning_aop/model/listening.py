@@ -16,7 +16,7 @@ from lightning_aop.model.passes import images_of
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images
 
-__all__ = ["Listener", "Read", "calls_in"]
+__all__ = ["Compared", "Listener", "Read", "calls_in", "same_images"]
 
 Read = Callable[[Any, int], Tensor]
 """From an output and the number of images to logits [B, K]; raises where there are none."""

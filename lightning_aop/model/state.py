@@ -187,16 +187,17 @@ class Saved:
 
     def leave_inference_mode(self) -> None:
         """Let copies stand in for tensors that were made in inference mode, which have no gradients."""
-        copies: dict[int, Tensor] = {}
-
-        def copied(item: Any) -> Any:
-            if type(item) is not Tensor or not item.is_inference():
-                return item
-            return copies.setdefault(id(item), item.clone())
-
+        # Not parameters, which a lazy layer's would refuse to be asked.
+        copies = {
+            id(tensor): tensor.clone()
+            for tensor, *_ in self._tensors
+            if type(tensor) is Tensor and tensor.is_inference()
+        }
+        if not copies:
+            return
         for container, items in self._containers:
-            if any(type(item) is Tensor and item.is_inference() for item in items):
-                _refill(container, [copied(item) for item in items])
+            if any(id(item) in copies for item in items):
+                _refill(container, [copies.get(id(item), item) for item in items])
 
     def devices(self) -> set[torch.device]:
         """Return the devices that the values are on."""
