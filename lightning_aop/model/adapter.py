@@ -428,8 +428,12 @@ def _tried(way: _Way, module: nn.Module, inputs: Inputs, expected: Expected) -> 
     if not computed_from(meaning.read(output, count), given):
         if way.through:
             raise OutputError("has no gradient")
-        with suppress(OutputError, RuntimeError, TypeError):  # such as of what NumPy computes
+        try:
             return _tried(_with_gradients(way), module, inputs, expected)
+        except torch.OutOfMemoryError:
+            raise
+        except (OutputError, RuntimeError, TypeError):  # such as of what NumPy computes
+            pass
     if inputs.form.integer:
         # A forward may ask for the dtype, and scale integers only.
         with calls_in(module) as inside_then:

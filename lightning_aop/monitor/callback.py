@@ -19,7 +19,6 @@ from lightning_aop._version import __version__
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.history.store import HistoryWriter
 from lightning_aop.model.adapter import Adapter, LogitsFunction, find_adapter, name_of
-from lightning_aop.model.batches import find_inputs
 from lightning_aop.model.collectives import collectives_noticed, is_sharded
 from lightning_aop.model.isolation import device_of, foreign_state, isolated, isolated_rng
 from lightning_aop.model.layers import find_feature_map
@@ -31,7 +30,7 @@ from lightning_aop.monitor.explanation import Explanation, Moment, MomentKind, m
 from lightning_aop.monitor.facts import Look, Scale, found_look, given_look, numbers_of
 from lightning_aop.monitor.failures import Failures, is_steady
 from lightning_aop.monitor.judge import CONTROLS, Judge
-from lightning_aop.monitor.labels import ReadBatch
+from lightning_aop.monitor.labels import ReadBatch, read_batch
 from lightning_aop.monitor.lightning import (
     Callback,
     LightningModule,
@@ -417,7 +416,8 @@ class ExplanationMonitor(Callback):
             run.failures.listen()
         if run.compared and run.module is pl_module and not trainer.sanity_checking:
             with isolated_rng(), suppress(Exception):  # of a batch of another form
-                run.compared.start(pl_module, find_inputs(batch).images)
+                inputs = read_batch(batch, None, self.read_batch).inputs
+                run.compared.start(pl_module, inputs.images)
 
     def on_validation_batch_end(
         self,

@@ -622,6 +622,24 @@ def test_a_step_that_gives_the_network_the_images_is_not_warned_of(
     assert not [*monitor._state.warn.told]
 
 
+def test_the_images_of_a_step_are_those_that_the_user_reads(tmp_path: Path) -> None:
+    class Pairs(TensorDataset):
+        classes = ("ant", "bee", "cat", "dog", "emu")
+
+    class OfTheSecond(Classifier):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return super().training_step(batch[1:], index)
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            super().validation_step(batch[1:], index)
+
+    views = torch.rand(2, 24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(Pairs(*views, torch.arange(24) % 5), batch_size=8)
+    monitor = Watch(WGradCAM(), metrics=False, probe=2, read_batch=lambda batch: batch[1:])
+    trainer(tmp_path, monitor).fit(OfTheSecond(), data, data)
+    assert not [*monitor._state.warn.told]
+
+
 def test_a_monitor_that_has_seen_a_run_can_be_copied(tmp_path: Path) -> None:
     monitor = ExplanationMonitor(WGradCAM(), metrics=False, probe=2)
     trainer(tmp_path, monitor).fit(Classifier(), *loaders())
