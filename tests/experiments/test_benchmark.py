@@ -459,7 +459,7 @@ def test_logits_that_are_nan_and_labels_that_are_no_class(
     settings["methods"] = {"edges": "edges"}
     own = tmp_path / "config.yaml"
     own.write_text(yaml.safe_dump(settings))
-    assert run(own, tmp_path / "out", "--rules.target=label") == 0
+    assert run(own, tmp_path / "out", "--rules.target=label") == 1, "no image has values"
     reasons = [row["reason"] for row in entries(tmp_path / "out")]
     nan = "the network's logits are NaN or infinite"
     assert nan in reasons
