@@ -162,8 +162,8 @@ class Pictures:
             raise InvalidValueError(f"{file}: {error} is no class of ILSVRC2012's 1,000") from error
 
 
-def fingerprint(folder: Path, pictures: Sequence[Picture]) -> str:
-    """Return a digest of a list of images: names, labels and sizes of the files."""
+def fingerprint(folder: Path, pictures: Sequence[tuple[str, int | None]]) -> str:
+    """Return a digest of a list of images: names, labels and sizes of the files, but not their times."""
     digest = hashlib.sha256()
     for name, label in pictures:
         path = folder / name

@@ -28,6 +28,7 @@ from lightning_aop.data.digests import described, slug, update_with_weights
 from lightning_aop.data.images import to_tensor
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.groups import NOTHING, Group, group_loader, in_groups, unfinished
+from lightning_aop.experiments.pictures import fingerprint
 from lightning_aop.experiments.store import Store
 from lightning_aop.metrics import energy_in_mask, pointing_hits
 from lightning_aop.model.adapter import predict
@@ -362,7 +363,8 @@ def _digest(
     digest = hashlib.sha256(settings.encode())
     update_with_weights(digest, model)
     digest.update(data.file.read_bytes())
-    digest.update(data.fingerprint().encode())
+    photos = [(name, None) for name in data.files]
+    digest.update(fingerprint(data.folder, photos).encode())
     return digest.hexdigest()[:12]
 
 

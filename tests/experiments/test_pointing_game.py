@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,20 @@ def test_other_rules_weights_or_data_are_another_run(
     for more in ([], ["--rules.score_threshold=0.2"], ["--data.crowds=false"], ["--data.size=48"]):
         play(root, checkpoint, tmp_path, "--method=gradcam", "--rules.limit=2", *more)
     assert len(list(tmp_path.glob("gradcam-*"))) == 4
+
+
+def test_a_copy_of_the_photos_goes_on_and_other_photos_do_not(
+    root: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    copied, out = tmp_path / "copied", tmp_path / "out"
+    shutil.copytree(root, copied, copy_function=shutil.copyfile)
+    for folder in (root, copied):
+        play(folder, checkpoint, out, "--method=gradcam", "--rules.limit=2")
+    assert len(list(out.glob("gradcam-*"))) == 1
+    for photo in (copied / "val2017").iterdir():
+        photo.write_bytes(photo.read_bytes() + b"\0")
+    play(copied, checkpoint, out, "--method=gradcam", "--rules.limit=2")
+    assert len(list(out.glob("gradcam-*"))) == 2
 
 
 def test_nothing_tested_is_said(root: Path, checkpoint: Path, tmp_path: Path) -> None:
