@@ -1,5 +1,6 @@
 """`lightning-aop report`: write what is made of a run's stored maps again, or of two runs."""
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -98,11 +99,11 @@ def _each(folders: Sequence[Path], work: Callable[[Path], list[str]]) -> int:
             lost = History.load(folder).lost
             failures += bool(lost)
             for problem in lost:
-                print(f"{folder}: {problem}")
+                print(f"{folder}: {problem}", file=sys.stderr)
             print(*work(folder), sep="\n")
         except (ValueError, OSError) as error:
             failures += 1
-            print(f"{folder}: {error}")
+            print(f"{folder}: {error}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -149,6 +150,6 @@ def _compared(folders: Sequence[Path], path: Path) -> int:
     try:
         print(write_comparison(folders, path))
     except (ValueError, OSError) as error:
-        print(error)
+        print(error, file=sys.stderr)
         return 1
     return 0

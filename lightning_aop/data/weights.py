@@ -150,6 +150,11 @@ def _unpickled(file: Path) -> Any:
             raise InvalidValueError(
                 f"weights {file}: it holds a TorchScript program, which is not run; {_REMEDY}"
             ) from error
+        if "data.pkl" in str(error):
+            raise InvalidValueError(
+                f"weights {file}: it is an archive of PyTorch's without a state_dict, such as "
+                f"torch.export.save writes; {_REMEDY}"
+            ) from error
         if "not in a subdirectory" in str(error):
             raise InvalidValueError(
                 f"weights {file}: it is a ZIP archive, or NumPy's .npz, not weights of PyTorch; unpack "

@@ -116,7 +116,7 @@ def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> No
         (["--weights=."], r"weights \.: it is a folder; name the file in it"),
         (
             ["--model=alexnet"],
-            r"are no weights of alexnet.*they fit squeezenet1_1: name .* \(--model\)",
+            r"are no weights of alexnet.*they fit squeezenet1_1: name .* \(--model; of fit",
         ),
         (["--model=resnet999"], "is no classifier of torchvision"),
         (["--model=squezenet1_1"], "torchvision.*did you mean squeezenet1_1 or"),

@@ -229,6 +229,13 @@ BAD: dict[str, tuple[Callable[[Path, Any], object], str]] = {
         lambda p, s: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), p),
         "a TorchScript program, which is not run",
     ),
+    "an exported program": (
+        lambda p, s: torch.export.save(
+            torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), p.with_suffix(".pt2")
+        )
+        or p.with_suffix(".pt2").rename(p),
+        "without a state_dict, such as torch.export.save writes; save the network alone",
+    ),
     "an optimizer": (
         lambda p, s: torch.save(torch.optim.SGD([torch.ones(1)], momentum=1).state_dict(), p),
         "the state of an optimizer and no network",

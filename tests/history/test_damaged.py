@@ -151,8 +151,8 @@ def test_the_command_shows_what_is_left_and_says_what_is_not(
     half = kind in ("the last line is cut", "history.jsonl is empty", "history.jsonl is gone")
     # A run that goes on, or has hardly begun, looks like that.
     assert main(["report", str(tmp_path)]) == (0 if half else 1)
-    out = capsys.readouterr().out
-    assert ("can't be read" in out) != half
+    said = capsys.readouterr().err
+    assert ("can't be read" in said) != half
     page = (tmp_path / "report.html").read_text()
     assert page.count('class="record"') == len(whole)
     assert (tmp_path / "evolution.gif").exists() == bool(whole)
@@ -166,7 +166,7 @@ def test_without_images_there_is_no_page_but_the_records_go_on(
     written(source)
     gone(source)
     assert main(["report", str(source)]) == 1
-    assert "images.npy" in capsys.readouterr().out
+    assert "images.npy" in capsys.readouterr().err
     run = RunFolder(pytest.fail)
     run.take_up({"folder": str(source), "records": 3})
     run.open(source, 2, begin)  # has the images, and stores them again

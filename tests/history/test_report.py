@@ -177,7 +177,7 @@ def test_the_command_makes_page_and_animation(
     assert made[2].parent == tmp_path / "version_1" / "explanations"
     (made[0].parent / "maps.npy").write_bytes(b"broken")
     assert main(["report", str(tmp_path)]) == 1
-    assert "version_0" in capsys.readouterr().out
+    assert "version_0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
