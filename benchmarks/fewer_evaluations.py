@@ -197,16 +197,16 @@ def _named(axis: Axes, names: list[tuple[float, float, str, str]]) -> None:
     }
     for side, (low, high) in sides.items():
         clusters: dict[int, list[tuple[float, float, str, str]]] = {}
-        for name in names:
-            if low <= name[0] < high:
-                place = 0 if side in ("near", "right") else round(4 * np.log10(name[0]))
-                clusters.setdefault(place, []).append(name)
+        for label in names:
+            if low <= label[0] < high:
+                place = 0 if side in ("near", "right") else round(4 * np.log10(label[0]))
+                clusters.setdefault(place, []).append(label)
         for near in clusters.values():
-            near.sort(key=lambda name: name[1])
-            heights = [name[1] for name in near]
+            near.sort(key=lambda label: label[1])
+            heights = [label[1] for label in near]
             for i in range(1, len(near)):
                 heights[i] = max(heights[i], heights[i - 1] + gap)
-            down = np.mean(heights) - np.mean([name[1] for name in near])
+            down = np.mean(heights) - np.mean([label[1] for label in near])
             for (x, y, name, colour), height in zip(near, heights, strict=True):
                 axis.annotate(
                     name,

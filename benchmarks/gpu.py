@@ -69,7 +69,7 @@ class Floor:
 
     def of(self, kind: str, forwards: int, backwards: int) -> float | None:
         """Return the seconds that so many evaluations take; a backward needs a forward's record."""
-        times = getattr(self, kind)
+        times: dict[int, tuple[float, float]] = getattr(self, kind)
         if not times:
             return None
         forward, both = (min(each[i] for each in times.values()) for i in (0, 1))
@@ -223,10 +223,10 @@ def monitor_share(options: argparse.Namespace) -> dict[str, float]:
             enable_model_summary=False,
             enable_checkpointing=False,
         )
-        loaders = (
+        train, val = (
             DataLoader(each, batch_size=size) for each in (data, pictures(64, options.side, 1))
         )
-        trainer.fit(Module(options.network), *loaders)
+        trainer.fit(Module(options.network), train, val)
     each = float(trainer.callback_metrics["explain/seconds"])
     # Of the steps of an epoch, the first waits for the validation before it.
     steps = [b - a for n, (a, b) in enumerate(pairwise(stamps)) if n % 4 != 3]

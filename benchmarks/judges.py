@@ -139,7 +139,8 @@ def correlations(
     ranks -= ranks.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(ranks, axis=1, keepdims=True)
     ranks /= np.where(norms > 0, norms, np.nan)  # where a judge finds all methods alike
-    return np.einsum("nmi,nmj->nij", ranks, ranks)
+    found: np.ndarray = np.einsum("nmi,nmj->nij", ranks, ranks)
+    return found
 
 
 def report(name: str, values: Values) -> str:

@@ -8,6 +8,7 @@ line searches near their end, where a step hardly changes the loss.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def rise(
     height, width = images.shape[2:]
     tall, wide = -(-height // cells), -(-width // cells)
     generator = torch.Generator(images.device).manual_seed(seed)
-    draw = {"generator": generator, "device": images.device}
+    draw: dict[str, Any] = {"generator": generator, "device": images.device}
     grids = torch.rand(masks, cells, cells, **draw) < probability
     tops = torch.randint(tall, (masks,), **draw)
     lefts = torch.randint(wide, (masks,), **draw)
@@ -91,7 +92,7 @@ def _igos(
 ) -> Tensor:
     height, width = image.shape[2:]
     generator = torch.Generator(image.device).manual_seed(seed)
-    blurred = gaussian_blur(image, [51, 51], [50.0, 50.0])
+    blurred: Tensor = gaussian_blur(image, [51, 51], [50.0, 50.0])
     spread = noise * (image.amax((2, 3), True) - image.amin((2, 3), True))
 
     def enlarged(mask: Tensor) -> Tensor:

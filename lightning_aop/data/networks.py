@@ -269,7 +269,8 @@ def fill(network: nn.Module, name: str, weights: Weights, optional: tuple[str, .
         f"weights {weights.file} are no weights of {name}: of its {len(own)} tensors {len(missing)} are "
         f"missing and {len(wrong)} have another shape, and {len(unknown)} are unknown "
         f"({'; '.join(reasons)}); {'they fit ' if fitting else ''}{' and '.join(fitting)}"
-        f"{': ' if fitting else ''}name the network that they belong to (--model; of fit, --model.backbone)"
+        f"{': ' if fitting else ''}name the network that they belong to "
+        "(--model; of fit, --model.backbone)"
     )
 
 
