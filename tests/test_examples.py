@@ -211,7 +211,21 @@ RUNS: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+# Those that a reader begins with; the others take half a minute each.
+QUICK = {
+    "quickstart",
+    "own_module",
+    "custom_method",
+    "vision_transformer",
+    "wandb_logging",
+    "checkpoint_on_faithfulness",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
+)
 def test_script(name: str, tmp_path: Path) -> None:
     RUNS[name](tmp_path)
 

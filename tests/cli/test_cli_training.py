@@ -189,6 +189,7 @@ def test_a_bad_picture_that_a_worker_meets_is_named(
     assert main(["validate", *words, "--data.on_error=skip"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using")
 def test_two_processes_give_the_metrics_of_one(root: Path, weights: Path, tmp_path: Path) -> None:
     """11 pictures to validate: one process gets a blank one, which must not count."""

@@ -657,6 +657,7 @@ class Masks(torch.utils.data.Dataset[Any]):
         return *self.data[index], self.data.input_masks(index)
 
 
+@pytest.mark.slow
 def test_spawned_workers_read_pictures_and_masks(root: Path) -> None:
     data = CocoMultilabel.from_root(root, "val2017", Preprocess(32))
     workers = multiprocessing.get_context("spawn")

@@ -507,6 +507,7 @@ cached_features(Slow().eval(), data, Path(sys.argv[2]), batch_size=2)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_its_features(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(root), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -589,6 +590,7 @@ def _judge(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_process_without_a_picture_that_counts(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -184,7 +184,7 @@ def test_what_was_unreadable_elsewhere_is_told(tmp_path: Path) -> None:
 
 # Python 3.12 warns of any fork beside threads.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_tell_what_they_skipped(start: str, tmp_path: Path) -> None:
     names = [f"{i}.png" for i in range(6)]
     data = dataset(tmp_path, names, transform=Preprocess(8), on_error="skip")

@@ -252,6 +252,7 @@ def test_all_formats_hold_the_same_figures() -> None:
     assert read[1]["difference"] == read[1]["evaluations"] == ""
 
 
+@pytest.mark.slow
 def test_ten_thousand_images_take_seconds_and_little_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -298,6 +298,7 @@ def process(root: Path, checkpoint: Path, output: Path, *more: str) -> list[str]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_two_processes_finish_gives_the_same_figures(
     root: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -916,6 +916,7 @@ def test_a_page_that_cannot_see_its_file_says_so(browser: Any, tmp_path: Path) -
 # ---- large runs, and notebooks ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_large_run_opens_quickly_and_says_what_it_left_out(browser: Any, tmp_path: Path) -> None:
     history = synthetic(records=100, explanations=64, size=224, map_size=112, pictures=64)
     random = np.random.default_rng(0)

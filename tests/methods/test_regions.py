@@ -148,6 +148,7 @@ def test_merging_is_the_published_package_to_the_last_bit(min_area: int, fast: b
         )
 
 
+@pytest.mark.slow
 def test_merging_a_real_networks_attribution_is_the_package_and_20_times_faster() -> None:
     picture = chelsea()
     torch.manual_seed(0)

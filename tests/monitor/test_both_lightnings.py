@@ -105,6 +105,7 @@ def test_a_run_is_resumed(used: str, alone: dict[str, Any]) -> None:
     goes_on(alone[used], alone[used]["fit"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("used", "order"),
     [

@@ -324,6 +324,7 @@ def test_a_resumed_run_knows_since_when_and_goes_on_in_the_file(tmp_path: Path) 
     assert len(images) == len(set(images))
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_what_one_finds(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "scripts" / "failures.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -55,6 +55,7 @@ def test_two_processes_find_what_one_finds(
             assert each["metrics"][key] == pytest.approx(alone["metrics"][key], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_each_process_has_maps_to_judge(tmp_path: Path) -> None:
     """Every second map, that of what the model says instead of the label, is not judged."""
     found = {
@@ -104,6 +105,7 @@ def test_training_on_two_processes_is_what_it_was(
             assert torch.equal(first[name], second[name])
 
 
+@pytest.mark.slow
 def test_fewer_pictures_than_processes(one: dict[str, list[Any]], tmp_path: Path) -> None:
     for each in run(tmp_path / "out", 2, 1)["validate"]:
         assert each["warnings"] == []
@@ -112,7 +114,8 @@ def test_fewer_pictures_than_processes(one: dict[str, list[Any]], tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("failing", "probe"), [(0, 4), pytest.param(1, 4, marks=pytest.mark.slow), (1, 1)]
+    ("failing", "probe"),
+    [*(pytest.param(rank, 4, marks=pytest.mark.slow) for rank in (0, 1)), (1, 1)],
 )
 def test_a_process_that_fails_stops_nobody(failing: int, probe: int, tmp_path: Path) -> None:
     results = run(tmp_path / "out", 2, probe, failing)
@@ -132,6 +135,7 @@ ALIKE = {  # rows of docs/reliability.md
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALIKE)
 def test_processes_that_need_each_other_in_a_forward_explain_alike(
     kind: str, tmp_path: Path, record_property: Any

@@ -166,7 +166,7 @@ def test_a_file_that_is_open_already_keeps_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a fork is tried on Linux only")
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_map_of_a_file_is_read_and_keeps_its_values(tmp_path: Path, context: str) -> None:
     numbers = np.arange(6000, dtype=np.float32)
     numbers.tofile(tmp_path / "numbers")
