@@ -24,6 +24,7 @@ from lightning_aop.data.images import ImageError, ValueRange, middle, read_image
 from lightning_aop.data.networks import load_classifier, published_input
 from lightning_aop.errors import UserError, did_you_mean, did_you_mean_file
 from lightning_aop.model.adapter import predict
+from lightning_aop.model.layers import named_layer
 from lightning_aop.model.passes import Evaluations, count_evaluations
 from lightning_aop.scores import Score, of_all_classes
 from lightning_aop.types import Images, Targets
@@ -264,6 +265,8 @@ def load(options: Namespace) -> Recipe:
             f"--classes {options.classes}: holds {len(names)} names, where {options.model} has "
             f"{len(classes)} classes"
         )
+    if options.target_layer is not None:
+        named_layer(model, options.target_layer)  # once, and not for each method of several
     size = options.size or wants.size
     return Recipe(
         model.eval().to(_device(options.device)),

@@ -38,6 +38,16 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_a_layer_that_is_not_there_is_said_once(
+    weights: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--methods", *SOME, "--target-layer=features.99")
+    assert compare(weights, tmp_path, photos, *words) == 1
+    said = capsys.readouterr().err
+    assert said.count("SqueezeNet has no layer 'features.99'") == 1
+    assert not (tmp_path / "results.csv").exists()
+
+
 def test_a_picture_and_a_table(
     weights: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
