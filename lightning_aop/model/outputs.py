@@ -167,8 +167,9 @@ def _labelled(meaning: Meaning, expected: Expected, head: str | None) -> Meaning
     """Say which labels of a batch an output has, where it has been chosen by what they are."""
     if head is None or expected.kind is None:
         return replace(meaning, head=head)
-    others = ", ".join(key for key in expected.heads if key != head)
-    described = f"{meaning.description}; of the batch, {head} has the labels, not {others}"
+    described = meaning.description
+    if others := ", ".join(key for key in expected.heads if key != head):
+        described += f"; of the batch, {head} has the labels, not {others}"
     return replace(meaning, head=head, description=described)
 
 

@@ -200,7 +200,7 @@ def explain(
                 read_batch,
                 known_names(sources).value,
                 found.numbers,
-            ),
+            ).used_by(unwrap(model)),
             class_count(sources),
             None,
             found.read_masks,

@@ -9,9 +9,11 @@ has two steps, and between them the model is asked (see `model/adapter.py`):
     probe = Probe.of(reading, adapter)
 """
 
+import ast
 import inspect
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -38,6 +40,10 @@ _NAMES = (
     *("gt_labels", "category_id", "category", "class_id", "class_idx", "class_index", "label_id"),
     *("label_idx", "fine_label", "labels_id", "ground_truth", "gt", "annotation", "score", "value"),
     *("coarse_label", "attributes", "attr", "age", "output", "outputs", "json"),
+)
+# What a sample has beside its label.
+_NO_LABELS = re.compile(
+    r"(.*_)?(u?id|ids|idx|index|indices|number|height|width|size|length|weights?|time|timestamp|date)"
 )
 _MASKS = ("mask", "masks", "segmentation", "gt_mask", "gt_masks", "semantic_mask", "seg")
 _OF_OBJECTS = ("labels", "class_labels", "category_id", "category_ids", "gt_classes", "label")
@@ -193,6 +199,7 @@ class Reading:
         place: the keys, attributes and indices that lead to the labels.
         places: likewise for each of the heads.
         pixels: whether there are no labels, but values for each pixel beside the images.
+        columns: all of its dictionaries that may be labels by their keys, and where they are.
     """
 
     inputs: Inputs
@@ -204,6 +211,42 @@ class Reading:
     place: Path | None = None
     places: Mapping[str, Path] = field(default_factory=dict)
     pixels: bool = False
+    columns: Mapping[str, tuple[Path, Labels]] = field(default_factory=dict, repr=False)
+
+    def used_by(self, module: nn.Module) -> "Reading":
+        """Return it with the labels that a module's losses take from a dictionary, where that is seen.
+
+        Where it isn't, and no key has a name that labels have, the only column there is.
+        """
+        used = _keys_of_losses(type(module)) & {*self.columns}
+        if self.place is not None and str(self.place[-1]).lower() in used:
+            return self
+        if not used and self.labels is None and not self.pixels:
+            likely = [
+                key
+                for key, (_, labels) in self.columns.items()
+                if not (_NO_LABELS.fullmatch(key) or _counts_up(labels))
+            ]
+            if len(likely) > 1:
+                image, label = self.inputs.path[-1:], self.columns[likely[0]][0][-1]
+                return replace(
+                    self,
+                    note=f"which of {', '.join(likely)} has the labels isn't known: say it by read_batch, "
+                    f"as in read_batch=lambda batch: (batch[{image[0]!r}], batch[{label!r}])",
+                )
+            used = {*likely}
+        if not used:
+            return self
+        chosen = {key: each for key, each in self.columns.items() if key in used}
+        place, labels = next(iter(chosen.values()))
+        return replace(
+            self,
+            labels=labels,
+            note="",
+            heads={key: each for key, (_, each) in chosen.items()},
+            place=place,
+            places={key: path for key, (path, _) in chosen.items()},
+        )
 
     def expected(self, module: nn.Module, classes: int | None = None) -> Expected:
         """Return what the labels, and the names of the classes, say of the module's outputs."""
@@ -348,9 +391,12 @@ def read_batch(
         labels, masks = as_labels(masks.byte(), inputs), None
     note = "" if labels is not None else _unread(batch, inputs)
     masks = None if masks is None else masks[:limit]
+    columns = {
+        key: (path, Labels(each.kind, each.values[:limit]))
+        for key, (path, each) in _heads(batch, inputs, names).items()
+    }
     heads = {written(path): (path, each) for path, each in found} if len(found) > 1 else {}
-    if labels is None:
-        heads = _heads(batch, inputs, names)
+    heads = columns if labels is None else heads
     return Reading(
         inputs.first(limit),
         _first(labels, limit),
@@ -361,6 +407,7 @@ def read_batch(
         place,
         {name: path for name, (path, _) in heads.items()},
         labels is None and _has_pixels(batch, inputs),
+        columns,
     )
 
 
@@ -659,15 +706,31 @@ def trained(module: nn.Module) -> tuple[bool, bool, bool]:
     held = [*module.modules(), *vars(module).values()]
     kinds = {cls.__name__ for each in held for cls in type(each).__mro__[:2]}
     kinds |= {getattr(each, "__name__", "") for each in vars(module).values()}  # functions
-    source = _source_of_steps(type(module))
+    losses = _source_of_losses(held)
+    source = "".join(_source_of_steps(type(module)).values()) + losses
     separately = bool(kinds & {*_SEPARATE_CALLS}) or any(w in source for w in _SEPARATE_CALLS)
+    separately = separately or "sigmoid" in losses
     values = bool(kinds & {*_OF_VALUES_CALLS}) or any(word in source for word in _OF_VALUES_CALLS)
     others = any("crossentropy" in kind.lower() for kind in kinds) or "cross_entropy" in source
     embeddings = any(re.search(_OF_EMBEDDINGS, kind.lower()) for kind in kinds) and not others
     return separately, values and not separately and not others, embeddings
 
 
-def _source_of_steps(kind: type) -> str:
+def _source_of_losses(held: Sequence[Any]) -> str:
+    """Return the source of the losses that are modules of the user's own, or of another library."""
+    kinds = {type(each) for each in held if isinstance(each, nn.Module)}
+    own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in _LIBRARIES]
+    return "".join(_source(kind, "forward") for kind in own if "loss" in kind.__name__.lower())
+
+
+def _source(kind: type, name: str) -> str:
+    try:
+        return inspect.getsource(getattr(kind, name))
+    except (AttributeError, OSError, TypeError):
+        return ""
+
+
+def _source_of_steps(kind: type) -> dict[str, str]:
     """Return the source of a module's steps, and of those of its own methods that they use."""
     own = {
         name
@@ -680,12 +743,58 @@ def _source_of_steps(kind: type) -> str:
         name = waiting.pop()
         if name in found or name not in own:
             continue
-        try:
-            found[name] = inspect.getsource(getattr(kind, name))
-        except (AttributeError, OSError, TypeError):
-            found[name] = ""
+        found[name] = _source(kind, name)
         waiting += re.findall(r"\.(\w+)", found[name])
-    return "".join(found.values())
+    return found
+
+
+_LOSS = re.compile(
+    r"loss|crit|entropy|xent|\bce\b|bce|nll|mse|kl_div|focal|dice|hinge", re.IGNORECASE
+)
+
+
+def _keys_of_losses(kind: type) -> set[str]:
+    """Return the keys, in small letters, by which a module's steps take what a loss is given."""
+    found: set[str] = set()
+    for source in _source_of_steps(kind).values():
+        try:
+            tree = ast.parse(textwrap.dedent(source))
+        except SyntaxError:
+            continue
+        own = next((node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)), "self")
+        held: dict[str, set[str]] = {}
+        for node in sorted(
+            (n for n in ast.walk(tree) if isinstance(n, (ast.Assign, ast.Call))),
+            key=lambda n: (n.lineno, isinstance(n, ast.Call)),
+        ):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    held |= _assigned(target, node.value, held, own)
+            elif _LOSS.search(ast.unparse(node.func)):
+                given = [*node.args, *(word.value for word in node.keywords)]
+                found |= set().union(*(_keys(each, held, own) for each in given))
+    return {key.lower() for key in found}
+
+
+def _assigned(
+    target: ast.expr, value: ast.expr, held: Mapping[str, set[str]], own: str
+) -> dict[str, set[str]]:
+    """Return which keys of a batch the names have that a value is assigned to."""
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        pairs = zip(target.elts, value.elts, strict=False)
+        return {n: keys for pair in pairs for n, keys in _assigned(*pair, held, own).items()}
+    return {target.id: _keys(value, held, own)} if isinstance(target, ast.Name) else {}
+
+
+def _keys(node: ast.AST, held: Mapping[str, set[str]], own: str) -> set[str]:
+    """Return the keys in an expression, but for those of what the module's `own` methods are given."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func).partition(".")[0] == own:
+        return set()
+    if isinstance(node, ast.Constant):
+        return {node.value} if isinstance(node.value, str) else set()
+    if isinstance(node, ast.Name):
+        return held.get(node.id, set())
+    return set().union(*(_keys(each, held, own) for each in ast.iter_child_nodes(node)))
 
 
 def fit_labels(

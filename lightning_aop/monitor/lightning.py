@@ -185,7 +185,7 @@ def draw(
     given = [] if names is None else [{"class_names": list(names)}]
     sources = [*given, *fact_sources(source, trainer)]
     known = class_names(sources).value
-    reading = read_batch(batch, found.limit, read, known, found.numbers)
+    reading = read_batch(batch, found.limit, read, known, found.numbers).used_by(module)
     masks, origin = found.read_masks, found.origin
     return Drawn(reading, class_count(sources), found.limit, masks, given, known, origin)
 

@@ -362,12 +362,28 @@ class CommonFocal(Common):
         return torchvision.ops.sigmoid_focal_loss(outputs, labels)
 
 
+class AsymmetricLoss(nn.Module):
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        found = torch.sigmoid(outputs)
+        return -(labels * found.log() + (1 - labels) * (1 - found).log()).mean()
+
+
+class HoldsALoss(Common):
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.criterion = AsymmetricLoss()
+
+    def compute_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.criterion(outputs, labels)
+
+
 def test_a_loss_counts_in_any_method_that_the_steps_use() -> None:
     for module, labels, score in (
         (Common(3), POINTS, value),
         (Common(1), (CLASSES > 0).float(), value),
         (CommonBce(3), ONE_HOT.float(), sigmoid),
         (CommonFocal(3), ONE_HOT.float(), sigmoid),
+        (HoldsALoss(), ONE_HOT.float(), sigmoid),
         (SmallNet(3), ONE_HOT.float(), softmax),
     ):
         assert probe_of(labels, module)[1].score is score
@@ -541,3 +557,75 @@ def test_a_label_of_255_among_lower_ones_is_one_to_ignore() -> None:
     assert "1 of 4 images" in probe.note
     with pytest.raises(ValueError, match="labels go up to class 255"):
         probe_of(torch.tensor([2, 255, 200, 0]), SmallNet(3))
+
+
+class ByKey(nn.Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch["image"], batch["age"]), batch["breed"])
+
+
+class ByVariable(nn.Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, breed = batch["image"], batch["breed"].long()
+        return self.shared(images, breed, batch.get("age"))
+
+    def shared(self, images: Tensor, breed: Tensor, age: Tensor) -> Tensor:
+        return self.criterion(self(images), breed)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        y = batch["breed"]
+        self.loss_fn(input=self.net(batch["image"], batch["age"]), target=y)
+
+
+class Weighted(nn.Module):
+    def training_step(me, batch: Any, batch_idx: int) -> Tensor:  # noqa: N805
+        losses = nn.functional.cross_entropy(
+            me.run(batch["image"], batch["age"]), batch["breed"], reduction="none"
+        )
+        return (losses * batch["score"]).mean()
+
+
+class OfTwo(nn.Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        a, b = self(batch["image"])
+        return self.ce(a, batch["breed"]) + self.ce(b, batch["label"])
+
+
+def dictionary(**columns: Any) -> dict[str, Any]:
+    return {"image": IMAGES, "age": CLASSES.flip(0), **columns, "breed": CLASSES}
+
+
+@pytest.mark.parametrize("module", [ByKey(), ByVariable(), Weighted()])
+@pytest.mark.parametrize("other", ["score", "category", "label", "attributes", "sex"])
+def test_the_labels_are_what_the_losses_of_the_steps_are_given(
+    module: nn.Module, other: str
+) -> None:
+    batch = dictionary(**{other: HOT if other == "attributes" else torch.rand(4)})
+    reading = read_batch(batch).used_by(module)
+    assert reading.labels is not None
+    assert torch.equal(reading.labels.values, CLASSES)
+    assert reading.place == ("breed",)
+    assert [*reading.heads] == ["breed"]
+
+
+def test_of_several_that_losses_are_given_a_known_name_counts() -> None:
+    labels = CLASSES.roll(1)
+    reading = read_batch(dictionary(label=labels)).used_by(OfTwo())
+    assert reading.labels is not None
+    assert torch.equal(reading.labels.values, labels)
+
+
+def test_a_single_column_has_the_labels_whatever_its_name() -> None:
+    batch = {"image": IMAGES, "image_id": torch.tensor([7, 3, 9, 1]), "diagnosis": CLASSES}
+    reading = read_batch(batch).used_by(nn.Linear(2, 2))
+    assert reading.labels is not None
+    assert torch.equal(reading.labels.values, CLASSES)
+
+
+def test_several_columns_are_named_with_what_chooses_one() -> None:
+    reading = read_batch({"scan": IMAGES, "subject": CLASSES, "emotion": CLASSES})
+    reading = reading.used_by(nn.Linear(2, 2))
+    assert reading.labels is None
+    assert reading.note.startswith("which of subject, emotion has the labels isn't known")
+    read = eval(reading.note.partition("read_batch=")[2])
+    assert read({"scan": 1, "subject": 2}) == (1, 2)
