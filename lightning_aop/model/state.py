@@ -187,11 +187,15 @@ class Saved:
 
     def leave_inference_mode(self) -> None:
         """Let copies stand in for tensors that were made in inference mode, which have no gradients."""
-        # Not parameters, which a lazy layer's would refuse to be asked.
+        # Of those kinds alone: a lazy layer's parameters would refuse to be asked.
         copies = {
-            id(tensor): tensor.clone()
+            id(tensor): (
+                tensor.clone()
+                if type(tensor) is Tensor
+                else nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+            )
             for tensor, *_ in self._tensors
-            if type(tensor) is Tensor and tensor.is_inference()
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.is_inference()
         }
         if not copies:
             return

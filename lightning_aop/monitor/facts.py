@@ -55,9 +55,16 @@ def class_names(sources: Sequence[Any], count: int | None = None) -> Fact[list[s
     """
     note = ""
     for source in _wrapped(sources):
-        alike = [name for name in getattr(source, "__dict__", {}) if _ALIKE.fullmatch(name)]
+        alike = [
+            name
+            for name in {**getattr(source, "__dict__", {}), **vars(type(source))}
+            if _ALIKE.fullmatch(name)
+        ]
         for attribute in (*_CLASSES, *_INDICES, *alike):
-            names = _names(_attribute(source, attribute))
+            found = _attribute(source, attribute)
+            # Of Hugging Face's columns; elsewhere the word has other meanings.
+            other = attribute == "features" and not isinstance(found, Mapping)
+            names = None if other else _names(found)
             if names and (count is None or len(names) == count):
                 return Fact(names)
             if names and attribute not in alike:
@@ -140,9 +147,12 @@ def found_look(
         look = replace(look, names=names.value)
         notes.append(names.note)
     if look.mean is None and look.std is None and images is not None:
-        if not (images < 0).any():  # what a model normalises by, it has yet to do
+        below = bool((images < 0).any())
+        if not below:  # what a model normalises by, it has yet to do
             sources = [source for source in sources if not isinstance(source, nn.Module)]
-        scale = normalisation(sources, images.shape[1])
+        scale = normalisation(sources, images.shape[1], own=below)
+        if scale.value is not None:
+            scale = _undoing(*scale.value, images)
         mean, std = scale.value or (None, None)
         look = replace(look, mean=mean, std=std)
         notes.append(scale.note)
@@ -163,18 +173,19 @@ def class_count(sources: Sequence[Any]) -> int | None:
 
 
 def normalisation(
-    sources: Sequence[Any], channels: int
+    sources: Sequence[Any], channels: int, own: bool = True
 ) -> Fact[tuple[Sequence[float], Sequence[float]]]:
     """Return the mean and std, one number a channel, that the images were normalised with.
 
     Args:
         sources: datasets and datamodules, the likeliest first; wrappers are looked into.
         channels: how many the images have.
+        own: whether a source's own mean and std count, which may be of labels, beside its transforms'.
     """
     note = ""
     for source in _wrapped(sources):
         steps = [s for name in _TRANSFORMS for s in _steps(_attribute(source, name))]
-        for step in (*reversed(steps), source):
+        for step in (*reversed(steps), *([source] if own else [])):
             for first, second in (("mean", "std"), ("image_mean", "image_std")):
                 mean, std = (_numbers(_attribute(step, name)) for name in (first, second))
                 if not mean or not std:
@@ -187,6 +198,24 @@ def normalisation(
                     f"{channels} channels: they are shown stretched; set mean=[…] and std=[…]"
                 )
     return Fact(None, note)
+
+
+def _undoing(
+    mean: Sequence[float], std: Sequence[float], images: Images
+) -> Fact[tuple[Sequence[float], Sequence[float]]]:
+    """Return a mean and std in units of images from 0 to 1, where undoing them gives such."""
+    rows = images.float().cpu().transpose(0, 1).flatten(1)
+    undone = rows * torch.tensor(std)[:, None] + torch.tensor(mean)[:, None]
+    low, high = undone.min().item(), undone.max().item()
+    # Filters overshoot a little.
+    for unit in (1, 255):
+        if -0.1 * unit <= low and high <= 1.1 * unit:
+            return Fact(([v / unit for v in mean], [v / unit for v in std]))
+    return Fact(
+        None,
+        f"undoing the mean {list(mean)} and std {list(std)} that were found gives images from "
+        f"{low:.3g} to {high:.3g}, not from 0 to 1: they are shown stretched; set mean=[…] and std=[…]",
+    )
 
 
 def _wrapped(sources: Sequence[Any]) -> Iterator[Any]:

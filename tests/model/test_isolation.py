@@ -482,3 +482,22 @@ def test_state_on_a_gpu_is_put_back() -> None:
         torch.rand(2, device="cuda")
     assert_same([before, rest, rng], [model.held(), snapshot(model), torch.cuda.get_rng_state()])
     assert not model.on_the_device.any()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_made_in_inference_mode_is_explained_and_left_as_it_was(inside: bool) -> None:
+    images, targets = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    usual = SmallNet().eval()
+    with torch.inference_mode():
+        model = SmallNet().eval()
+        model.load_state_dict(usual.state_dict())
+    assert all(parameter.is_inference() for parameter in model.parameters())
+    before = [(id(p), p.requires_grad, p.clone()) for p in model.parameters()]
+    for method in (GradCAM(), fast_sigcam(iterations=2)):
+        with torch.inference_mode(inside):
+            found = method.explain(model, images, targets)
+        assert torch.equal(found, method.explain(usual, images, targets))
+    after = [(id(p), p.requires_grad, p) for p in model.parameters()]
+    for (was, wanted, old), (now, wants, new) in zip(before, after, strict=True):
+        assert (was, wanted) == (now, wants)
+        assert torch.equal(old, new)

@@ -147,3 +147,31 @@ def test_normalisation_that_does_not_fit_is_left_out_and_said() -> None:
     assert found.note.startswith("Normalize has mean [0.5, 0.5, 0.5]")
     for nothing in (Has(), Has(transform=lambda x: x), SimpleNamespace(mean=torch.mean, std="a")):
         assert normalisation([nothing], 3) == normalisation([], 3)
+
+
+def test_a_mean_and_std_that_are_not_of_the_images_are_not_undone() -> None:
+    adapter = Adapter(lambda module, images: images.mean(dim=(2, 3)), "", softmax, 3)
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    normalised = (images - 0.5) / 0.25
+    of_bytes = Has(mean=[127.5] * 3, std=[63.75] * 3)
+    look, notes = found_look(Look(), [of_bytes], adapter, (images * 255 - 127.5) / 63.75)
+    assert notes == []
+    assert look.mean == pytest.approx(HALF[0])
+    assert look.std == pytest.approx(HALF[1])
+    # The model's to do, or of the labels: the images have no value below 0.
+    for source in (Has(mean=[0.5] * 3, std=[0.25] * 3), Has(mean=41.0, std=12.0)):
+        look, notes = found_look(Look(), [source], adapter, images)
+        assert (look.mean, look.std, notes) == (None, None, [])
+    look, (note,) = found_look(Look(), [Has(mean=410.0, std=120.0)], adapter, normalised)
+    assert look.mean is None
+    assert note.startswith("undoing the mean [410.0, 410.0, 410.0] and std [120.0, 120.0, 120.0]")
+
+
+def test_widths_and_columns_are_no_names_of_classes() -> None:
+    for features in ((8, 16, 24), ["age", "sex", "bmi"]):
+        assert class_names([Has(features=features)], 3).value is None
+
+    class Labelled:
+        label_to_name = {0: "cat", 1: "dog", 2: "ape"}
+
+    assert class_names([Labelled()], 3).value == ["cat", "dog", "ape"]
