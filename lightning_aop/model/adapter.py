@@ -377,19 +377,29 @@ def find_adapter(
         raise AdapterError(f"{failures[0]}: logits=fn must return logits [B, K] of {name}")
     # What gave an output is closer to the mark than what raised an error.
     told = sorted(failures, key=lambda text: " raised " in text)[0]
+    or_labels = "; or read_batch=fn with fn(batch) -> (images, labels), where the labels are others"
     raise AdapterError(
         f"no logits of {name} found: {told}. Set logits=fn, a function "
-        "fn(module, images) that returns logits [B, K], such as "
-        f"lambda module, images: {_example(module)}"
+        f"fn(module, images) that returns logits [B, K]{_example(module, inputs, expected)}"
+        f"{or_labels if 'labels go up' in told else ''}"
     )
 
 
-def _example(module: nn.Module) -> str:
-    """Return a call of what the module is made of."""
+def _example(module: nn.Module, inputs: Inputs, expected: Expected) -> str:
+    """Return a function of what the module is made of that gives logits, empty where none is found."""
     names = [name for name, child in module.named_children() if list(child.parameters())]
-    if len(names) > 1:
-        return f"module.{names[-1]}(module.{names[0]}(images))"
-    return f"module.{names[0]}(images)" if names else "module(images)"
+    first, last = names[:1], names[-1:]
+    calls = [f"module.{b}(module.{a}(images))" for a, b in zip(first, last, strict=True) if a != b]
+    calls += [f"module.{name}(images)" for name in names]
+    with undisturbed(module):
+        for call in calls:
+            # The names are those of attributes, and of numbers there is no such expression.
+            with suppress(Exception):
+                function = eval(f"lambda module, images: {call}", {})
+                _tried(_given(function), module, inputs, expected)
+                if function(module, inputs.images).ndim == 2:
+                    return f", such as lambda module, images: {call}"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -228,12 +228,12 @@ class Reading:
                 if not (_NO_LABELS.fullmatch(key) or _counts_up(labels))
             ]
             if len(likely) > 1:
-                image, label = self.inputs.path[-1:], self.columns[likely[0]][0][-1]
-                return replace(
-                    self,
-                    note=f"which of {', '.join(likely)} has the labels isn't known: say it by read_batch, "
-                    f"as in read_batch=lambda batch: (batch[{image[0]!r}], batch[{label!r}])",
+                image, label = self.inputs.path[-1], self.columns[likely[0]][0][-1]
+                note = (
+                    f"which of {', '.join(likely)} has the labels isn't known: say it by read_batch, as "
+                    f"in read_batch=lambda batch: (batch[{image!r}], batch[{label!r}])"
                 )
+                return replace(self, note=note)
             used = {*likely}
         if not used:
             return self

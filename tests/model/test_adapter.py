@@ -935,13 +935,38 @@ class Embeds(Takes):
         return features
 
 
+class Scattered(nn.Module):
+    """Has its classifier in two parts, which its forward does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.text = nn.Embedding(7, 6)
+        self.top = nn.Linear(6, 5)
+
+    def forward(self, images: Tensor, words: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def test_the_example_in_a_refusal_is_one_that_works() -> None:
+    module = Scattered()
+    with pytest.raises(AdapterError) as refused:
+        find_adapter(module, IMAGES, Expected("class", highest=4))
+    code = str(refused.value).partition("such as ")[2]
+    assert code == "lambda module, images: module.top(module.body(images))"
+    assert find_adapter(module, IMAGES, Expected("class", highest=4), eval(code)).classes == 5
+    with pytest.raises(AdapterError) as refused:  # where none does there is no example
+        find_adapter(SmallNet(channels=1), IMAGES)
+    assert "such as" not in str(refused.value)
+
+
 def test_what_leads_to_no_logits_is_refused_in_words() -> None:
     module = Form(lambda z: {"loss": z.sum()})
     with pytest.raises(AdapterError, match=r"gives a dict \(loss: \[\]\).* Set logits=fn, a func"):
         find_adapter(module, IMAGES)
     with pytest.raises(
         AdapterError,
-        match=r"5 outputs .*labels go up to class 9\. Set logits=fn.*module\.head\(module\.features\(",
+        match=r"5 outputs .*labels go up to class 9\. Set logits=fn.* \[B, K\]; or read_batch=fn",
     ):
         find_adapter(SmallNet(), IMAGES, Expected("class", highest=9))
     with pytest.raises(AdapterError, match=r"class 5 \(if they count from 1, set read_batch=fn"):

@@ -3,7 +3,7 @@
 from collections import deque
 from enum import Enum
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -172,6 +172,6 @@ def test_widths_and_columns_are_no_names_of_classes() -> None:
         assert class_names([Has(features=features)], 3).value is None
 
     class Labelled:
-        label_to_name = {0: "cat", 1: "dog", 2: "ape"}
+        label_to_name: ClassVar = {0: "cat", 1: "dog", 2: "ape"}
 
     assert class_names([Labelled()], 3).value == ["cat", "dog", "ape"]
