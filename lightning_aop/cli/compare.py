@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_aop.cli.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import UserError, did_you_mean
 from lightning_aop.methods.names import FIGURE_5, METHODS, make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves
+from lightning_aop.model.layers import find_target_layer
 from lightning_aop.model.passes import count_evaluations
 from lightning_aop.tables import formatted
 from lightning_aop.types import Images, SaliencyMethod, Targets
@@ -70,6 +72,9 @@ def main(options: Namespace) -> int:
         judged = {k: v for k, v in entry.items() if k != "map"}
         rows[i, name] = Row(photos[i].name, str(labels[i]), name, **judged)
 
+    if options.target_layer is None:
+        with suppress(ValueError, RuntimeError):  # told by the methods that need one
+            find_target_layer(recipe.model, images[:1])  # in the evaluations of none
     failed: list[str] = []
     with progress(recipe.model, len(names) * len(photos)) as bar:
         for name in names:

@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from glob import glob
 from io import BytesIO
@@ -254,12 +254,13 @@ def load(options: Namespace) -> Recipe:
         raise UserError(
             f"--range {' '.join(f'{v:g}' for v in options.range)}: must be two numbers, the lower first"
         )
-    if is_hub(options.model):
-        model, classes, multilabel, wants = load_hub(options.model, options.weights)
-    else:
-        weights = "DEFAULT" if options.weights is None else str(options.weights)
-        model, classes, multilabel = load_classifier(options.model, weights)
-        wants = published_input(options.model, model)
+    with redirect_stdout(sys.stderr):  # where torch says what it downloads: results go to stdout
+        if is_hub(options.model):
+            model, classes, multilabel, wants = load_hub(options.model, options.weights)
+        else:
+            weights = "DEFAULT" if options.weights is None else str(options.weights)
+            model, classes, multilabel = load_classifier(options.model, weights)
+            wants = published_input(options.model, model)
     if names is not None and len(names) != len(classes):
         raise UserError(
             f"--classes {options.classes}: holds {len(names)} names, where {options.model} has "

@@ -48,8 +48,9 @@ def table(options: Namespace) -> int:
     # Imported here, so that --help does not wait for torch.
     from lightning_aop.experiments.tables import summary, written
 
-    if options.resamples < 1:
-        raise UserError(f"--resamples {options.resamples}: must be 1 or more")
+    for name in ("resamples", "project"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be 1 or more")
     found = summary(
         options.run,
         options.images,

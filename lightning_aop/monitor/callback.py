@@ -460,7 +460,10 @@ class ExplanationMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain the model as it was left, where that was due and left out."""
-        if self._state.budget.skipped:
+        run = self._state
+        # max_steps may end it before the first validation.
+        unseen = self.every_n_epochs and validates(trainer) and not run.validations
+        if run.budget.skipped or (unseen and trainer.global_step):
             self._fire(trainer, pl_module, "end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -79,7 +79,7 @@ def test_a_picture_and_a_table(
         float(rows[0]["insertion"]) - float(rows[0]["deletion"]), abs=1e-6
     )
     cost = {r["method"]: float(r["evaluations"]) for r in rows}
-    assert cost["gradient"] == 2
+    assert cost["gradcam"] == cost["gradient"] == 2
     assert cost["random"] == 0
     assert re.search(r"layercam +\d\.\d{3} +\d\.\d{3} +-?\d\.\d{3}", capsys.readouterr().out)
 

@@ -336,6 +336,7 @@ def fast_synthetic(
             pa.parquet.write_table(part, output / folder / name, compression="zstd")
 
 
-def test_bad_resamples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["table", str(tmp_path), "--resamples=0"]) == 1
-    assert "--resamples 0: must be 1 or more" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["resamples", "project"])
+def test_numbers_below_1(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", str(tmp_path), f"--{name}=0"]) == 1
+    assert f"--{name} 0: must be 1 or more" in capsys.readouterr().err

@@ -551,6 +551,9 @@ def test_validate_explains_and_reports(grids: Grids, tmp_path: Path) -> None:
         ({}, {"check_val_every_n_epoch": 2}, [0, 5]),
         ({}, {"limit_val_batches": 0}, [0, 2, 5]),
         ({}, {"fast_dev_run": True}, [0, 1]),
+        ({}, {"max_steps": 2}, [0, 1]),  # it ends before a validation
+        ({}, {"check_val_every_n_epoch": 2, "max_epochs": 1}, [0, 2]),
+        ({"every_n_epochs": 2}, {"max_epochs": 1}, [0]),
     ],
 )
 def test_when(settings: Any, run: Any, steps: list[int], tmp_path: Path) -> None:
