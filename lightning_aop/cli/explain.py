@@ -60,7 +60,7 @@ def main(options: Namespace) -> int:
 def _draw(
     options: Namespace, recipe: Recipe, images: Images, maps: Maps, captions: list[str]
 ) -> None:
-    title = f"{options.model} · {options.method} · {recipe.score_name} score"
+    title = f"{options.model} · {options.method}\n{recipe.score_name} score"
     mean, std = recipe.mean, recipe.std
     if options.output.suffix.lower() in VECTOR:
         shown = displayable(images, mean, std)

@@ -27,7 +27,17 @@ from lightning_aop.view.heat import (
     overlay,
     resized,
 )
-from lightning_aop.view.text import INK, MUTED, PAPER, VERDICTS, badge, font_of, lines_of, shortened
+from lightning_aop.view.text import (
+    INK,
+    MUTED,
+    PAPER,
+    VERDICTS,
+    badge,
+    font_of,
+    lines_of,
+    shortened,
+    wrapped,
+)
 
 __all__ = ["heatmap_grid"]
 
@@ -75,7 +85,7 @@ def heatmap_grid(
         captions: b texts of one to three lines (split at newlines). A line too long for its place is
             shortened with an ellipsis; a number at its end, such as a score, is kept. Further lines
             are muted, but one that begins with "missed" is amber, with "false positive" a soft red.
-        title: one line at the top.
+        title: a line at the top; what follows a newline is muted, in as many lines as it needs.
         columns: pairs in a row; by default chosen for a picture about 1.6 times as wide as high.
         mean: see ``displayable``.
         std: see ``displayable``.
@@ -174,12 +184,20 @@ def heatmap_grid(
         limit = columns * sizes[0][0]
     else:
         limit = _pleasing_limit(sizes, size)
-    canvas = Image.new("RGB", size(limit), PAPER)
-    content, foot = canvas.width - 2 * margin, canvas.height - bottom
+    full, tall = size(limit)
+    content = full - 2 * margin
+    heading, _, remark = (title or "").partition("\n")
+    remarks = wrapped(remark, font, content)
+    more = len(remarks) * line
+    top += more
+    canvas = Image.new("RGB", (full, tall + more), PAPER)
+    foot = canvas.height - bottom
     draw = ImageDraw.Draw(canvas)
-    if title:
-        text = shortened(" ".join(title.split()), bold, content)
+    if heading:
+        text = shortened(" ".join(heading.split()), bold, content)
         draw.text((margin, margin), text, INK, bold, "lt")
+    for row, text in enumerate(remarks):
+        draw.text((margin, margin + 3 * line // 2 + row * line), text, MUTED, font, "la")
 
     def write(lines: Sequence[str], x: int, y: int, width: float, keep_score: bool = True) -> None:
         for row, text in enumerate(lines):

@@ -826,6 +826,18 @@ def test_a_text_is_wrapped_without_losing_a_word(text: str, width: int) -> None:
         assert font.getlength(f"{line} {after.split()[0]}") > width
 
 
+def test_what_follows_the_title_of_a_grid_takes_the_lines_that_it_needs() -> None:
+    images, maps = torch.rand(1, 3, 64, 64), torch.rand(1, 64, 64)
+    plain, one, many = (
+        heatmap_grid(images, maps, ["a"], title=f"net{note}") for note in ("", "\nof", "\nof " * 40)
+    )
+    line = one.shape[1] - plain.shape[1]
+    assert line > 0
+    assert (many.shape[1] - plain.shape[1]) % line == 0
+    assert many.shape[1] > one.shape[1]
+    assert plain.shape[2] == one.shape[2] == many.shape[2]
+
+
 def test_what_follows_the_title_of_a_table_takes_the_lines_that_it_needs() -> None:
     plain, named = table_of(1, 1, cell=96), table_of(1, 1, cell=96, title="net")
     explained = [
