@@ -99,19 +99,27 @@ def main(options: Namespace) -> int:
     wrote = f"wrote {options.output / 'sanity_check.png'} and {options.output / 'results.csv'}"
     means = {layer: _means(entries[layer]) for layer in done}
     # A blank map, which a network gives that has died of its random weights, says nothing.
-    drawn = [layer for layer in done if any(len(e["map"].unique()) > 1 for e in entries[layer])]
+    blank = {layer: sum(_is_blank(entry) for entry in entries[layer]) for layer in done}
+    drawn = [layer for layer in done if blank[layer] < len(entries[layer])]
     found = {layer: abs(means[layer]["rank_correlation"]) for layer in drawn}
     passed, verdict = _verdict(options.method, options.mode, found)
     if options.json:
         for layer, values in means.items():
-            print(json.dumps({"layer": layer, **values}))
+            print(json.dumps({"layer": layer, **values, "blank_maps": blank[layer]}))
         made = {"method": options.method, "model": options.model, "mode": options.mode}
         print(json.dumps({"passes": passed, "threshold": THRESHOLD, "verdict": verdict, **made}))
         print(wrote, file=sys.stderr)
         return 1 if failures else 0
+    header, notes = [f"randomised {options.mode}", "rank correlation", "SSIM"], []
     lines = [[layer, *(f"{value:.2f}" for value in own.values())] for layer, own in means.items()]
-    header = [f"randomised {options.mode}", "rank correlation", "SSIM"]
-    print(formatted(header, lines, notes=["Each value is the mean over the photos."]))
+    if any(blank.values()):
+        header.append("blank maps")
+        lines = [
+            [*line, f"{blank[layer]} of {len(keys)}"]
+            for line, layer in zip(lines, done, strict=True)
+        ]
+        notes = ["A blank map says nothing; layers with no other don't count for the verdict."]
+    print(formatted(header, lines, notes=["Each value is the mean over the photos.", *notes]))
     print(f"\n{verdict}\n\n{wrote}")
     return 1 if failures else 0
 
@@ -149,6 +157,10 @@ def _verdict(method: str, mode: str, found: dict[str, float]) -> tuple[bool | No
     )
 
 
+def _is_blank(entry: dict[str, Any]) -> bool:
+    return len(entry["map"].unique()) == 1
+
+
 def _caption(entry: dict[str, Any]) -> str:
     return f"rank {entry['rank_correlation']:.2f}\nSSIM {entry['ssim']:.2f}"
 
@@ -169,6 +181,7 @@ def _write_rows(
                 "layer": layer,
                 "rank_correlation": entry["rank_correlation"],
                 "ssim": entry["ssim"],
+                "blank": _is_blank(entry),
             }
             for layer in layers
             if layer in entries

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,16 @@ def test_it_ends_in_a_verdict(
     assert layer["layer"] == "classifier.1"
     assert verdict["threshold"] == 0.5
     assert verdict["passes"] == (abs(layer["rank_correlation"]) < 0.5)
+
+
+def test_blank_maps_are_told_from_maps_that_changed(
+    photo: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # By random weights in its last block the network gives the same for every image.
+    assert check(photo, weights, tmp_path, *LAYERS, "--method=gradcam") == 0
+    printed = capsys.readouterr().out
+    blank = {row["layer"]: row["blank"] == "True" for row in rows_of(tmp_path)}
+    assert blank == {"classifier.1": False, "features.12.expand3x3": True, "features.0": True}
+    for layer, told in blank.items():
+        assert re.search(rf"{layer} .* {int(told)} of 1\n", printed)
+    assert "A blank map says nothing" in printed
