@@ -51,6 +51,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def did_you_mean_file(path: Path) -> str:
     """Return what `did_you_mean` says of a missing file's name, among what its folder holds."""
     try:
-        return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()])
+        names = [entry.name for entry in path.parent.iterdir()]
+        return did_you_mean(path.name, [name for name in names if name != path.name])
     except OSError:
         return ""

@@ -38,6 +38,11 @@ def found_photos(options: Namespace) -> list[Path]:
     """
     photos: list[Path] = []
     for word in options.photos:
+        if re.match("https?:/", str(word)):
+            raise UserError(
+                f"{word}: it is an address, and nothing is downloaded: save the photo, or name it - and "
+                "pipe it in"
+            )
         if word.is_dir():
             entries = sorted(word.iterdir())
             inside = [entry for entry in entries if entry.name.lower().endswith(SUFFIXES)]
@@ -142,8 +147,8 @@ class Recipe:
 
     def class_index(self, name: str) -> int:
         """Return the class that a user means by an index or a name."""
-        if name.isdecimal():
-            if int(name) < len(self.classes):
+        if name.removeprefix("-").isdecimal():
+            if 0 <= int(name) < len(self.classes):
                 return int(name)
             raise UserError(
                 f"--target-class {name}: the model has classes 0..{len(self.classes) - 1}"

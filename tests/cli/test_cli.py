@@ -105,6 +105,7 @@ def test_weights_of_another_number_of_classes(photo: Path, tmp_path: Path) -> No
     ("arguments", "message"),
     [
         (["--target-class=1000"], r"the model has classes 0\.\.999"),
+        (["--target-class=-1"], r"the model has classes 0\.\.999"),
         (["--target-class=terrier"], r"could be .*; give the index"),
         (["--target-class=²"], "no class of the model has this name"),
         (["--device=meta"], "--device meta is not available on this machine"),
@@ -545,3 +546,16 @@ def test_classifiers_of_hugging_face_and_timm_come_from_folders(
     assert values_of(capsys)[0]["class"] == "dog"
     assert main(["explain", str(photo), "--model", str(photo.parent)]) == 1
     assert "has no config.json" in capsys.readouterr().err
+
+
+def test_an_address_and_a_link_to_nothing_are_no_photos(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "https://example.org/cat.jpg"]) == 1
+    assert "it is an address, and nothing is downloaded" in capsys.readouterr().err
+    link = tmp_path / "cat.jpg"
+    link.symlink_to(tmp_path / "gone.jpg")
+    assert main(["explain", str(link)]) == 1
+    said = capsys.readouterr().err
+    assert f"{link}: the file is missing" in said
+    assert "did you mean" not in said
