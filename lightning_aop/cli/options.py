@@ -298,8 +298,9 @@ def _photo_options(parser: ArgumentParser, full: bool) -> None:
     add(
         "--fit",
         choices=["crop", "squash"],
-        default="crop",
-        help=_rare("how a photo becomes square; default: crop", full),
+        help=_rare(
+            "how a photo becomes square; default: crop, of checkpoints of fit as there", full
+        ),
     )
     add(
         "--size",

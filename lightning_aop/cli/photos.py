@@ -21,7 +21,7 @@ from lightning_aop.cli.options import SUFFIXES
 from lightning_aop.data.classes import class_index, read_classes
 from lightning_aop.data.hub import is_hub, load_hub
 from lightning_aop.data.images import ImageError, ValueRange, middle, read_image
-from lightning_aop.data.networks import load_classifier, published_input
+from lightning_aop.data.networks import load_classifier, published_input, trained_input
 from lightning_aop.errors import UserError, did_you_mean, did_you_mean_file
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.layers import named_layer
@@ -249,8 +249,8 @@ def progress(model: nn.Module, total: int) -> Iterator[Any]:
 def load(options: Namespace) -> Recipe:
     """Build the model, with published or local weights, and say what it wants of a photo.
 
-    Replaces the photos of the options by the files that they name: all that can be checked is, before
-    the network is loaded.
+    Replaces the photos of the options by the files that they name, and what is left open of `--fit`:
+    all that can be checked is, before the network is loaded.
     """
     options.photos = found_photos(options)
     names = None if options.classes is None else read_classes(options.classes)
@@ -265,7 +265,8 @@ def load(options: Namespace) -> Recipe:
         else:
             weights = "DEFAULT" if options.weights is None else str(options.weights)
             model, classes, multilabel = load_classifier(options.model, weights)
-            wants = published_input(options.model, model)
+            wants = trained_input(weights) or published_input(options.model, model)
+    options.fit = options.fit or wants.fit
     if names is not None and len(names) != len(classes):
         raise UserError(
             f"--classes {options.classes}: holds {len(names)} names, where {options.model} has "

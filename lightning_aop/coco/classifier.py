@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ from torchmetrics.classification import (
     MultilabelStatScores,
 )
 
+from lightning_aop.data.images import Preprocess
 from lightning_aop.data.networks import load_backbone
 from lightning_aop.errors import InvalidValueError
 
@@ -181,8 +183,11 @@ class MultilabelClassifier(pl.LightningModule):
         self.classes = list(classes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the names of the classes with the head."""
+        """Keep the names of the classes with the head, and what the images were made by."""
         checkpoint["classes"] = self.classes
+        preprocess = getattr(getattr(self._trainer, "datamodule", None), "preprocess", None)
+        if isinstance(preprocess, Preprocess):
+            checkpoint["preprocess"] = asdict(preprocess)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the head that was saved."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_aop.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from lightning_aop.data.names import another_network, named_alike
-from lightning_aop.data.weights import Weights, read_weights
+from lightning_aop.data.weights import Weights, read_content, read_weights
 from lightning_aop.errors import (
     FileError,
     InvalidValueError,
@@ -83,12 +83,14 @@ class Published:
         resize: the length of the shorter side before the square in the middle is cut out.
         mean: of the normalisation, one number per channel, for values in [0, 1].
         std: of the normalisation.
+        fit: whether the square is cut out, "crop", or the whole image pressed into it, "squash".
     """
 
     size: int
     resize: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fit: Literal["crop", "squash"] = "crop"
 
 
 def published_input(name: str, network: nn.Module) -> Published:
@@ -100,6 +102,20 @@ def published_input(name: str, network: nn.Module) -> Published:
         return Published(size, resize, tuple(wants["mean"]), tuple(wants["std"]))
     wants = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     return Published(wants.crop_size[0], wants.resize_size[0], tuple(wants.mean), tuple(wants.std))
+
+
+def trained_input(weights: str) -> Published | None:
+    """Return what a checkpoint of `MultilabelClassifier` was trained with, None for other weights."""
+    file = _file(weights)
+    content = None if file is None else read_content(file)
+    said = content.get("preprocess") if isinstance(content, dict) else None
+    try:
+        wants = Preprocess(**cast("dict[str, Any]", said))
+    except (TypeError, ValueError):
+        return None
+    return Published(
+        wants.size, round(wants.size * 8 / 7), tuple(wants.mean), tuple(wants.std), wants.resize
+    )
 
 
 def _load(

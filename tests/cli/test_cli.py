@@ -2,6 +2,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_aop.cli.options import photos_first
 from lightning_aop.cli.output import figure_of, write_figure
 from lightning_aop.cli.photos import Recipe
 from lightning_aop.coco import MultilabelClassifier
+from lightning_aop.data.images import Preprocess
 from lightning_aop.metrics import auc, deletion_curve
 from lightning_aop.scores import sigmoid
 
@@ -459,6 +461,23 @@ def test_a_trained_multilabel_classifier_is_explained_with_its_sigmoid(
     # Whoever wants the other says so.
     assert explain(*words, "--score=softmax") == 0
     assert sum(value["score"] for value in values_of(capsys)) == pytest.approx(1)
+
+
+def test_a_trained_classifier_is_given_photos_as_in_its_training(
+    trained: tuple[MultilabelClassifier, Path],
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ours, checkpoint = trained
+    made = asdict(Preprocess(64, "squash", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    torch.save(torch.load(checkpoint) | {"preprocess": made}, checkpoint)
+    words = [photo, "--json", "--model=squeezenet1_1", "--weights", checkpoint, "--method=random"]
+    words += ["-o", tmp_path / "out.png", "--target-class", "ape", "bee"]
+    assert explain(*words) == 0
+    with torch.no_grad():
+        wanted = ours(squashed(photo)).sigmoid()[0].tolist()
+    assert [value["score"] for value in values_of(capsys)] == pytest.approx(wanted, abs=1e-3)
 
 
 def test_one_class_has_no_softmax(

@@ -99,7 +99,8 @@ def test_from_fitting_to_predicting(
     assert str(checkpoint.relative_to(tmp_path)) in printed
     assert "tensorboard --logdir" in printed
     assert len(list(tmp_path.glob("runs/**/heatmaps/step-*.png"))) == 2
-    torch.load(checkpoint, weights_only=True)
+    made = torch.load(checkpoint, weights_only=True)["preprocess"]
+    assert (made["size"], made["resize"]) == (64, "squash")
 
     weights.rename(tmp_path / "moved.pth")  # the checkpoint has all that is needed
     try:
