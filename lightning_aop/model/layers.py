@@ -329,7 +329,7 @@ def _found_by(
         layout = _layout(output.tensor.detach(), quarters)
         if layout is None or not _heard(output.tensor, layout, sources):
             continue
-        if len(after) > _MOST * weights:
+        if len(after) > max(_MOST * weights, _FEW):
             break
         name = _normalised(output, layout, outputs, sources)
         found = FeatureMap(name, layout.grid, layout)
@@ -452,7 +452,8 @@ _TO_A_FIXED_SIZE = (
     nn.AdaptiveMaxPool1d,
     nn.AdaptiveMaxPool2d,
 )
-_MOST = 0.75  # of the weights; a map before so many says little about the class
+_MOST = 0.75  # of the weights; a map before so many says little about the class,
+_FEW = 4  # unless they are as few as those of a classifier after a single convolution
 
 
 def _leaves(logits: Tensor, cut: _Edge | None = None) -> list[Tensor]:

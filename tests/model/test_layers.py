@@ -320,3 +320,16 @@ def test_the_search_leaves_the_statistics_of_batches_alone() -> None:
         assert not any(module.training for module in net.modules())
         found = GradCAM().explain(net, images, targets)
     torch.testing.assert_close(found, GradCAM("features.4").explain(net, images, targets))
+
+
+def test_a_single_convolution_before_a_deep_classifier_is_its_feature_map() -> None:
+    linear = [layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.ReLU())]
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(4),
+        nn.Flatten(),
+        *linear,
+        nn.Linear(64, 5),
+    )
+    assert find_feature_map(net, torch.rand(1, 3, 16, 16)).layer == "2"
