@@ -158,4 +158,4 @@ def test_the_command_makes_figures_tables_and_comparisons(
         assert main(["report", *wrong]) == 1
         assert message in capsys.readouterr().err
     assert main(["report", str(c), "--figure", "f.pdf", "--epochs", "7"]) == 1
-    assert "epoch 7 was not explained" in capsys.readouterr().out
+    assert "epoch 7 was not explained" in capsys.readouterr().err
