@@ -53,9 +53,9 @@ _FIELDS = ("map", "deletion", "insertion", "overall", "evaluations", "seconds")
 def main(options: Namespace) -> int:
     """Explain, judge and draw; what can't be read or explained is named and left out."""
     names = chosen_methods(options.methods)
-    for name, value in (("steps", options.steps), ("cell", options.cell - 31)):
-        if value < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: too small")
+    for name, least in (("steps", 1), ("cell", 32)):
+        if (value := getattr(options, name)) < least:
+            raise UserError(f"--{name} {value}: must be {least} or more")
     make_folder(options.output)
     recipe = load(options)
     pairs, failures = read_pairs(recipe, options)

@@ -30,7 +30,7 @@ def main(options: Namespace) -> int:
             "cross-deletion: name two classes: --target-class REMOVED WATCHED, by index or name"
         )
     if options.steps < 1:
-        raise UserError(f"--steps {options.steps}: too small")
+        raise UserError(f"--steps {options.steps}: must be 1 or more")
     check_output(options.output, FIGURE, found_photos(options))
     make_method(options.method, option="--method")  # refused before the network is loaded
     recipe = load(options)

@@ -53,7 +53,8 @@ def make_folder(path: Path, option: str = "--output") -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{option} {path}: no folder can be made there ({error})") from error
+        why = "it is a file: name another folder" if path.is_file() else error
+        raise UserError(f"{option} {path}: no folder can be made there ({why})") from error
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

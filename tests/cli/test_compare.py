@@ -136,7 +136,9 @@ def test_what_fails_is_named_and_the_rest_is_shown(
     assert not (tmp_path / "none" / "comparison.png").exists()
     # A file where the folder should be, and a damaged map.
     assert compare(weights, broken, photos, "--methods", "gradcam") == 1
-    assert "no folder can be made there" in capsys.readouterr().err
+    assert (
+        "no folder can be made there (it is a file: name another folder)" in capsys.readouterr().err
+    )
     for kept in (out / "maps").iterdir():
         kept.write_bytes(b"junk")
     assert compare(weights, out, photos, "--methods", "gradcam") == 0
@@ -174,4 +176,4 @@ def test_an_unknown_method_is_refused(
     told = capsys.readouterr().err
     assert "--methods gradcamm: there is no such method; did you mean gradcam or" in told
     assert compare(weights, tmp_path, photos, "--cell=10") == 1
-    assert "--cell 10: too small" in capsys.readouterr().err
+    assert "--cell 10: must be 32 or more" in capsys.readouterr().err

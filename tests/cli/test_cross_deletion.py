@@ -74,7 +74,7 @@ def test_a_damaged_photo_is_named_and_the_others_are_drawn(
     [
         ([], "name two classes: --target-class REMOVED WATCHED"),
         (["--target-class", "1"], "name two classes"),
-        (["--target-class", "1", "2", "--steps=0"], "--steps 0: too small"),
+        (["--target-class", "1", "2", "--steps=0"], "--steps 0: must be 1 or more"),
         (["--target-class", "1", "2", "-o=x.txt"], "must end in .png, .pdf or .svg"),
     ],
 )
