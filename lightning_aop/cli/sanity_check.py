@@ -158,7 +158,8 @@ def _verdict(method: str, mode: str, found: dict[str, float]) -> tuple[bool | No
 
 
 def _is_blank(entry: dict[str, Any]) -> bool:
-    return len(entry["map"].unique()) == 1
+    lowest, highest = entry["map"].aminmax()
+    return bool(lowest == highest)  # the rows of all maps are written after each layer
 
 
 def _caption(entry: dict[str, Any]) -> str:
