@@ -395,11 +395,18 @@ def _example(module: nn.Module, inputs: Inputs, expected: Expected) -> str:
         for call in calls:
             # The names are those of attributes, and of numbers there is no such expression.
             with suppress(Exception):
-                function = eval(f"lambda module, images: {call}", {})
-                _tried(_given(function), module, inputs, expected)
-                if function(module, inputs.images).ndim == 2:
-                    return f", such as lambda module, images: {call}"
+                code = f"lambda module, images: {call}"
+                _tried(_given(partial(_rows, eval(code, {}))), module, inputs, expected)
+                return f", such as {code}"
     return ""
+
+
+def _rows(logits: LogitsFunction, module: nn.Module, images: Images) -> Tensor:
+    """Return logits that are rows; raise OutputError for maps, which are logits of pixels."""
+    output: Tensor = logits(module, images)
+    if output.ndim != 2:
+        raise OutputError(f"gives {list(output.shape)}, not [B, K]")
+    return output
 
 
 @dataclass(frozen=True)

@@ -936,7 +936,7 @@ class Embeds(Takes):
 
 
 class Scattered(nn.Module):
-    """Has its classifier in two parts, which its forward does not use."""
+    """Has a classifier of images in two of its parts, and a forward that takes words beside them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -945,7 +945,8 @@ class Scattered(nn.Module):
         self.top = nn.Linear(6, 5)
 
     def forward(self, images: Tensor, words: Tensor) -> Tensor:
-        raise NotImplementedError
+        logits: Tensor = self.top(self.body(images) + self.text(words))
+        return logits
 
 
 def test_the_example_in_a_refusal_is_one_that_works() -> None:
