@@ -174,7 +174,7 @@ class CAM(ActivationMap):
         with torch.no_grad():
             logits = classifier.logits(images)
         scores = logit(logits, targets)
-        a = captured.activation()
+        a = captured.activation(len(images))
         linear = [m for m in classifier.model.modules() if isinstance(m, nn.Linear)]
         fits = [
             m for m in linear if (m.out_features, m.in_features) == (logits.shape[1], a.shape[1])

@@ -4,8 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -56,8 +55,9 @@ def _with_first(output: object, first: Tensor) -> object:
 class Capture:
     """The output of a layer in the last forward, as the rest of the model saw it."""
 
-    def __init__(self, name: str, reshape: Reshape) -> None:
+    def __init__(self, name: str, size: tuple[int, int], reshape: Reshape | None = None) -> None:
         self.name = name
+        self._size = size
         self._reshape = reshape
         self._activation: Tensor | None = None
 
@@ -74,20 +74,20 @@ class Capture:
         self._activation = first.detach().requires_grad_().clone()
         return _with_first(output, self._activation)
 
-    def activation(self) -> Float[Tensor, "b k i j"]:
-        """Return A in float32."""
+    def activation(self, images: int) -> Float[Tensor, "b k i j"]:
+        """Return A of so many images in float32."""
         if self._activation is None:
             raise TargetLayerError(
                 f"target layer '{self.name}' did not run in the model's forward: name a layer that "
                 "does"
             )
-        return self._maps(self._activation)
+        return self._maps(self._activation, images)
 
     def activation_and_gradient(
         self, scores: Float[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b k i j"], Float[Tensor, "b k i j"]]:
         """Return A and ∂(sum of scores)/∂A in float32."""
-        activation = self.activation()
+        activation = self.activation(len(scores))
         assert self._activation is not None
         gradient = None
         if scores.requires_grad:
@@ -101,10 +101,13 @@ class Capture:
             raise TargetLayerError(
                 f"target layer '{self.name}' gives {len(activation)} maps for {len(scores)} images"
             )
-        return activation, self._maps(gradient)
+        return activation, self._maps(gradient, len(scores))
 
-    def _maps(self, output: Tensor) -> Float[Tensor, "b k i j"]:
-        maps = self._reshape(output.detach())
+    def _maps(self, output: Tensor, images: int) -> Float[Tensor, "b k i j"]:
+        reshape = self._reshape
+        maps = (
+            reshape(output.detach()) if reshape else _as_maps(output.detach(), images, self._size)
+        )
         if maps.ndim != 4:
             raise TargetLayerError(
                 f"target layer '{self.name}' gives {list(output.shape)}, not a feature map "
@@ -127,7 +130,7 @@ def capture(
     where `reshape` doesn't say what to do with them.
     """
     name, layer = named_layer(model, target_layer)
-    captured = Capture(name, reshape or partial(_as_maps, size=size))
+    captured = Capture(name, size, reshape)
     handle = hooked(layer, captured._hook)
     try:
         yield captured
@@ -142,9 +145,11 @@ class _Layout:
     grid: tuple[int, int]
     channels_last: bool = False
     prefix: int = 0  # tokens that stand for no place: class and register tokens
+    batch: int = 0  # the dimension of the images: 1 where PyTorch's attention keeps its default
 
     def __call__(self, output: Tensor) -> Tensor:
         """Return feature maps [B, C, h, w]."""
+        output = output.movedim(self.batch, 0)
         if output.ndim == 3:
             output = output[:, self.prefix :].unflatten(1, self.grid)
         return output.permute(0, 3, 1, 2) if self.channels_last else output
@@ -168,11 +173,18 @@ def _layouts(shape: Sequence[int], size: tuple[int, int]) -> Iterator[tuple[_Lay
                 yield _Layout(grid, True, prefix), _patches(grid, size)
 
 
-def _as_maps(output: Tensor, size: tuple[int, int]) -> Tensor:
+def _of_images(output: Tensor, images: int) -> list[int]:
+    """Return the dimensions that can be that of the images: the first, or the second of tokens."""
+    return [d for d in range(1 + (output.ndim == 3)) if output.shape[d] == images]
+
+
+def _as_maps(output: Tensor, images: int, size: tuple[int, int]) -> Tensor:
     """Return feature maps [B, C, h, w] by the first layout that fits the image, else the output."""
-    fitting = (layout for layout, fits in _layouts(output.shape, size) if fits)
-    layout = next(fitting, None)
-    return output if layout is None else layout(output)
+    for batch in _of_images(output, images):
+        for layout, fits in _layouts(output.movedim(batch, 0).shape, size):
+            if fits:
+                return replace(layout, batch=batch)(output)
+    return output
 
 
 def _patches(grid: Sequence[int], size: Sequence[int]) -> bool:
@@ -241,8 +253,8 @@ def find_feature_map(model: nn.Module, images: Images) -> FeatureMap:
     The network itself is asked: an image of noise, and four copies of it with other noise in one
     quarter, go through once. Of the modules' outputs the last is taken that
 
-    - has the batch first, and changes where the image was changed, which also shows its layout:
-      channels first or last, or tokens, of which the first may stand for no place;
+    - changes where the image was changed, which also shows its layout: channels first or last, or
+      tokens, of which the first may stand for no place, before or after the batch;
     - carries all that the logits hear of the image: no skip connection leads around it;
     - is heard at its cells, not at a class token alone, and through a weight: the scores of a
       classifier that is a convolution are no feature map.
@@ -310,6 +322,8 @@ def _found_by(
     height, width = images.shape[2:]
     lower, right = torch.arange(height) >= height // 2, torch.arange(width) >= width // 2
     quarters = torch.stack([(lower == i)[:, None] & (right == j) for i in (0, 1) for j in (0, 1)])
+    # In another order than the cells, so that [B, N, D] and [N, B, D] differ where N is five, too.
+    quarters = quarters.roll(1, 0)
     asked = torch.cat([noise[None], torch.where(quarters[:, None], other, noise)])
     asked, quarters = asked.to(images.device).requires_grad_(), quarters.to(images.device)
     for parameter in model.parameters():  # so that the graph shows where weights come in
@@ -400,7 +414,7 @@ def _record(model: nn.Module, images: Images) -> tuple[list[_Output], list[Tenso
             if (
                 isinstance(first, Tensor)
                 and first.ndim in (3, 4)
-                and len(first) == len(images)
+                and _of_images(first, len(images))
                 and first.grad_fn is not None
                 and not isinstance(module, _TO_A_FIXED_SIZE)
             ):
@@ -482,16 +496,18 @@ def _layout(output: Tensor, quarters: Bool[Tensor, "4 h w"]) -> _Layout | None:
     place, such as a Perceiver's latents, are not.
     """
     size = (quarters.shape[1], quarters.shape[2])
-    change = (output[1:] - output[:1]).float()
     best: dict[bool, tuple[tuple[float, int], _Layout]] = {}
-    for layout, fits in _layouts(output.shape, size):
-        if not fits and min(layout.grid) < 2:
-            continue
-        place = _locality(layout(change), quarters)
-        rank = (round(place, 1), -layout.prefix)
-        least = (_NOT_ANYWHERE if output.ndim == 3 else _NOT_ELSEWHERE) if fits else _THERE
-        if place >= least and (fits not in best or rank > best[fits][0]):
-            best[fits] = (rank, layout)
+    for batch in _of_images(output, len(quarters) + 1):
+        given = output.movedim(batch, 0)
+        change = (given[1:] - given[:1]).float()
+        for layout, fits in _layouts(given.shape, size):
+            if not fits and min(layout.grid) < 2:
+                continue
+            place = _locality(layout(change), quarters)
+            rank = (round(place, 1), -layout.prefix)
+            least = (_NOT_ANYWHERE if output.ndim == 3 else _NOT_ELSEWHERE) if fits else _THERE
+            if place >= least and (fits not in best or rank > best[fits][0]):
+                best[fits] = (rank, replace(layout, batch=batch))
     chosen = best.get(True) or best.get(False)
     return None if chosen is None else chosen[1]
 

@@ -333,3 +333,52 @@ def test_a_single_convolution_before_a_deep_classifier_is_its_feature_map() -> N
         nn.Linear(64, 5),
     )
     assert find_feature_map(net, torch.rand(1, 3, 16, 16)).layer == "2"
+
+
+class Patches(nn.Module):
+    """A small vision transformer of PyTorch's own layers, with the batch first or, as is their default,
+    after the tokens.
+    """
+
+    def __init__(self, batch_first: bool, norm_first: bool, side: int, pooled: bool) -> None:
+        super().__init__()
+        self.batch_first, self.side, self.pooled = batch_first, side, pooled
+        self.embed = nn.Linear(3 * side * side, 16)
+        self.class_token = nn.Parameter(torch.randn(1, 1, 16))
+        self.places = nn.Parameter(torch.randn(1, (16 // side) ** 2 + 1, 16))
+        block = nn.TransformerEncoderLayer(
+            16, 4, 32, batch_first=batch_first, norm_first=norm_first
+        )
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.embed(nn.functional.unfold(images, self.side, stride=self.side).mT)
+        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
+        tokens = (tokens + self.places)[:, int(self.pooled) :]
+        if not self.batch_first:
+            tokens = tokens.transpose(0, 1)
+        tokens = self.blocks(tokens)
+        if not self.batch_first:
+            tokens = tokens.transpose(0, 1)
+        return self.head(tokens.mean(dim=1) if self.pooled else tokens[:, 0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("side", [4, 8])
+def test_tokens_after_or_before_the_batch_are_the_same_cells(
+    norm_first: bool, pooled: bool, side: int
+) -> None:
+    """Of sides of 8 there are five tokens for the five images with which the layer is looked for."""
+    torch.manual_seed(0)
+    usual, other = (Patches(first, norm_first, side, pooled).eval() for first in (True, False))
+    other.load_state_dict(usual.state_dict())
+    images, targets = torch.rand(3, 3, 16, 16), torch.tensor([1, 2, 4])
+    found, expected = find_feature_map(other, images), find_feature_map(usual, images)
+    assert (found.layer, found.grid) == (expected.layer, expected.grid)
+    assert found.grid == (16 // side, 16 // side)
+    maps = GradCAM().activation_map(usual, images, targets)
+    assert maps.flatten(1).any(dim=1).all()
+    for layer in (None, found.layer):
+        torch.testing.assert_close(GradCAM(layer).activation_map(other, images, targets), maps)

@@ -242,9 +242,10 @@ def test_tokens_are_laid_out_as_patches(size: tuple[int, int], prefix: int) -> N
     expected = torch.randn(2, 6, h, w)
     tokens = expected.flatten(2).transpose(1, 2)
     tokens = torch.cat([torch.randn(2, prefix, 6), tokens], dim=1)
-    assert torch.equal(_as_maps(tokens, size), expected)
-    assert torch.equal(_as_maps(expected.permute(0, 2, 3, 1), size), expected)
-    assert torch.equal(_as_maps(expected, size), expected)
+    assert torch.equal(_as_maps(tokens, 2, size), expected)
+    assert torch.equal(_as_maps(tokens.transpose(0, 1), 2, size), expected)
+    assert torch.equal(_as_maps(expected.permute(0, 2, 3, 1), 2, size), expected)
+    assert torch.equal(_as_maps(expected, 2, size), expected)
 
 
 def test_tokens_that_fit_no_grid_need_reshape(batch: Any) -> None:
