@@ -13,6 +13,7 @@ import ast
 import inspect
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -218,7 +219,7 @@ class Reading:
 
         Where it isn't, and no key has a name that labels have, the only column there is.
         """
-        used = _keys_of_losses(type(module)) & {*self.columns}
+        used = _keys_of_losses(module) & {*self.columns}
         if self.place is not None and str(self.place[-1]).lower() in used:
             return self
         if not used and self.labels is None and not self.pixels:
@@ -753,48 +754,73 @@ _LOSS = re.compile(
 )
 
 
-def _keys_of_losses(kind: type) -> set[str]:
+def _keys_of_losses(module: nn.Module) -> set[str]:
     """Return the keys, in small letters, by which a module's steps take what a loss is given."""
     found: set[str] = set()
-    for source in _source_of_steps(kind).values():
+    for source in _source_of_steps(type(module)).values():
         try:
             tree = ast.parse(textwrap.dedent(source))
         except SyntaxError:
             continue
         own = next((node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)), "self")
-        held: dict[str, set[str]] = {}
+        keys = _Keys(module, own)
         for node in sorted(
             (n for n in ast.walk(tree) if isinstance(n, (ast.Assign, ast.Call))),
             key=lambda n: (n.lineno, isinstance(n, ast.Call)),
         ):
             if isinstance(node, ast.Assign):
                 for target in node.targets:
-                    held |= _assigned(target, node.value, held, own)
+                    keys.assign(target, node.value)
             elif _LOSS.search(ast.unparse(node.func)):
                 given = [*node.args, *(word.value for word in node.keywords)]
-                found |= set().union(*(_keys(each, held, own) for each in given))
+                found |= set().union(*map(keys.of, given))
     return {key.lower() for key in found}
 
 
-def _assigned(
-    target: ast.expr, value: ast.expr, held: Mapping[str, set[str]], own: str
-) -> dict[str, set[str]]:
-    """Return which keys of a batch the names have that a value is assigned to."""
-    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-        pairs = zip(target.elts, value.elts, strict=False)
-        return {n: keys for pair in pairs for n, keys in _assigned(*pair, held, own).items()}
-    return {target.id: _keys(value, held, own)} if isinstance(target, ast.Name) else {}
+class _Keys:
+    """Finds the keys of a batch in the expressions of a method, which calls its module `own`."""
 
+    def __init__(self, module: nn.Module, own: str) -> None:
+        self._module, self._own = module, own
+        self._held: dict[str, set[str]] = {}
 
-def _keys(node: ast.AST, held: Mapping[str, set[str]], own: str) -> set[str]:
-    """Return the keys in an expression, but for those of what the module's `own` methods are given."""
-    if isinstance(node, ast.Call) and ast.unparse(node.func).partition(".")[0] == own:
-        return set()
-    if isinstance(node, ast.Constant):
-        return {node.value} if isinstance(node.value, str) else set()
-    if isinstance(node, ast.Name):
-        return held.get(node.id, set())
-    return set().union(*(_keys(each, held, own) for each in ast.iter_child_nodes(node)))
+    def assign(self, target: ast.expr, value: ast.expr) -> None:
+        """Remember which keys the names stand for that a value is assigned to."""
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for each in zip(target.elts, value.elts, strict=False):
+                self.assign(*each)
+        elif isinstance(target, ast.Name):
+            self._held[target.id] = self.of(value)
+
+    def of(self, node: ast.AST) -> set[str]:
+        """Return the keys in an expression, but for those of what the module's methods are given."""
+        if isinstance(node, ast.Call) and self._is_own(node.func):
+            return set()
+        if isinstance(node, ast.Name) and node.id in self._held:
+            return self._held[node.id]
+        if isinstance(node, (ast.Constant, ast.Name)) or self._is_own(node):
+            key = self._known(node)
+            return {key} if isinstance(key, str) else set()
+        return set().union(*map(self.of, ast.iter_child_nodes(node)))
+
+    def _is_own(self, node: ast.AST) -> bool:
+        while isinstance(node, (ast.Attribute, ast.Subscript)):
+            node = node.value
+        return isinstance(node, ast.Name) and node.id == self._own
+
+    def _known(self, node: ast.AST) -> Any:
+        """Return what a constant, a global name or an expression such as self.keys["y"] stands for."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            namespace = sys.modules.get(type(self._module).__module__)
+            return self._module if node.id == self._own else getattr(namespace, node.id, None)
+        try:
+            if isinstance(node, ast.Attribute):
+                return getattr(self._known(node.value), node.attr)
+            return self._known(node.value)[self._known(node.slice)]  # type: ignore[attr-defined]
+        except Exception:  # it is the user's code
+            return None
 
 
 def fit_labels(

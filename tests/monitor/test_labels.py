@@ -1,5 +1,6 @@
 """What labels mean, in the forms in which loaders give them, and by the names people use."""
 
+from argparse import Namespace
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -585,6 +586,28 @@ class Weighted(nn.Module):
         return (losses * batch["score"]).mean()
 
 
+BREED = "breed"
+
+
+class ByConstant(nn.Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch["image"]), batch[BREED])
+
+
+class BySetting(nn.Module):
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.hparams = Namespace(image="image", label=key)
+        self.keys = {"labels": key}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self(batch[self.hparams.image]), batch[self.hparams.label])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        labels = batch[self.keys["labels"]]
+        return self.loss(self(batch["image"]), labels)
+
+
 class OfTwo(nn.Module):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         a, b = self(batch["image"])
@@ -595,7 +618,9 @@ def dictionary(**columns: Any) -> dict[str, Any]:
     return {"image": IMAGES, "age": CLASSES.flip(0), **columns, "breed": CLASSES}
 
 
-@pytest.mark.parametrize("module", [ByKey(), ByVariable(), Weighted()])
+@pytest.mark.parametrize(
+    "module", [ByKey(), ByVariable(), Weighted(), ByConstant(), BySetting("breed")]
+)
 @pytest.mark.parametrize("other", ["score", "category", "label", "attributes", "sex"])
 def test_the_labels_are_what_the_losses_of_the_steps_are_given(
     module: nn.Module, other: str
