@@ -198,10 +198,15 @@ def fitting(heads: Mapping[str, Expected], outputs: int, maps: bool = False) -> 
 
 
 def _last_layers(found: list[tuple[_Path, Tensor]]) -> list[tuple[_Path, Tensor]]:
-    """Leave out features from which another output, of another size, is computed."""
+    """Leave out features from which another output, of another size, is computed.
+
+    Of several of one size the least nested is the whole model's, as in ([side, side], final).
+    """
     chosen = found[:1]
     for path, tensor in found[1:]:
-        if tensor.shape != chosen[0][1].shape and computed_from(tensor, chosen[0][1]):
+        last, of_last = chosen[0]
+        same = tensor.shape == of_last.shape
+        if len(path) < len(last) if same else computed_from(tensor, of_last):
             chosen = [(path, tensor)]
     return chosen
 

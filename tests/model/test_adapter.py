@@ -144,6 +144,13 @@ def test_of_several_outputs_and_labels_those_belong_together_that_fit() -> None:
         assert (adapter.classes, adapter.head) == (5, next(k for k in heads if heads[k] is shapes))
 
 
+def test_of_outputs_of_one_size_the_least_nested_is_that_of_the_whole_model() -> None:
+    module = Heads(lambda colour, shape: ([shape * 2, shape * 3], shape)).eval()
+    adapter = find_adapter(module, IMAGES, Expected("class", highest=4))
+    logits = predict(adapter.model(module), IMAGES)
+    assert torch.equal(logits, predict(nn.Sequential(module.body, module.shape), IMAGES))
+
+
 class Calibrated(nn.Module):
     """Has another layer for its outputs, which the forward does not use."""
 
