@@ -312,6 +312,16 @@ class Probe:
         return cls(images, **rest)
 
     @property
+    def note_of_pixels(self) -> str:
+        """What there is to say of the pixels, empty if nothing."""
+        without = int((~self.images.flatten(1).isfinite().all(dim=1)).sum())
+        return bool(without) * (
+            f"{without} of {len(self.images)} images have pixels that are NaN or infinite, which spread "
+            "where images are blurred or mixed, so that maps are blank and not judged: give such pixels "
+            "a number in the dataset, as torch.nan_to_num does"
+        )
+
+    @property
     def multilabel(self) -> bool:
         """Whether the labels are multi-hot."""
         return self.labels is not None and self.labels.ndim == 2
@@ -343,7 +353,7 @@ class Drawn:
         """Return the probe, with labels that fit the model's outputs."""
         probe, count = Probe.of(self.reading, adapter), self.limit
         names = Fact[list[str]]() if adapter.names else class_names(self.named, adapter.classes)
-        for note in (probe.note, names.note):
+        for note in (probe.note, probe.note_of_pixels, names.note):
             if note:
                 warn(note)
         if self.read_masks is not None and probe.masks is None:

@@ -306,6 +306,25 @@ def test_pictures_with_nan_are_marked_and_the_others_explained(tmp_path: Path) -
     assert run.callback_metrics["explain/overall_auc"].isfinite()
 
 
+class Filled(SmallNet):
+    """Takes zero for pixels that hold no data."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.nan_to_num())
+
+
+def test_pixels_without_data_are_told(tmp_path: Path) -> None:
+    data, model = Pictures(6), Classifier()
+    data.images[[1, 4], :, :5] = torch.nan
+    model.net = Filled()
+    monitor = Found(probe=(data.images, data.labels))
+    with pytest.warns(UserWarning, match=r"2 of 6 images have pixels that are NaN") as caught:
+        trainer(tmp_path, monitor).fit(model, *loaders())
+    assert sum("pixels that are NaN" in str(w.message) for w in caught) == 1
+    maps = monitor.found[-1].maps
+    assert maps[[0, 2, 3, 5]].isfinite().all()
+
+
 def test_a_diverged_model_is_drawn_without_maps(tmp_path: Path) -> None:
     model, monitor = Classifier(), Found()
     nn.init.constant_(model.net.head.weight, torch.nan)
