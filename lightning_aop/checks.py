@@ -10,6 +10,18 @@ from lightning_aop.errors import InvalidTypeError, InvalidValueError, NonFiniteS
 from lightning_aop.types import Targets
 
 
+def is_made(value: object, protocol: type) -> bool:
+    """Tell whether a value has a protocol's methods, and is no class that has yet to be made one."""
+    return isinstance(value, protocol) and not isinstance(value, type)
+
+
+def in_words(value: object) -> str:
+    """Return what a value of the wrong type is, in words."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not {value.__name__}()"
+    return repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
+
+
 def require_tensors(**values: object) -> None:
     """Raise TypeError for an argument that is no tensor: an array, a list, a number, or None."""
     for name, value in values.items():

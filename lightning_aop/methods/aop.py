@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_aop.checks import check_batch
-from lightning_aop.errors import InvalidValueError
+from lightning_aop.checks import check_batch, in_words, is_made
+from lightning_aop.errors import InvalidTypeError, InvalidValueError
 from lightning_aop.methods.cam import WGradCAM
 from lightning_aop.methods.igos import IGOS
 from lightning_aop.methods.ranked_mask import RankedMask
@@ -110,6 +110,12 @@ class AOP:
     stretch: bool = True
 
     def __post_init__(self) -> None:
+        for name, stage, protocol, does in (
+            ("activation", self.activation, SaliencyMethod, "explain(), such as WGradCAM()"),
+            ("perturbation", self.perturbation, Perturbation, "refine(), such as IGOS()"),
+        ):
+            if not is_made(stage, protocol):
+                raise InvalidTypeError(f"AOP: {name} must have {does}, got {in_words(stage)}")
         for name, value in (("threshold", self.threshold), ("scale", self.scale)):
             if not 0 <= value <= 1:
                 raise InvalidValueError(f"AOP: {name} must lie in [0, 1], got {value}")

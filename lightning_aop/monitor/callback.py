@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric, MetricCollection
 
 from lightning_aop._version import __version__
+from lightning_aop.checks import in_words, is_made
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.history.store import HistoryWriter
 from lightning_aop.model.adapter import Adapter, LogitsFunction, find_adapter, name_of
@@ -534,8 +535,8 @@ class ExplanationMonitor(Callback):
     def _misuse(self) -> str | None:
         """Return what is wrong with the arguments, or None."""
         n, steps = self.every_n_epochs, self.every_n_train_steps
-        if n < 0 or steps < 0:
-            return f"every_n_epochs={n} and every_n_train_steps={steps} must not be negative"
+        if not all(isinstance(each, Integral) and each >= 0 for each in (n, steps)):
+            return f"every_n_epochs={n} and every_n_train_steps={steps} must not be negative, and whole"
         if n and steps:
             return (
                 f"every_n_epochs={n} and every_n_train_steps={steps} exclude each other: set one of "
@@ -553,7 +554,7 @@ class ExplanationMonitor(Callback):
             return f"failures={self.failures} must be a number of samples, 0 for none"
         if self.max_classes_per_image < 1:
             return f"max_classes_per_image={self.max_classes_per_image} must be at least 1"
-        if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
+        if self.name is not None and not re.fullmatch(r"[\w.-]+", str(self.name)):
             return f"name={self.name!r} must be made of letters, digits, '_', '-' and '.'"
         if self.max_overhead is not None and self.max_overhead <= 0:
             return f"max_overhead={self.max_overhead} must be above 0, such as 0.05 for a twentieth"
@@ -572,11 +573,28 @@ class ExplanationMonitor(Callback):
             return (
                 f"panels={self.panels!r} must be a list of some of {', '.join(map(repr, PANELS))}"
             )
-        if self.method is not None and not isinstance(self.method, SaliencyMethod):
+        if self.method is not None and not is_made(self.method, SaliencyMethod):
             return (
-                f"method must have explain(model, images, targets), got "
-                f"{type(self.method).__name__}: pass fast_sigcam(), sigcam(), GradCAM() or your own"
+                f"method must have explain(model, images, targets), got {in_words(self.method)}: pass "
+                "fast_sigcam(), sigcam(), GradCAM() or your own"
             )
+        if not isinstance(self.metrics, (bool, Metric, MetricCollection)):
+            return (
+                "metrics must be True, False or a torchmetrics metric, got "
+                f"{in_words(self.metrics)}: pass OverallAUC() or, of several, MetricCollection([…])"
+            )
+        for name, example in (
+            ("score", "scores.sigmoid"),
+            ("logits", "lambda module, images: module(images)"),
+            ("read_batch", "lambda batch: (batch['image'], batch['label'])"),
+        ):
+            function = getattr(self, name)
+            if not (function is None or callable(function)):
+                return f"{name} must be a function such as {example}, got {in_words(function)}"
+        if isinstance(self.class_names, str):
+            return f"class_names must be a list of names, got {in_words(self.class_names)}"
+        if not isinstance(self.sinks, Iterable):
+            return f"sinks must be a list, got {in_words(self.sinks)}: put it in brackets"
         if self.method is not None and self.target_layer is not None:
             return "target_layer is for the default method: name the layer in the method given"
         return None

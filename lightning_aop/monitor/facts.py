@@ -68,8 +68,9 @@ def class_names(sources: Sequence[Any], count: int | None = None) -> Fact[list[s
             if names and (count is None or len(names) == count):
                 return Fact(names)
             if names and attribute not in alike:
+                owner = "" if isinstance(source, Mapping) else f"{type(source).__name__}."
                 note = note or (
-                    f"{type(source).__name__}.{attribute} has {len(names)} names, where the model has "
+                    f"{owner}{attribute} has {len(names)} names, where the model has "
                     f"{count} classes: classes are shown by index; set class_names=[…] for names"
                 )
     return Fact(None, note)

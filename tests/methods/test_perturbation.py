@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import Any, Literal
 
 import oracles
 import pytest
@@ -9,6 +9,7 @@ from lightning_aop import (
     AOP,
     EMP,
     IGOS,
+    RISE,
     Blank,
     RankedMask,
     SaliencyMethod,
@@ -326,3 +327,28 @@ def test_a_score_that_is_not_a_number_names_its_image(
     images[2, 0, 5, 5] = float("nan")
     with pytest.raises(NonFiniteScoreError, match=r"the class score is .* image\(s\) \[2\] "):
         method.refine(double, images, pictures[1], starts(4, 9))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            (WGradCAM, IGOS()),
+            r"activation must have explain.*got the class WGradCAM, not WGradCAM\(\)",
+        ),
+        ((WGradCAM(), IGOS), r"perturbation must have refine.*got the class IGOS, not IGOS\(\)"),
+        (("wgradcam", IGOS()), "activation must have explain.*got 'wgradcam'"),
+        ((IGOS(), WGradCAM()), "activation must have explain.*got IGOS"),
+    ],
+)
+def test_stages_that_are_none_are_refused(stages: Any, message: str, unchecked: None) -> None:
+    with pytest.raises(TypeError, match=message):
+        AOP(*stages)
+
+
+@pytest.mark.parametrize("method", [RISE, WGradCAM])
+def test_a_score_that_is_no_function_is_refused(
+    method: Any, net: nn.Module, batch: Any, unchecked: None
+) -> None:
+    with pytest.raises(TypeError, match=r"score must be .*scores\.softmax, got 'softmax'"):
+        method(score="softmax").explain(net, *batch)

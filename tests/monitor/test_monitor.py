@@ -1017,6 +1017,22 @@ def test_no_logger_at_all(tmp_path: Path) -> None:
         ({"targets": "labels"}, "targets='labels' must be 'label', 'predicted', 'confused' or"),
         ({"method": GradCAM(), "target_layer": "x"}, "name the layer in the method given"),
         ({"max_classes_per_image": 0}, "max_classes_per_image=0 must be at least 1"),
+        ({"every_n_epochs": 1.5}, "every_n_epochs=1.5 and .* must not be negative, and whole"),
+        ({"method": GradCAM}, r"got the class GradCAM, not GradCAM\(\): pass"),
+        ({"method": "gradcam"}, r"must have explain.*got 'gradcam': pass fast_sigcam\(\)"),
+        (
+            {"metrics": OverallAUC},
+            r"metrics must be .*got the class OverallAUC, not OverallAUC\(\)",
+        ),
+        (
+            {"metrics": [OverallAUC()]},
+            r"metrics must be .*got list: pass .*MetricCollection\(\[…\]\)",
+        ),
+        ({"score": "softmax"}, "score must be a function such as scores.sigmoid, got 'softmax'"),
+        ({"logits": "net"}, "logits must be a function such as lambda module, images"),
+        ({"read_batch": 3}, "read_batch must be a function such as lambda batch.*got 3"),
+        ({"class_names": "abc"}, "class_names must be a list of names, got 'abc'"),
+        ({"sinks": print}, "sinks must be a list, got builtin_function.*: put it in brackets"),
     ],
 )
 def test_misuse_is_refused_before_training(
