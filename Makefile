@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow test-gpu test-others test-lowest coverage mutants release-check reliability docs \
+.PHONY: help demo test test-quick test-wide test-slow test-gpu test-others test-lowest coverage mutants release-check reliability docs \
 	format lint types clean
 
 help:  ## list these targets
@@ -21,17 +21,20 @@ demo: $(VENV)/.demo  ## train a small network for a minute, and say where to loo
 	$(BIN)/lightning-aop demo
 
 test: $(VENV)/.dev  ## the tests, a few minutes; installs everything that any of them needs
-	$(IN_PARALLEL) -m "not slow and not others"
+	$(IN_PARALLEL) -m "not wide and not slow and not others"
 
 test-quick: $(VENV)/.test  ## the tests that need only the extra `test`, which is faster to install
-	$(IN_PARALLEL) -m "not slow and not others"
+	$(IN_PARALLEL) -m "not wide and not slow and not others"
+
+test-wide: $(VENV)/.dev  ## the tests of more networks, states, settings and processes
+	$(IN_PARALLEL) -m "wide and not slow and not others"
 
 test-slow: $(VENV)/.dev  ## the slow tests; LIGHTNING_AOP_DATA names a folder of real photos
 	$(BIN)/python -m pytest -m slow -s
 
 test-gpu: $(VENV)/.dev  ## the tests that need a CUDA device, and those of what runs on it
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pytest -m "not slow and not others" tests/model tests/methods tests/metrics tests/monitor/test_monitor.py
+	$(BIN)/python -m pytest -m "not wide and not slow and not others" tests/model tests/methods tests/metrics tests/monitor/test_monitor.py
 
 test-others:  ## other projects' modules, exports and loggers, in environments of their own
 	$(PYTHON) -m venv $(VENV)-others

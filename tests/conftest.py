@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,26 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "squeezenet.pth"
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), path)
     return path
+
+
+# --------------------------------------------------------------------------------------------------
+# what runs always
+
+
+@pytest.hookimpl(tryfirst=True)  # before rows are chosen by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the rows of a test as wide, but for as many, evenly spread, as `sample` says."""
+    rows: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("slow"):
+            rows[item.nodeid.partition("[")[0]].append(item)
+    for each in rows.values():
+        sample = each[0].get_closest_marker("sample")
+        assert sample is not None
+        keep = min(sample.args[0], len(each))
+        kept = {n * len(each) // keep for n in range(keep)}
+        for n in set(range(len(each))) - kept:
+            each[n].add_marker("wide")
 
 
 # --------------------------------------------------------------------------------------------------

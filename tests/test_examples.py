@@ -214,7 +214,6 @@ RUNS: dict[str, Callable[[Path], None]] = {
 # Those that a reader begins with; the others take half a minute each.
 QUICK = {
     "quickstart",
-    "own_module",
     "custom_method",
     "vision_transformer",
     "wandb_logging",

@@ -493,6 +493,7 @@ def test_one_class_has_no_softmax(
     assert "--score softmax: the model has one class" in capsys.readouterr().err
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", ["compare", "sanity-check", "cross-deletion"])
 def test_every_command_takes_the_score_of_the_weights(
     command: str,

@@ -47,6 +47,7 @@ def options(root: Path, weights: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ["coco_resnet50", "coco_resnet50_cached", "shapes_demo"])
 @pytest.mark.parametrize("form", ["{}", "configs/{}.yaml"])
 def test_configurations_are_found_by_name(
@@ -121,6 +122,7 @@ def test_from_fitting_to_predicting(
     assert all(0 <= float(value) <= 1 for row in rows for value in row[1:])
 
 
+@pytest.mark.wide
 def test_methods_nest_in_the_monitor(root: Path, weights: Path, tmp_path: Path) -> None:
     method = "{class_path: lightning_aop.AOP, init_args: {activation: lightning_aop.GradCAM, "
     method += "perturbation: {class_path: lightning_aop.RankedMask, init_args: "
@@ -131,6 +133,7 @@ def test_methods_nest_in_the_monitor(root: Path, weights: Path, tmp_path: Path) 
     assert list(tmp_path.glob("images/explain/heatmaps/*.png"))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -262,6 +265,7 @@ def test_nothing_of_the_user_is_overwritten(root: Path, weights: Path, tmp_path:
     assert own.read_text() == "# mine\ndata: {batch_size: 2}\n"
 
 
+@pytest.mark.wide
 def test_the_command_line_goes_before_the_checkpoint(
     root: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_picture_and_a_table(
     assert re.search(r"layercam +\d\.\d{3} +\d\.\d{3} +-?\d\.\d{3}", capsys.readouterr().out)
 
 
+@pytest.mark.wide
 def test_it_goes_on_where_it_was(
     weights: Path,
     photos: list[Path],
@@ -120,6 +121,7 @@ def test_it_goes_on_where_it_was(
         assert compare(other, tmp_path, photos, "--methods", "gradcam") == 130
 
 
+@pytest.mark.wide
 def test_what_fails_is_named_and_the_rest_is_shown(
     weights: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,6 +139,7 @@ def test_the_module_is_the_command() -> None:
     assert finish([sys.executable, "-m", "lightning_aop", "--version"]).split()[-1] == __version__
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("words", ["--help", *(f"{name} --help" for name in NAMES)])
 def test_help_that_needs_no_torch_does_not_wait_for_it(words: str) -> None:
     script = (
@@ -158,6 +159,7 @@ def test_help_fits_a_screen(name: str, capsys: pytest.CaptureFixture[str]) -> No
     assert len(capsys.readouterr().out.splitlines()) <= 45
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", [*PARSERS, *BRIEF])
 def test_help_all_has_what_help_has_and_more(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []

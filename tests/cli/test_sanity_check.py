@@ -91,6 +91,7 @@ def test_a_map_that_ignores_the_network_stays_what_it_was(
     assert all(float(r["ssim"]) == pytest.approx(1) for r in rows_of(tmp_path))
 
 
+@pytest.mark.wide
 def test_it_goes_on_where_it_was(
     photo: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def model(weights: str | None, **options: Any) -> MultilabelClassifier:
 # the network
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -127,6 +128,7 @@ def test_timm_networks() -> None:
         load_backbone("timm/nothing", None)
 
 
+@pytest.mark.sample(1)
 def test_wrong_names_and_weights_are_told(resnet: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'resnet19' is no classifier of torchvision"):
         load_backbone("resnet19", None)
@@ -159,6 +161,7 @@ def test_weights_with_a_head_of_another_size_fit(tmp_path: Path) -> None:
 # training
 
 
+@pytest.mark.sample(1)
 def test_the_head_learns_and_the_backbone_does_not_stir(
     root: Path, resnet: str, tmp_path: Path
 ) -> None:
@@ -474,6 +477,7 @@ def test_what_cannot_be_cached_is_told(root: Path, resnet: str, tmp_path: Path) 
         trainer(tmp_path).fit(Other(), datamodule=data(root, tmp_path, features="cached"))
 
 
+@pytest.mark.wide
 def test_the_monitor_explains_pictures_where_features_are_trained_on(
     root: Path, resnet: str, tmp_path: Path
 ) -> None:

@@ -269,6 +269,7 @@ BAD: dict[str, tuple[Callable[[Path, Any], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(12)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @pytest.mark.filterwarnings("ignore:The default weight initialization of")
 @pytest.mark.parametrize("kind", BAD)
@@ -329,6 +330,7 @@ def test_vision_transformers_of_three_libraries(tmp_path: Path) -> None:
     assert timm
 
 
+@pytest.mark.wide
 def test_the_names_of_published_vision_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = torchvision.models.vit_b_32(num_classes=3).state_dict()
@@ -386,6 +388,7 @@ def test_the_content_tells_the_format(state: dict[str, Tensor], tmp_path: Path) 
         read_weights(tmp_path)
 
 
+@pytest.mark.wide
 def test_a_head_that_claims_too_much_takes_no_memory(
     state: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -426,6 +429,7 @@ def alike(networks: list[nn.Module], images: Tensor) -> None:
     torch.testing.assert_close(ours / theirs.std(), theirs / theirs.std(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "theirs", "size"), ALIKE)
 def test_torchvision_and_timm_read_the_weights_of_each_other(
@@ -463,6 +467,7 @@ def test_torchvision_reads_what_hugging_face_saved(
         alike([read, network], torch.rand(2, 3, size, size))
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore")
 def test_efficientnet_v2_of_another_library_is_refused(tmp_path: Path) -> None:
     """Its BatchNorms have another epsilon, which no file of tensors tells."""

@@ -227,6 +227,7 @@ def test_every_process_has_a_group_as_long_as_there_is_one() -> None:
     assert unfinished(groups, {0, 1, 2}, 3) == []
 
 
+@pytest.mark.wide
 def test_only_what_has_changed_starts_anew(
     config: Path,
     tmp_path: Path,

@@ -174,6 +174,7 @@ def test_channels_last_changes_the_layout_alone(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "layer", "grid"),
     [

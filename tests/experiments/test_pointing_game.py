@@ -120,6 +120,7 @@ def slow_game(
     return result
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("photo", "tolerance"), [(150, 30.0), (40, 6.0)])
 def test_the_figures_are_those_of_a_slow_loop_at_the_photo_s_size(
     photo: int, tolerance: float, checkpoint: Path, tmp_path: Path
@@ -182,6 +183,7 @@ def test_a_transform_without_a_way_back_is_refused(root: Path, tmp_path: Path) -
         )
 
 
+@pytest.mark.wide
 def test_several_methods_by_name_and_by_class(
     root: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +224,7 @@ def test_what_is_damaged_is_done_again(root: Path, checkpoint: Path, tmp_path: P
     assert [after[path.stem] for path in paths[4:]] == [before[path.stem] for path in paths[4:]]
 
 
+@pytest.mark.wide
 def test_other_rules_weights_or_data_are_another_run(
     root: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ def test_what_was_not_explained_at_some_time_is_labelled(tmp_path: Path) -> None
     assert not torch.equal(first, last)
 
 
+@pytest.mark.wide
 def test_a_long_run_is_thinned_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     history = run(tmp_path, 250)

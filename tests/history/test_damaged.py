@@ -141,6 +141,7 @@ def test_whole_records_are_read_and_go_on_beside(kind: str, tmp_path: Path) -> N
     check_records(beside, [*whole, 2])
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("kind", [*DAMAGES, *AROUND])
 def test_the_command_shows_what_is_left_and_says_what_is_not(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -271,6 +272,7 @@ def replace_by_a_file(folder: Path) -> None:
     folder.write_text("a file, not a folder")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("damage", "epochs"),
     [
@@ -306,6 +308,7 @@ def test_a_history_lost_in_the_middle_is_begun_again(
     assert epochs in found
 
 
+@pytest.mark.wide
 def test_a_checkpoint_of_another_version_ends_no_training(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path / "one", epochs=1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")

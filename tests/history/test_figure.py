@@ -46,6 +46,7 @@ def test_dollars_in_names_are_drawn(tmp_path: Path) -> None:
     assert ">$class_0_$<" in texts(write_figure(tmp_path, tmp_path / "f.svg"))
 
 
+@pytest.mark.wide
 def test_a_figure_is_as_wide_as_its_columns_with_text_as_text(tmp_path: Path) -> None:
     save(synthetic(), tmp_path)
     for columns, inches in ((1, 3.3), (2, 6.9)):

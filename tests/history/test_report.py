@@ -123,6 +123,7 @@ def test_page_stays_small(noise: int) -> None:
     assert any(record["lossy"] for record in data["records"]) == bool(noise)
 
 
+@pytest.mark.wide
 def test_many_large_images_are_shown_smaller(tmp_path: Path) -> None:
     history = synthetic(records=1, explanations=8, pictures=8, size=1024, map_size=14)
     random = np.random.default_rng(0)
@@ -446,6 +447,7 @@ def test_controls_hold_from_when_they_were_measured(browser: Any, tmp_path: Path
     shown.assert_sound()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("size", [96, 224])
 def test_outline_is_the_inner_border_of_the_mask(browser: Any, tmp_path: Path, size: int) -> None:
     history = synthetic(records=2, size=size)

@@ -342,6 +342,7 @@ def test_drift_against_scipy(tmp_path: Path) -> None:
     assert compared >= 3
 
 
+@pytest.mark.wide
 def test_each_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
     for _ in range(2):
         fit(tmp_path, epochs=1)

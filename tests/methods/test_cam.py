@@ -87,6 +87,7 @@ def agrees_with_grad_cam(
 TOLERANCE = 1e-4
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("architecture", ["resnet50", "vgg11_bn", "inception_v3"])
 def test_activation_maps_agree_with_grad_cam(architecture: str) -> None:
     network = random_network(architecture)
@@ -98,6 +99,7 @@ def test_activation_maps_agree_with_grad_cam(architecture: str) -> None:
     assert max(worst.values()) <= TOLERANCE, worst
 
 
+@pytest.mark.wide
 def test_maps_of_a_vision_transformer_agree_with_grad_cam() -> None:
     torch.manual_seed(0)
     network = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=10).eval()

@@ -140,6 +140,7 @@ def test_presets_are_captum_called_by_hand(name: str, steep: nn.Module, photos: 
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("architecture", ["vgg11", "alexnet", "googlenet"])
 @pytest.mark.filterwarnings("ignore:Setting", "ignore:Input Tensor")
 def test_architectures_agree_with_captum_called_by_hand(architecture: str) -> None:

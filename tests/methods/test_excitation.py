@@ -99,6 +99,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.filterwarnings("ignore:the feature map of .* hardly says where")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_whole_networks_are_the_published_algorithm(architecture: str) -> None:

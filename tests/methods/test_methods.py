@@ -79,6 +79,7 @@ def evaluations(name: str) -> int:
     return int(METHODS[name].evaluations.removeprefix("about ").replace(",", ""))
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("name", METHODS)
 def test_cost_no_trace_and_no_image_depends_on_its_batch(
     name: str, network: nn.Module, photos: tuple[Tensor, Tensor]
@@ -150,6 +151,7 @@ def test_methods_come_from_yaml(text: str) -> None:
     assert from_yaml(text) == NESTED[text]
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_any_activation_goes_with_any_perturbation(

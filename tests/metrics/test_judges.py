@@ -251,6 +251,7 @@ def test_maps_without_values_or_order_are_refused(
         judge(net, batch[0], maps.numpy(), batch[1])
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("judge", JUDGES)
 @pytest.mark.parametrize("of_model", [torch.float32, torch.float64])
 @pytest.mark.parametrize("of_maps", [torch.float16, torch.float32, torch.float64])

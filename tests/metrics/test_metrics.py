@@ -37,6 +37,7 @@ def maps() -> Tensor:
     return (torch.rand(4, 40, 32, generator=torch.Generator().manual_seed(2)) - 0.6).relu()
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("score", [softmax, sigmoid, logit])
 @pytest.mark.parametrize("baseline", [GaussianBlur(), Constant(0.0), RISE_BLUR])
 @pytest.mark.parametrize("pixels_per_step", [100, 640])
@@ -109,6 +110,7 @@ def test_the_protocols_step_and_the_cost() -> None:
 BOTH: tuple[GameName, ...] = ("deletion", "insertion")
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("games", [BOTH, BOTH[:1], BOTH[1:]])
 @pytest.mark.parametrize(("steps", "evaluations"), [(1280, 60), (40, 24), (40, 37), (40, 40)])
 def test_coarse_to_fine_is_the_slow_loop_over_the_full_curves(

@@ -145,6 +145,7 @@ def bits(tensor: Tensor) -> tuple[bytes, int, torch.Size, int]:
     return values, tensor.data_ptr(), tensor.shape, tensor._version
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("buffer", [False, True], ids=["parameter", "buffer"])
 @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
 def test_whoever_writes(write: Callable[[Any], Any], buffer: bool) -> None:

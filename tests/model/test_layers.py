@@ -88,6 +88,7 @@ TIMM = [
 ]
 
 
+@pytest.mark.sample(12)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("row", TIMM, ids=str)
 def test_families_of_timm(row: Row) -> None:

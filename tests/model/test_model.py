@@ -168,6 +168,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_target_layer_of_torchvision_models(name: str) -> None:
     extra: dict[str, Any] = {"init_weights": False} if name == "inception_v3" else {}
@@ -175,6 +176,7 @@ def test_the_target_layer_of_torchvision_models(name: str) -> None:
     assert find_target_layer(model, torch.rand(1, 3, 224, 224)) == LAYERS[name]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "channels"),
     [("resnet18", 512), ("efficientnet_b0", 1280), ("convnext_atto", 320), ("densenet121", 1024)],
@@ -208,6 +210,7 @@ def transformer(name: str) -> nn.Module:
     return timm.create_model(name, pretrained=False).eval()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_target_layer_of_transformers(name: str) -> None:
     model, side = transformer(name), 256 if "256" in name else 224

@@ -1147,6 +1147,7 @@ def drawn(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]
     return decorate
 
 
+@pytest.mark.wide
 @drawn(10)
 def test_networks_put_together_at_random(names: list[str], often: bool, tmp_path: Path) -> None:
     check(names, often, tmp_path)

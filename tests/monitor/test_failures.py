@@ -146,6 +146,7 @@ def slow_choice(
     return chosen
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("how", ["forward", "network", "layers"])
 def test_they_are_the_worst_of_a_slow_loop_and_are_told_when_they_come_and_go(
     how: str, tmp_path: Path

@@ -463,6 +463,7 @@ def train(cell: Cell, folder: Path, monitor: Watch | None) -> dict[str, Any]:
     return everything(trainer, module)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_training_is_what_it_was(cell: Cell, tmp_path: Path, record_property: Any) -> None:
     record_property("cell", cell.name)
@@ -548,6 +549,7 @@ DISTRIBUTED = "DDP, two processes (gloo)"
 SHARDED = "FSDP1, DeepSpeed"
 
 
+@pytest.mark.wide
 def test_two_processes_train_as_they_did(tmp_path: Path, record_property: Any) -> None:
     record_property("cell", DISTRIBUTED)
     states = {}

@@ -505,6 +505,7 @@ def train(
     return SimpleNamespace(found=found, trainer=trainer)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("used", LIGHTNINGS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_training_is_what_it_was(
@@ -706,6 +707,7 @@ def own_average(callbacks: Any) -> Any:
     return Average()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("used", LIGHTNINGS)
 @pytest.mark.parametrize("average_of", [lightnings_average, own_average])
 def test_an_average_may_stand_on_either_side(

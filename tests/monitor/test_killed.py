@@ -15,7 +15,10 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "killed.py"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 
 
-@pytest.fixture(scope="module", params=[6, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(6, marks=pytest.mark.wide), pytest.param(24, marks=pytest.mark.slow)],
+)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("killed")
     done = subprocess.run(

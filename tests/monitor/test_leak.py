@@ -18,7 +18,10 @@ EVERY = 10  # firings
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, trims glibc's heap")
 
 
-@pytest.fixture(scope="module", params=[120, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(120, marks=pytest.mark.wide), pytest.param(300, marks=pytest.mark.slow)],
+)
 def held(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:

@@ -207,6 +207,7 @@ def test_only_wandb_has_tables(loggers: Any, tmp_path: Path) -> None:
 # MLflow
 
 
+@pytest.mark.sample(2)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("store", ["file", "sqlite"])
 def test_mlflow_gives_the_pictures_back(

@@ -235,6 +235,7 @@ def test_controls_are_judged_as_the_maps_are(tmp_path: Path) -> None:
     assert "explain/overall_auc_centre_gaussian" not in result
 
 
+@pytest.mark.filterwarnings("ignore:.*1 of 4 images have pixels that are NaN")
 def test_the_controls_of_each_image_and_class_are_stored(tmp_path: Path) -> None:
     images, labels = torch.rand(4, 3, 32, 32), torch.zeros(4, 5)
     images[:, :, 8:24, 8:24] += 3
@@ -413,6 +414,7 @@ def test_four_images_in_one_are_pointed_at_or_left_out(
         assert result["explain/grid_pointing"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("labels", "why"),
     [
@@ -540,6 +542,7 @@ def test_validate_explains_and_reports(grids: Grids, tmp_path: Path) -> None:
     assert len(grids[0]["captions"]) == 3
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("settings", "run", "steps"),
     [
@@ -643,6 +646,7 @@ def test_the_images_of_a_step_are_those_that_the_user_reads(tmp_path: Path) -> N
     assert not [*monitor._state.warn.told]
 
 
+@pytest.mark.wide
 def test_a_monitor_that_has_seen_a_run_can_be_copied(tmp_path: Path) -> None:
     monitor = ExplanationMonitor(WGradCAM(), metrics=False, probe=2)
     trainer(tmp_path, monitor).fit(Classifier(), *loaders())
@@ -813,6 +817,7 @@ def test_targets(grids: Grids, targets: Any, tmp_path: Path) -> None:
         assert names == ["Z", "W", "Z", "W"]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", ["batch", "dictionary", "dataset", "callable", "iterable"])
 def test_where_the_probe_comes_from(kind: str, tmp_path: Path) -> None:
     images, labels = torch.rand(3, 3, 32, 32), torch.tensor([1, 2, 3])

@@ -113,6 +113,7 @@ def test_fewer_pictures_than_processes(one: dict[str, list[Any]], tmp_path: Path
         torch.testing.assert_close(each["found"][0]["maps"], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("failing", "probe"),
     [*(pytest.param(rank, 4, marks=pytest.mark.slow) for rank in (0, 1)), (1, 1)],

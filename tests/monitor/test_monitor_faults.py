@@ -84,6 +84,7 @@ class GreedyMetric(Metric):
         return self.total
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_a_method_that_runs_out_of_memory_gets_half_as_many_images(
     error: Any, tmp_path: Path
@@ -667,6 +668,7 @@ class ByTheLast(Classifier):
         super().validation_step((batch[0], batch[2]), index)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "make",
     [

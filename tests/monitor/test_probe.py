@@ -267,6 +267,7 @@ class Stuck(Broken):
         threading.Event().wait()
 
 
+@pytest.mark.wide
 def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_aop.monitor.reading._SECONDS", 0.5)
     with pytest.raises(RuntimeError, match=r"timed out after 0\.5 seconds"):

@@ -172,6 +172,7 @@ def test_two_monitors_log_and_store_under_their_own_names(tmp_path: Path) -> Non
     assert first.steps == second.steps == named.steps == [0, 2]
 
 
+@pytest.mark.wide
 def test_a_number_that_is_a_name_is_no_other_monitors(tmp_path: Path) -> None:
     methods = [GradCAM("net.features"), LayerCAM("net.features"), WGradCAM("net.features")]
     named, first, second = (
@@ -270,6 +271,7 @@ def test_a_run_says_what_was_found_and_what_was_done(
     ]
 
 
+@pytest.mark.wide
 def test_a_warning_is_told_in_our_own_words_beside_a_bar() -> None:
     script = """
 import sys
