@@ -103,6 +103,7 @@ class _Run:
         compared: whether a validation step gives the network the images that are explained, until it is
             known.
         drawn: what the probe was made of; None where that can't be read any more.
+        pictures: the folder of the pictures that no logger holds itself.
     """
 
     judge: Judge
@@ -127,6 +128,11 @@ class _Run:
     failures: Failures = field(default_factory=lambda: Failures(0))
     compared: Compared | None = None
     drawn: Drawn | None = None
+    pictures: Path | None = None
+
+    def wrote(self, picture: Path) -> None:
+        """Remember where pictures are, of which each tag has a folder."""
+        self.pictures = picture.parents[1]
 
     def hold(self, values: dict[str, float]) -> dict[str, float]:
         """Return the values, and the last ones in place of those that are missing or not finite."""
@@ -454,6 +460,12 @@ class ExplanationMonitor(Callback):
         if due:
             self._fire(trainer, pl_module, "epoch")
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was done in a validation of its own, which has no page to show it."""
+        if trainer.state.fn == "validate" and self._enabled:
+            with isolated_rng():
+                inform(f"{self._state.warn.name}: {self._summary()}")
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain at the chosen epochs where there is no validation."""
         if not validates(trainer) and self._due(trainer):
@@ -507,6 +519,8 @@ class ExplanationMonitor(Callback):
             parts.append(f"overall AUC {values['overall_auc']:.2f}{against}")
         if run.folder.folder is not None:
             parts.append(f"the page is {run.folder.folder / 'report.html'}")
+        elif run.pictures is not None:
+            parts.append(f"pictures are in {run.pictures}")
         return "\n  ".join(["; ".join(parts), *run.warn.told])
 
     def on_exception(
@@ -950,7 +964,7 @@ class ExplanationMonitor(Callback):
     def _pictures(self, trainer: Trainer, before: Sequence[Earlier]) -> Pictures:
         run = self._state
         root = trainer.default_root_dir
-        return Pictures(trainer.loggers, root, before, self._prefix, run.warn)
+        return Pictures(trainer.loggers, root, before, self._prefix, run.warn, run.wrote)
 
     def _look(self, trainer: Trainer) -> tuple[Look, list[str]]:
         """Return how images are shown, and what was found for it and does not fit."""

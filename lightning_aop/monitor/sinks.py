@@ -59,6 +59,7 @@ class Pictures:
         before: the first and the previous maps.
         prefix: of the tags, such as "explain/".
         warn: is called with a sentence for the user.
+        wrote: is called with each file, where a logger doesn't hold the picture itself.
         tag: of the grids.
         headings: a text for each image of the probe.
     """
@@ -68,6 +69,7 @@ class Pictures:
     before: Sequence[Earlier]
     prefix: str
     warn: Callable[[str, str], None]
+    wrote: Callable[[Path], None]
     tag: str = "heatmaps"
     headings: Sequence[str] | None = None
     fails: ClassVar[str] = "the heatmaps could not be drawn"
@@ -86,7 +88,9 @@ class Pictures:
         for logger in [*self.loggers] or [None]:
             fallback = None if logger else self.fallback
             try:
-                log_image(logger, tag, picture, step, fallback, caption=moment.title)
+                path = log_image(logger, tag, picture, step, fallback, caption=moment.title)
+                if path is not None:
+                    self.wrote(path)
             except Exception as error:
                 self._rescue(logger, error, tag, picture, step)
 

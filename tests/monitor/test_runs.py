@@ -271,6 +271,20 @@ def test_a_run_says_what_was_found_and_what_was_done(
     ]
 
 
+def test_a_validation_of_its_own_says_what_was_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = CHEAP | {"metrics": Faithfulness(steps=4)}
+    run = trainer(tmp_path, ExplanationMonitor(GradCAM(), **settings))
+    with caplog.at_level("INFO"):
+        (found,) = run.validate(Classifier(), loaders()[1], verbose=False)
+    (picture,) = tmp_path.rglob("*.png")
+    assert caplog.messages[-1] == (
+        "ExplanationMonitor: explained 3 images 1 time; overall AUC "
+        f"{found['explain/overall_auc']:.2f}; pictures are in {picture.parents[1]}"
+    )
+
+
 @pytest.mark.wide
 def test_a_warning_is_told_in_our_own_words_beside_a_bar() -> None:
     script = """
