@@ -326,6 +326,7 @@ def survives(name: Path, act: Callable[[], Any], *expected: str) -> Any:
     return None
 
 
+@pytest.mark.wide
 @settings(few, max_examples=400)
 @given(broken_instances(), st.sampled_from(["raise", "skip"]))
 def test_broken_files_are_survived(case: tuple[Any, str], on_error: Any) -> None:

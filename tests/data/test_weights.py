@@ -269,7 +269,7 @@ BAD: dict[str, tuple[Callable[[Path, Any], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(6)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @pytest.mark.filterwarnings("ignore:The default weight initialization of")
 @pytest.mark.parametrize("kind", BAD)
@@ -429,7 +429,7 @@ def alike(networks: list[nn.Module], images: Tensor) -> None:
     torch.testing.assert_close(ours / theirs.std(), theirs / theirs.std(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "theirs", "size"), ALIKE)
 def test_torchvision_and_timm_read_the_weights_of_each_other(

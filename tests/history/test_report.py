@@ -107,6 +107,7 @@ def test_run_that_has_hardly_begun_has_a_page(records: int) -> None:
     assert len(data["records"]) == records
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("noise", [0, 12])
 def test_page_stays_small(noise: int) -> None:
     history = synthetic(records=50, explanations=16, size=224, map_size=112, pictures=16)

@@ -79,7 +79,7 @@ def evaluations(name: str) -> int:
     return int(METHODS[name].evaluations.removeprefix("about ").replace(",", ""))
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("name", METHODS)
 def test_cost_no_trace_and_no_image_depends_on_its_batch(
     name: str, network: nn.Module, photos: tuple[Tensor, Tensor]

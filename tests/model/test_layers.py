@@ -196,6 +196,7 @@ def test_fused_and_plain_attention_have_the_same_layer(fused: bool) -> None:
     assert find_feature_map(model, torch.rand(1, 3, 224, 224)).layer == "blocks.2.norm1"
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["tnt_s_legacy_patch16_224", "crossvit_tiny_240"])
 def test_networks_of_two_streams_are_refused(name: str) -> None:
     model = timm.create_model(name, pretrained=False, num_classes=10)

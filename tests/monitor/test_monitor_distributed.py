@@ -37,6 +37,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return run(tmp_path_factory.mktemp("two") / "out", 2, 5)  # three and two of the five
 
 
+@pytest.mark.wide
 def test_two_processes_find_what_one_finds(
     one: dict[str, list[Any]], two: dict[str, list[Any]]
 ) -> None:
