@@ -27,6 +27,8 @@ from lightning_aop.errors import (
     did_you_mean_file,
 )
 
+_A_FILE = "give a local file as the weights (--weights; of fit, --model.weights)"
+
 
 def load_backbone(name: str, weights: str | None = "DEFAULT") -> tuple[nn.Module, int]:
     """Return a network that gives features [B, D] instead of logits, and D.
@@ -205,7 +207,7 @@ def _torchvision(name: str, weights: str | None, **options: Any) -> nn.Module:
         ) from error
     except (urllib.error.URLError, OSError) as error:
         raise FileError(
-            f"the weights {weights!r} of {name} could not be downloaded ({error}): give a local file"
+            f"the weights {weights!r} of {name} could not be downloaded ({error}): {_A_FILE}"
         ) from error
     if two_heads:
         network.aux_logits = False
@@ -229,7 +231,7 @@ def _timm(name: str, weights: str | None, **options: Any) -> nn.Module:
         raise InvalidValueError(f"timm/{name}: {error} (timm.list_models()){hint}") from error
     except Exception as error:
         raise FileError(
-            f"the weights of timm/{name} could not be downloaded ({error}): give a local file"
+            f"the weights of timm/{name} could not be downloaded ({error}): {_A_FILE}"
         ) from error
 
 

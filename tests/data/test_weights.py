@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_aop.coco import MultilabelClassifier
 from lightning_aop.data.networks import load_backbone, load_classifier, load_network
 from lightning_aop.data.weights import read_weights
+from lightning_aop.errors import FileError
 
 ran: list[str] = []
 
@@ -493,3 +494,15 @@ def test_other_networks_of_the_same_name_say_so(tmp_path: Path) -> None:
     torch.save(timm.create_model("convnext_small").state_dict(), tmp_path / "file.pth")
     with pytest.raises(ValueError, match="they fit convnext_small: name the network"):
         load_network("convnext_tiny", str(tmp_path / "file.pth"))
+
+
+def test_a_download_that_fails_says_how_to_do_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
+    remedy = (
+        r"could not be downloaded .*: give a local file as the weights \(--weights; of fit, --model"
+    )
+    with pytest.raises(FileError, match=remedy):
+        load_network("squeezenet1_1")
