@@ -114,6 +114,7 @@ class Failures:
         self.entered: dict[str, str] = {}
         self.left: list[dict[str, Any]] = []
         self._adapter: Adapter | None = None
+        self._module: nn.Module | None = None
         self._listener: Listener | None = None
         self._known: Labels | None = None  # of the probe
         self._layout: Layout | None = None  # of its batch
@@ -149,6 +150,7 @@ class Failures:
         """
         self.end()
         self._forget()
+        self._module = module
         if adapter is not self._adapter:
             self._adapter, self._listener = adapter, None
             if adapter.score is not value:
@@ -178,7 +180,7 @@ class Failures:
 
     def end(self) -> None:
         """Let go of the module, and of the last batch."""
-        self._waiting = None
+        self._waiting = self._module = None
         if self._listener is not None:
             self._listener.end()
 
@@ -241,6 +243,8 @@ class Failures:
             if layout is not None and (found := layout.parts(batch)) is not None:
                 return found
         reading = read_batch(batch, None, None, self._names)
+        if self._module is not None:
+            reading = reading.used_by(self._module)
         layout = Layout.of(reading, self._adapter)
         if _tells(reading):
             self._layouts[loader] = layout

@@ -644,6 +644,24 @@ def test_labels_are_read_as_those_of_the_probe(
         assert int(each.label) == int(labels[each.place[1]])
 
 
+class ByBreed(AnyBatch):
+    """Is trained by one of several columns."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch["image"]), batch["breed"])
+
+
+def test_labels_are_what_the_losses_are_given_beside_a_probe_from_elsewhere(tmp_path: Path) -> None:
+    def make(i: int) -> Any:
+        return {"image": IMAGES[i], "label": int(LABELS[i] + 1) % 5, "breed": int(LABELS[i])}
+
+    model, loader = ByBreed(), DataLoader(Samples(make), batch_size=7)
+    monitor = validate(tmp_path, model, loader, probe=(IMAGES[:2], LABELS[:2]))
+    assert found_by(monitor) <= worst_of(logits_of(model), LABELS, 3)
+    for each in monitor._run.failures.now:
+        assert int(each.label) == int(LABELS[each.place[1]])
+
+
 def test_read_batch_and_several_loaders_of_other_forms(tmp_path: Path) -> None:
     class Either(AnyBatch):
         def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
