@@ -30,11 +30,17 @@ _INDICES = ("class_to_idx", "label2id", "idx_to_class")
 # Such as classnames, target_names, idx2label, label_map.
 _ALIKE = re.compile(
     r"(class|label|target|categor(y|ies))\w*_?names?|(class|label|category)(es|s)?_?map(ping)?"
+    r"|(class|label|category|cls|cat)s?_(list|names)|LABELS"
     r"|(class|label|category|cat|name|id|idx|index|int)s?_?(to|2)_?(class|label|category|cat|name|id|idx|index)"
 )
 _TRANSFORMS = (
     *("transform", "transforms", "val_transform", "test_transform", "train_transform"),
     *("image_processor", "processor", "feature_extractor", "preprocess"),
+)
+# Such as tfms, image_transform, _transform, augmentations, normalize; not what undoes one.
+_ALSO_TRANSFORMS = re.compile(
+    r"(?!\w*(target|label|mask|inv|de_?norm|un_?norm))"
+    r"(\w*(tfm|transform|augment|normali[sz]e|preproc)\w*|aug|pipeline)"
 )
 
 
@@ -185,7 +191,10 @@ def normalisation(
     """
     note = ""
     for source in _wrapped(sources):
-        steps = [s for name in _TRANSFORMS for s in _steps(_attribute(source, name))]
+        own_names = [*getattr(source, "__dict__", {})]
+        also = [n for n in own_names if _ALSO_TRANSFORMS.fullmatch(n) and n not in _TRANSFORMS]
+        # Looked at from the last to the first.
+        steps = [s for name in (*also, *_TRANSFORMS) for s in _steps(_attribute(source, name))]
         for step in (*reversed(steps), *([source] if own else [])):
             for first, second in (("mean", "std"), ("image_mean", "image_std")):
                 mean, std = (_numbers(_attribute(step, name)) for name in (first, second))
@@ -279,6 +288,9 @@ def _names(found: Any) -> list[str] | None:
         found = [numbered[index] for index in range(len(numbered))]
     if not isinstance(found, (list, tuple)):
         return None
+    numbers = {e["id"]: e for e in found if isinstance(e, Mapping) and isinstance(e.get("id"), int)}
+    if len(numbers) == len(found):
+        found = [numbers[number] for number in sorted(numbers)]
     # ImageNet's have several names each.
     firsts = [each[0] if isinstance(each, (list, tuple)) and each else each for each in found]
     named = [_name(each) for each in firsts]
@@ -294,14 +306,16 @@ def _name(found: Any) -> Any:
     return getattr(found, "name", found)
 
 
-def _steps(transform: Any, depth: int = 3) -> list[Any]:
+def _steps(transform: Any, depth: int = 6) -> list[Any]:
     """Return a transform, or the steps that it is composed of."""
     if transform is None:
         return []
     if isinstance(transform, Mapping):  # one for each stage
         parts: Any = list(transform.values())
+    elif isinstance(transform, (nn.Sequential, nn.ModuleList)):
+        parts = list(transform)
     else:
-        parts = getattr(transform, "transforms", None)
+        parts = getattr(transform, "transforms", transform)
     if depth == 0 or not isinstance(parts, (list, tuple)):
         return [transform]
     return [step for part in parts for step in _steps(part, depth - 1)]

@@ -2,6 +2,7 @@
 
 from collections import deque
 from enum import Enum
+from functools import reduce
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -97,6 +98,8 @@ def test_names_that_do_not_fit_are_left_out_and_said() -> None:
 
 
 HALF = ([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
+NORMALISE = transforms.Normalize([0.5], [0.25])
+OTHER_TRANSFORMS = ("tfms", "_transform", "image_transform", "augmentations", "aug", "normalize")
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,10 @@ HALF = ([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
         SimpleNamespace(mean=0.5, std=[0.25]),
         SimpleNamespace(image_mean=(0.5,), image_std=(0.25,)),
         SimpleNamespace(transform={"val": transforms.Normalize([0.5], [0.25])}),
+        Has(transform=nn.Sequential(transforms.Resize(8), transforms.Normalize([0.5], [0.25]))),
+        Has(transform=[transforms.ToTensor(), transforms.Normalize([0.5], [0.25])]),
+        Has(transform=reduce(lambda inner, _: transforms.Compose([inner]), range(5), NORMALISE)),
+        *(Has(**{name: transforms.Compose([NORMALISE])}) for name in OTHER_TRANSFORMS),
     ],
 )
 def test_normalisation_in_any_form(source: Any) -> None:
@@ -141,11 +148,30 @@ def test_a_model_that_normalises_says_nothing_of_images_it_has_yet_to_normalise(
         assert notes == []
 
 
+@pytest.mark.parametrize(
+    ("ids", "names"), [((2, 0, 1), ["b", "c", "a"]), ((7, 3, 5), ["b", "c", "a"])]
+)
+def test_categories_are_in_the_order_of_their_ids(ids: Any, names: list[str]) -> None:
+    entries = [{"id": n, "name": name} for n, name in zip(ids, "abc", strict=True)]
+    assert class_names([Has(categories=entries)], 3).value == names
+
+
+@pytest.mark.parametrize("name", ["label_list", "labels_list", "cls_names", "cat_names", "LABELS"])
+def test_names_of_classes_under_other_names(name: str) -> None:
+    assert class_names([Has(**{name: ["ant", "bee"]})], 2).value == ["ant", "bee"]
+
+
 def test_normalisation_that_does_not_fit_is_left_out_and_said() -> None:
     found = normalisation([Has(transform=transforms.Normalize([0.5] * 3, [0.25] * 3))], 1)
     assert found.value is None
     assert found.note.startswith("Normalize has mean [0.5, 0.5, 0.5]")
-    for nothing in (Has(), Has(transform=lambda x: x), SimpleNamespace(mean=torch.mean, std="a")):
+    undoes = {"inv_normalize": NORMALISE, "denormalize": NORMALISE, "target_transform": NORMALISE}
+    for nothing in (
+        Has(),
+        Has(**undoes),
+        Has(transform=lambda x: x),
+        SimpleNamespace(mean=torch.mean, std="a"),
+    ):
         assert normalisation([nothing], 3) == normalisation([], 3)
 
 
