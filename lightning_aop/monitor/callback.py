@@ -1,5 +1,6 @@
 """ExplanationMonitor: the Lightning callback that shows, while a model trains, what it looks at."""
 
+import hashlib
 import itertools
 import math
 import re
@@ -625,9 +626,16 @@ class ExplanationMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """The monitor's entry in a checkpoint."""
+        """The monitor's entry in a checkpoint, by its name, or by what it explains and how."""
         key: str = super().state_key
-        own = self.name or ("" if self.method is None else _printed(self.method))
+        parts = [] if self.method is None else [_printed(self.method)]
+        if not isinstance(self.probe, Integral):
+            text = _printed(self.probe)
+            short = text if len(text) < 50 else hashlib.sha256(text.encode()).hexdigest()[:12]
+            parts.append(f"probe={short}")
+        if self.targets != "label":
+            parts.append(f"targets={_printed(self.targets)}")
+        own = self.name or ", ".join(parts)
         return f"{key}[{own}]" if own else key
 
     def state_dict(self) -> dict[str, Any]:
@@ -1043,7 +1051,8 @@ class ExplanationMonitor(Callback):
 
 def _printed(value: object) -> str:
     # Functions by name: an address is another in each process.
-    return re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", repr(value))
+    text = re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", repr(value))
+    return re.sub(r" at 0x\w+", "", text)
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

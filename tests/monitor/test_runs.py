@@ -172,6 +172,33 @@ def test_two_monitors_log_and_store_under_their_own_names(tmp_path: Path) -> Non
     assert first.steps == second.steps == named.steps == [0, 2]
 
 
+def test_two_monitors_of_one_method_explain_two_probes(tmp_path: Path) -> None:
+    """Also where they go on from a checkpoint."""
+    given = (torch.rand(2, 3, 32, 32), torch.tensor([1, 3]))
+
+    def monitors() -> list[Watch]:
+        probes: list[dict[str, Any]] = [
+            {"probe": [0, 1]},
+            {"probe": [5, 6]},
+            {"probe": given},
+            {"probe": (given[0] / 2, given[1])},
+            {"probe": 3, "targets": "predicted"},
+            {"probe": 3},
+        ]
+        settings = {"metrics": False, "controls": False}
+        return [Watch(GradCAM("net.features"), **each, **settings) for each in probes]
+
+    first, again = monitors(), monitors()
+    run = trainer(tmp_path, *first, max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    following = trainer(tmp_path, *again, max_epochs=2)
+    following.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "last.ckpt")
+    for one, other in zip(first, again, strict=True):
+        assert (one.steps, other.steps) == ([0, 2], [5])
+        assert torch.equal(one._state.probe.images, other._state.probe.images)  # type: ignore[union-attr]
+
+
 @pytest.mark.wide
 def test_a_number_that_is_a_name_is_no_other_monitors(tmp_path: Path) -> None:
     methods = [GradCAM("net.features"), LayerCAM("net.features"), WGradCAM("net.features")]
