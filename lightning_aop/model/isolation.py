@@ -92,6 +92,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         # Reentrant checkpoints refuse gradients of the input alone.
         stack.enter_context(_replaced(checkpoint, "CheckpointFunction", _Uncheckpointed))
         stack.enter_context(isolated_rng())
+        stack.enter_context(_settings_kept())
         reshard(model)
         saved = Saved(model)
         for device in saved.devices():
@@ -109,6 +110,25 @@ def isolated(model: nn.Module) -> Iterator[None]:
         _open.append(saved)
         stack.callback(_open.remove, saved)
         yield
+
+
+_SETTINGS: dict[Callable[[Any], object], Callable[[], object]] = {
+    torch.set_default_dtype: torch.get_default_dtype,
+    torch.set_num_threads: torch.get_num_threads,
+    torch.use_deterministic_algorithms: torch.are_deterministic_algorithms_enabled,
+}
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Put back settings of torch's that a method of the user's may have changed for good."""
+    before = {put: ask() for put, ask in _SETTINGS.items()}
+    try:
+        yield
+    finally:
+        for put, setting in before.items():
+            if _SETTINGS[put]() != setting:
+                put(setting)
 
 
 @contextmanager

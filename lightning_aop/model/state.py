@@ -30,6 +30,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from copyreg import _slotnames  # type: ignore[attr-defined]
+from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ _ATOMS = {
 }
 # Of a class: what finds its slots; what only gives other values; locks, which it leaves as they were.
 _OF_CLASSES = {
-    *(types.MemberDescriptorType, types.GetSetDescriptorType, property),
+    *(types.MemberDescriptorType, types.GetSetDescriptorType, property, functools.cached_property),
     *(type(threading.Lock()), type(threading.RLock())),
 }
 _LIVE = (
@@ -65,6 +66,7 @@ _LIVE = (
 _C_DATA = (ctypes.Array, ctypes.Structure, ctypes.Union, ctypes._SimpleCData)
 _METHOD = "method "
 _PIECE = 2**26  # bytes that are copied, and compared, at once
+_MAPPED = 2**28  # bytes of an array on a file up to which it is copied
 _LARGE = 2**16  # bytes of a tensor from which on to lend is cheaper than to copy
 
 
@@ -266,7 +268,10 @@ class Saved:
             return ()
         if issubclass(kind, torch.TypedStorage):
             return (("untyped", thing.untyped()),)
-        if issubclass(kind, np.ndarray) and not issubclass(kind, np.memmap):
+        if issubclass(kind, np.ndarray):
+            if issubclass(kind, np.memmap) and thing.nbytes > _MAPPED and thing.flags.writeable:
+                self._name_foreign(place, kind)
+                return ()
             if thing.flags.writeable:
                 self._arrays.append(thing.view(np.ndarray))  # a masked one without its mask
             leads = self._save_attributes(thing)
@@ -280,6 +285,8 @@ class Saved:
                 (thing, ctypes.string_at(ctypes.addressof(thing), ctypes.sizeof(thing)))
             )
             return ()
+        if issubclass(kind, SynchronizedBase):  # a number that processes share
+            return (("obj", thing.get_obj()),)
         if kind is memoryview:
             return (("obj", thing.obj),)
         if give_back := _random_state(thing):

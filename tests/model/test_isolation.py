@@ -6,8 +6,10 @@ import fractions
 import functools
 import io
 import itertools
+import multiprocessing
 import queue
 import random
+import tempfile
 import threading
 from array import array
 from collections.abc import Callable
@@ -85,6 +87,11 @@ def counted() -> Callable[[], int]:
         return count
 
     return step
+
+
+def mapped() -> Any:
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, "float32", "w+", shape=(4, 3))
 
 
 def nested() -> Any:
@@ -165,6 +172,16 @@ KINDS = {
     ),
     "NumPy objects": Kind(
         lambda: np.array([[1], None], dtype=object), on(lambda v: v[0].append(2)), lambda v: repr(v)
+    ),
+    "NumPy array on a file": Kind(
+        mapped,
+        on(lambda v: v.__iadd__(1)),
+        lambda v: v.tolist(),
+    ),
+    "shared number": Kind(
+        lambda: multiprocessing.Value("i", 0),
+        on(lambda v: setattr(v, "value", v.value + 1)),
+        lambda v: v.value,
     ),
     "number": Kind(lambda: 0, lambda m, n: setattr(m, n, getattr(m, n) + 1)),
     "object": Kind(lambda: SimpleNamespace(a=1), on(lambda v: vars(v).update(a=2, b=3))),
@@ -321,6 +338,16 @@ def test_a_careless_method_inside_isolated() -> None:
     assert all(a is p.grad for a, p in zip(gradients, model.parameters(), strict=True))
 
 
+def test_settings_of_torch_are_put_back() -> None:
+    before = torch.get_default_dtype(), torch.get_num_threads()
+    with isolated(SmallNet()):
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(2)
+        torch.use_deterministic_algorithms(True)
+    assert before == (torch.get_default_dtype(), torch.get_num_threads())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("change", ["data", "in place"])
 def test_a_pending_backward_goes_on(change: str) -> None:
     class Momentum(SmallNet):
@@ -451,6 +478,13 @@ def test_what_cannot_be_put_back_is_named() -> None:
         "solver": "Solver",
     }
     assert foreign_state(SmallNet()) == {}
+
+    class Named(SmallNet):
+        @functools.cached_property
+        def names(self) -> list[str]:
+            return ["ant", "bee"]
+
+    assert foreign_state(Named()) == {}  # what it keeps is in the module's own dictionary
 
 
 def test_trainers_datasets_and_optimizers_are_left_alone() -> None:
