@@ -3,6 +3,7 @@
 import math
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +27,23 @@ def require_tensors(**values: object) -> None:
     """Raise TypeError for an argument that is no tensor: an array, a list, a number, or None."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
-            given = "None" if value is None else type(value).__name__
-            remedy = "give one" if value is None else f"convert it with torch.as_tensor({name})"
-            raise InvalidTypeError(f"{name} must be a torch.Tensor, got {given}: {remedy}")
+            kind = "None" if value is None else type(value).__name__
+            raise InvalidTypeError(
+                f"{name} must be a torch.Tensor, got {kind}: {_as_tensor(name, value)}"
+            )
+
+
+def _as_tensor(name: str, value: object) -> str:
+    """Return how what is no tensor becomes one."""
+    if value is None:
+        return "give one"
+    if isinstance(value, (list, tuple)) and any(isinstance(each, Tensor) for each in value):
+        return f"convert it with torch.stack({name})"
+    if isinstance(value, Integral):
+        return f"give one for each image, such as torch.tensor([{value}])"
+    if isinstance(value, np.ndarray) and any(stride < 0 for stride in value.strides):
+        return f"convert it with torch.as_tensor({name}.copy())"
+    return f"convert it with torch.as_tensor({name})"
 
 
 def check_batch(images: Tensor, targets: Tensor) -> None:
@@ -45,10 +60,14 @@ def check_batch(images: Tensor, targets: Tensor) -> None:
             "training (for uint8 pictures: images.float() / 255)"
         )
     if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+        remedy = "for multilabel data repeat the image once for each class that is explained"
+        if targets.shape == (len(images), 1):
+            remedy = "give targets[:, 0]" + ".long()" * targets.is_floating_point()
+        elif targets.ndim == 2 and bool(((targets != 0).sum(dim=1) == 1).all()):
+            remedy = f"of one-hot ones give targets.argmax(dim=1); {remedy}"
         raise InvalidValueError(
             "targets must hold one class index an image, an integer tensor of shape [B], got "
-            f"{targets.dtype} of shape {list(targets.shape)}; for multilabel data repeat the image "
-            "once for each class that is explained"
+            f"{targets.dtype} of shape {list(targets.shape)}; {remedy}"
         )
     if len(images) != len(targets):
         raise InvalidValueError(

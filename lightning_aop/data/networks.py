@@ -4,6 +4,7 @@ import functools
 import importlib
 import math
 import os
+import re
 import urllib.error
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ from lightning_aop.errors import (
     did_you_mean_file,
 )
 
+# What stands beside the network that was trained: an average of its weights, or who taught it.
+_BESIDE = re.compile("ema|teacher|momentum|target|swa|avg|averag|shadow")
 _A_FILE = "give a local file as the weights (--weights; of fit, --model.weights)"
 
 
@@ -299,8 +302,8 @@ def _parts(
 
     In the file they may have a prefix: that of a LightningModule (`model.`), DistributedDataParallel
     (`module.`), an average (`ema.`), or several. The prefix under which the most are found counts; of
-    several the shortest, and an average only where there is nothing else. What is no part of the network
-    (a loss, a second head) is no matter.
+    several the shortest, and an average or a teacher only where there is nothing else. What is no part
+    of the network (a loss, a second head) is no matter.
     """
     tensors = named_alike(own, tensors)
     # Names end in each other, as layer1.0.conv1.weight does in conv1.weight: prefixes are counted.
@@ -309,7 +312,7 @@ def _parts(
     for name in tensors:
         dots = [i for i, letter in enumerate(f".{name}") if letter == "."]
         counts.update(name[:i] for i in dots if f".{name}"[i:] in tails)
-    best = min(counts, key=lambda p: (-counts[p], "ema" in p, len(p)), default="")
+    best = min(counts, key=lambda p: (-counts[p], bool(_BESIDE.search(p)), len(p)), default="")
     found = {name: tensors[best + name] for name in own if best + name in tensors}
     parts = {name.partition(".")[0] for name in own}
     rest = (name.removeprefix(best) for name in tensors if name.startswith(best))

@@ -495,9 +495,14 @@ def fitting(maps: Maps, images: Images) -> Maps:
     """
     require_tensors(maps=maps)
     if tuple(maps.shape) != (len(images), *images.shape[-2:]):
+        remedy = "upsample them to the images' size first"
+        if tuple(maps.shape) == (len(images), 1, *images.shape[-2:]):
+            remedy = "drop the channel with maps[:, 0]"
+        elif tuple(maps.shape) == tuple(images.shape[:3]):
+            remedy = "of images with the channels last give images.permute(0, 3, 1, 2)"
         raise InvalidValueError(
             f"maps must be one [H, W] map for each image, {[len(images), *images.shape[-2:]]}, got "
-            f"{list(maps.shape)}: upsample them to the images' size first"
+            f"{list(maps.shape)}: {remedy}"
         )
     return maps.detach().to(images.device)
 

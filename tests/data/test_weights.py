@@ -67,6 +67,7 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "nested": lambda s: {"state_dict": under("model._orig_mod.module.net.", s)},
     "average alone": lambda s: {"ema": under("ema.module.", s)},
     "beside its average": lambda s: under("ema.", blank(s)) | under("encoder.", s),
+    "beside its teacher": lambda s: under("teacher.", blank(s)) | under("classifier_net.", s),
     "two envelopes": lambda s: {"ema": blank(s), "model": s},
     "timm": lambda s: {"state_dict": s, "state_dict_ema": blank(s), "arch": "resnet18"},
     "reference training": lambda s: {"model": s, "optimizer": {}, "args": argparse.Namespace(lr=1)},

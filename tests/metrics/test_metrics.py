@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,42 @@ def test_metrics_are_synchronised_across_processes(tmp_path: Path) -> None:
     for rank in range(2):
         synchronised, alone = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(synchronised, alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "remedy"),
+    [
+        ("maps", list, "torch.stack(maps)"),
+        ("maps", lambda v: v.numpy()[:, ::-1], "torch.as_tensor(maps.copy())"),
+        ("maps", lambda v: v.numpy(), "torch.as_tensor(maps)"),
+        ("maps", lambda v: v[:, None], "maps[:, 0]"),
+        ("targets", lambda v: v.tolist(), "torch.as_tensor(targets)"),
+        ("targets", lambda v: v[:, None], "targets[:, 0]"),
+        ("targets", lambda v: v[:, None].float(), "targets[:, 0].long()"),
+        ("targets", lambda v: nn.functional.one_hot(v, 5), "targets.argmax(dim=1)"),
+        ("images", lambda v: v.permute(0, 2, 3, 1), "images.permute(0, 3, 1, 2)"),
+    ],
+)
+def test_the_remedy_for_bad_input_is_one(
+    name: str, change: Any, remedy: str, net: nn.Module, batch: Any, maps: Tensor, unchecked: None
+) -> None:
+    given = {"images": batch[0], "maps": maps, "targets": batch[1]}
+    given[name] = change(given[name])
+
+    def curve() -> Tensor:
+        return deletion_curve(net, given["images"], given["maps"], given["targets"], steps=4)
+
+    with pytest.raises((TypeError, ValueError), match=re.escape(remedy)):
+        curve()
+    given[name] = eval(remedy, {"torch": torch, **given})
+    assert curve().isfinite().all()
+
+
+def test_one_number_for_all_images_is_refused_with_what_to_give(
+    net: nn.Module, batch: Any, maps: Tensor, unchecked: None
+) -> None:
+    with pytest.raises(TypeError, match=r"give one for each image, such as torch.tensor\(\[2\]\)"):
+        deletion_curve(net, batch[0], maps, 2)  # type: ignore[arg-type]
 
 
 def test_bad_input_is_refused(net: nn.Module, batch: Any, maps: Tensor, unchecked: None) -> None:
