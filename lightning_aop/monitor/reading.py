@@ -9,6 +9,7 @@ opened; or from a copy of the dataset, where there can be no such process.
 import copy
 import ctypes
 import gc
+import io
 import mmap
 import multiprocessing
 import os
@@ -103,7 +104,7 @@ def read_samples(
         ValueError: there are no samples, or they can't be read without using up the dataset's.
         RuntimeError: reading failed in the worker.
     """
-    if shared := _held(dataset, lambda thing: issubclass(type(thing), _SHARED)):
+    if shared := _held(dataset, _is_shared):
         raise InvalidValueError(
             f"{_name(dataset)} reads from a {type(shared).__name__}, and what the probe took from it "
             f"would be missing in training: {_INSTEAD}"
@@ -298,6 +299,19 @@ _SHARED = (
 """What a dataset reads from that other processes use up, too."""
 _LEAVES = (type, types.ModuleType, types.FunctionType, Tensor, np.ndarray, str, bytes, int, float)
 _MOST = 10_000  # objects that are looked at
+
+
+def _is_shared(thing: Any) -> bool:
+    """Tell whether what is read from a thing is gone for other processes: from queues, sockets, pipes."""
+    if issubclass(type(thing), _SHARED):
+        return True
+    if not issubclass(type(thing), io.IOBase):
+        return False
+    try:
+        mode = os.fstat(thing.fileno()).st_mode
+        return not stat.S_ISREG(mode) and bool(thing.readable())
+    except (OSError, ValueError):  # it is closed, or in memory
+        return False
 
 
 def _is_running(thing: Any) -> bool:

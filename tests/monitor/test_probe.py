@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -231,6 +232,26 @@ def test_a_queue_that_other_processes_read_is_refused() -> None:
         ValueError, match=r"Received reads from a SimpleQueue.*pass the probe itself"
     ):
         collect(2, DataLoader(Received()))
+
+
+def test_a_decoder_in_another_process_is_refused() -> None:
+    class Decoded(Dataset[Any]):
+        def __init__(self, decoder: subprocess.Popen[str]) -> None:
+            self.decoder = decoder
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            assert self.decoder.stdout is not None
+            return IMAGES[index], int(self.decoder.stdout.readline())
+
+    command = [sys.executable, "-c", "print(1, 2, 3, sep='\\n')"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as decoder:
+        with pytest.raises(ValueError, match=r"Decoded reads from .*pass the probe itself"):
+            collect(2, DataLoader(Decoded(decoder)))
+        assert decoder.stdout is not None
+        assert decoder.stdout.read() == "1\n2\n3\n"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the copy's file
