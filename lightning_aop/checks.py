@@ -64,7 +64,7 @@ def check_batch(images: Tensor, targets: Tensor) -> None:
         if targets.shape == (len(images), 1):
             remedy = "give targets[:, 0]" + ".long()" * targets.is_floating_point()
         elif targets.ndim == 2 and bool(((targets != 0).sum(dim=1) == 1).all()):
-            remedy = f"of one-hot ones give targets.argmax(dim=1); {remedy}"
+            remedy += ", of one-hot targets give targets.argmax(dim=1)"
         raise InvalidValueError(
             "targets must hold one class index an image, an integer tensor of shape [B], got "
             f"{targets.dtype} of shape {list(targets.shape)}; {remedy}"

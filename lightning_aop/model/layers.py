@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch.autograd.graph import Node
 from lightning_aop.errors import InvalidValueError, NonFiniteScoreError
 from lightning_aop.model.adapter import Classifier, NoGradientError, name_of
 from lightning_aop.model.isolation import hooked, undisturbed, unwrap
+from lightning_aop.model.outputs import computed_from
 from lightning_aop.scores import full_precision
 from lightning_aop.types import Images
 
@@ -60,6 +62,7 @@ class Capture:
         self._size = size
         self._reshape = reshape
         self._activation: Tensor | None = None
+        self._again = False  # in the forward that has given it
 
     def _hook(self, module: nn.Module, args: object, output: object) -> object:
         first = _first_of(output)
@@ -68,6 +71,16 @@ class Capture:
                 f"target layer '{self.name}' gives {type(output).__name__}, not a feature map "
                 "[B, C, h, w]: name a convolutional layer"
             )
+        before = self._activation if self._again and torch.is_grad_enabled() else None
+        # A block that is applied to its own output is looked at where it ends.
+        if before is not None and not (first.requires_grad and computed_from(first, before)):
+            warnings.warn(
+                f"target layer '{self.name}' runs several times in a forward, on an input of its own "
+                "each, as of a flipped or another image: the map is of the last time alone; use a "
+                "method that needs no layer (RISE, LIME, XRAI)",
+                stacklevel=2,
+            )
+        self._again = True
         # The graph starts here: a frozen backbone has none, a trainable one needs none below. The
         # clone may be overwritten by an in-place ReLU; it then holds, values and gradient alike,
         # what the head really gets.
@@ -76,6 +89,7 @@ class Capture:
 
     def activation(self, images: int) -> Float[Tensor, "b k i j"]:
         """Return A of so many images in float32."""
+        self._again = False
         if self._activation is None:
             raise TargetLayerError(
                 f"target layer '{self.name}' did not run in the model's forward: name a layer that "

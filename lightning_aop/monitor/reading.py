@@ -302,7 +302,7 @@ _MOST = 10_000  # objects that are looked at
 
 
 def _is_shared(thing: Any) -> bool:
-    """Tell whether what is read from a thing is gone for other processes: from queues, sockets, pipes."""
+    """Tell whether what is read from a thing is gone for others, as from queues, sockets and pipes."""
     if issubclass(type(thing), _SHARED):
         return True
     if not issubclass(type(thing), io.IOBase):

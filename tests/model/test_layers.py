@@ -309,6 +309,30 @@ def test_the_layer_found_is_laid_out_as_it_was_found() -> None:
     assert maps.flatten(1).any(dim=1).all()
 
 
+class Several(nn.Module):
+    """Runs one block on the image and its mirror image, or on its own output."""
+
+    def __init__(self, mirrored: bool) -> None:
+        super().__init__()
+        self.mirrored = mirrored
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        x = self.block(x) + self.block(x.flip(-1)) if self.mirrored else self.block(self.block(x))
+        return self.head(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_looks_at_several_images_is_told_of(recwarn: Any) -> None:
+    images, targets = torch.rand(3, 3, 16, 16), torch.tensor([1, 2, 4])
+    GradCAM("block", eval_batch_size=2).explain(Several(mirrored=False), images, targets)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="'block' runs several times in a forward"):
+        GradCAM("block").explain(Several(mirrored=True), images, targets)
+
+
 def test_the_search_leaves_the_statistics_of_batches_alone() -> None:
     torch.manual_seed(0)
     net = SmallNet().eval()
