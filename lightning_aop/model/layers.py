@@ -154,18 +154,20 @@ def capture(
 
 @dataclass(frozen=True)
 class _Layout:
-    """How cells lie in an output: [B, C, h, w], [B, h, w, C], or tokens [B, prefix + h·w, C]."""
+    """How cells lie in an output: [B, C, h, w], [B, h, w, C], or [B, prefix + h·w + suffix, C]."""
 
     grid: tuple[int, int]
     channels_last: bool = False
     prefix: int = 0  # tokens that stand for no place: class and register tokens
+    suffix: int = 0  # likewise, at the end
     batch: int = 0  # the dimension of the images: 1 where PyTorch's attention keeps its default
 
     def __call__(self, output: Tensor) -> Tensor:
         """Return feature maps [B, C, h, w]."""
         output = output.movedim(self.batch, 0)
         if output.ndim == 3:
-            output = output[:, self.prefix :].unflatten(1, self.grid)
+            h, w = self.grid
+            output = output[:, self.prefix : self.prefix + h * w].unflatten(1, self.grid)
         return output.permute(0, 3, 1, 2) if self.channels_last else output
 
 
@@ -173,7 +175,7 @@ def _layouts(shape: Sequence[int], size: tuple[int, int]) -> Iterator[tuple[_Lay
     """Yield the layouts that an output of this shape can have, and whether each fits the image.
 
     Maps fit with about the image's proportions, tokens with a grid of square patches. Tokens that
-    stand for no place come first, and are a quarter and 128 at most.
+    stand for no place come first, or last, and are a quarter and 128 at most.
     """
     if len(shape) == 4:
         for layout in (_Layout((shape[2], shape[3])), _Layout((shape[1], shape[2]), True)):
@@ -184,7 +186,10 @@ def _layouts(shape: Sequence[int], size: tuple[int, int]) -> Iterator[tuple[_Lay
             sides = [h for h in range(1, math.isqrt(count) + 1) if count % h == 0]
             for h in sorted({*sides, *(count // h for h in sides)}):
                 grid = (h, count // h)
-                yield _Layout(grid, True, prefix), _patches(grid, size)
+                fits = _patches(grid, size)
+                yield _Layout(grid, True, prefix), fits
+                if fits and prefix:
+                    yield _Layout(grid, True, suffix=prefix), fits
 
 
 def _of_images(output: Tensor, images: int) -> list[int]:
@@ -518,7 +523,7 @@ def _layout(output: Tensor, quarters: Bool[Tensor, "4 h w"]) -> _Layout | None:
             if not fits and min(layout.grid) < 2:
                 continue
             place = _locality(layout(change), quarters)
-            rank = (round(place, 1), -layout.prefix)
+            rank = (round(place, 1), -layout.prefix - layout.suffix)
             least = (_NOT_ANYWHERE if output.ndim == 3 else _NOT_ELSEWHERE) if fits else _THERE
             if place >= least and (fits not in best or rank > best[fits][0]):
                 best[fits] = (rank, replace(layout, batch=batch))

@@ -309,6 +309,49 @@ def test_the_layer_found_is_laid_out_as_it_was_found() -> None:
     assert maps.flatten(1).any(dim=1).all()
 
 
+class Registers(nn.Module):
+    """A vision transformer of 8 x 8 patches with tokens that stand for no place, first or last."""
+
+    def __init__(self, first: bool, count: int, classified: bool) -> None:
+        super().__init__()
+        self.first, self.count, self.classified = first, count, classified
+        self.embed = nn.Conv2d(3, 32, 4, 4)
+        self.places = nn.Parameter(0.02 * torch.randn(1, 64, 32))
+        self.others = nn.Parameter(0.02 * torch.randn(1, count, 32))
+        block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 5))
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        return tokens[:, self.count :] if self.first else tokens[:, :64]
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = [self.embed(images).flatten(2).mT + self.places]
+        parts.insert(0 if self.first else 1, self.others.expand(len(images), -1, -1))
+        tokens = self.blocks(torch.cat(parts, dim=1))
+        one = tokens[:, 0 if self.first else -1]
+        pooled = one if self.classified else self.patches(tokens).mean(dim=1)
+        return self.head(pooled)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("classified", [False, True])
+@pytest.mark.parametrize("count", [1, 4, 8])
+@pytest.mark.parametrize("first", [False, True])
+def test_tokens_that_stand_for_no_place_are_left_out(
+    first: bool, count: int, classified: bool
+) -> None:
+    torch.manual_seed(0)
+    net = Registers(first, count, classified).eval()
+    images, targets = torch.rand(3, 3, 32, 32), torch.tensor([1, 2, 4])
+    found = find_feature_map(net, images)
+    assert found.grid == (8, 8)
+    by_hand = GradCAM(
+        found.layer, reshape=lambda tokens: net.patches(tokens).mT.unflatten(2, (8, 8))
+    )
+    expected = by_hand.activation_map(net, images, targets)
+    torch.testing.assert_close(GradCAM().activation_map(net, images, targets), expected)
+
+
 class Several(nn.Module):
     """Runs one block on the image and its mirror image, or on its own output."""
 
