@@ -309,6 +309,30 @@ def test_the_layer_found_is_laid_out_as_it_was_found() -> None:
     assert maps.flatten(1).any(dim=1).all()
 
 
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm2d(6)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_map_of_whose_cells_the_highest_counts_is_a_feature_map(norm: Any, trained: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1),
+        norm(),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+    )
+    images = torch.rand(8, 3, 32, 32)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(20 * trained):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(images), torch.arange(8) % 5).backward()
+        optimizer.step()
+    found = find_feature_map(net.eval(), images)
+    assert (found.layer, found.grid) == ("4", (32, 32))
+
+
 class Registers(nn.Module):
     """A vision transformer of 8 x 8 patches with tokens that stand for no place, first or last."""
 
