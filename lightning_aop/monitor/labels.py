@@ -695,6 +695,8 @@ _OF_VALUES_CALLS = ("mse_loss", "l1_loss", "huber_loss", "poisson_nll", "gaussia
 
 
 _OF_EMBEDDINGS = "ntxent|triplet|contrastive|infonce|cosineembedding|negativecosine|barlow|vicreg"
+# Losses that have the classes' vectors themselves.
+_WITH_CLASSES = "(arcface|cosface|sphereface|proxy|angular|margin|normalizedsoftmax)\\w*loss"
 
 
 def trained(module: nn.Module) -> tuple[bool, bool, bool]:
@@ -714,6 +716,11 @@ def trained(module: nn.Module) -> tuple[bool, bool, bool]:
     values = bool(kinds & {*_OF_VALUES_CALLS}) or any(word in source for word in _OF_VALUES_CALLS)
     others = any("crossentropy" in kind.lower() for kind in kinds) or "cross_entropy" in source
     embeddings = any(re.search(_OF_EMBEDDINGS, kind.lower()) for kind in kinds) and not others
+    embeddings = embeddings or any(
+        re.search(_WITH_CLASSES, type(each).__name__.lower())
+        and any(parameter.ndim == 2 for parameter in each.parameters())
+        for each in module.modules()
+    )
     return separately, values and not separately and not others, embeddings
 
 

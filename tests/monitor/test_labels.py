@@ -11,7 +11,7 @@ import torch
 from conftest import SmallNet
 from torch import Tensor, nn
 
-from lightning_aop.model.adapter import Adapter, find_adapter
+from lightning_aop.model.adapter import Adapter, AdapterError, find_adapter
 from lightning_aop.model.batches import BatchError
 from lightning_aop.model.outputs import Expected
 from lightning_aop.monitor.labels import Labels, Reading, read_batch
@@ -631,6 +631,34 @@ def test_the_labels_are_what_the_losses_of_the_steps_are_given(
     assert torch.equal(reading.labels.values, CLASSES)
     assert reading.place == ("breed",)
     assert [*reading.heads] == ["breed"]
+
+
+class ArcFaceLoss(nn.Module):
+    """Has a vector for each class, or is given the cosines with them."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.cross_entropy = nn.CrossEntropyLoss()
+        if own:
+            self.weight = nn.Parameter(torch.randn(8, 3))
+
+
+class Metric(nn.Module):
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.net = SmallNet(8)
+        self.loss = ArcFaceLoss(own)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)  # type: ignore[no-any-return]
+
+
+def test_embeddings_whose_loss_has_the_classes_are_no_classes() -> None:
+    reading = read_batch((IMAGES, CLASSES))
+    with pytest.raises(AdapterError, match=r"an embedding, which has no class.*cosine_similarity"):
+        find_adapter(Metric(own=True), reading.inputs, reading.expected(Metric(own=True)))
+    module = Metric(own=False)
+    assert find_adapter(module, reading.inputs, reading.expected(module)).classes == 8
 
 
 def test_of_several_that_losses_are_given_a_known_name_counts() -> None:
