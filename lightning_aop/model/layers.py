@@ -62,7 +62,7 @@ class Capture:
         self._size = size
         self._reshape = reshape
         self._activation: Tensor | None = None
-        self._again = False  # in the forward that has given it
+        self._again = False  # whether it is of the forward that runs now
 
     def _hook(self, module: nn.Module, args: object, output: object) -> object:
         first = _first_of(output)
@@ -87,9 +87,11 @@ class Capture:
         self._activation = first.detach().requires_grad_().clone()
         return _with_first(output, self._activation)
 
+    def _ended(self, module: nn.Module, args: object, output: object) -> None:
+        self._again = False
+
     def activation(self, images: int) -> Float[Tensor, "b k i j"]:
         """Return A of so many images in float32."""
-        self._again = False
         if self._activation is None:
             raise TargetLayerError(
                 f"target layer '{self.name}' did not run in the model's forward: name a layer that "
@@ -145,11 +147,12 @@ def capture(
     """
     name, layer = named_layer(model, target_layer)
     captured = Capture(name, size, reshape)
-    handle = hooked(layer, captured._hook)
+    handles = [hooked(layer, captured._hook), hooked(model, captured._ended)]
     try:
         yield captured
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
