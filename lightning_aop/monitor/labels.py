@@ -18,6 +18,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -761,8 +762,19 @@ _LOSS = re.compile(
 )
 
 
+# Read once for each module: failures ask for batches of one or two images again and again.
+_loss_keys: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
+
+
 def _keys_of_losses(module: nn.Module) -> set[str]:
     """Return the keys, in small letters, by which a module's steps take what a loss is given."""
+    known = _loss_keys.get(module)
+    if known is None:
+        known = _loss_keys[module] = _read_keys(module)
+    return known
+
+
+def _read_keys(module: nn.Module) -> set[str]:
     found: set[str] = set()
     for source in _source_of_steps(type(module)).values():
         try:
