@@ -115,7 +115,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
 _SETTINGS: dict[Callable[[Any], object], Callable[[], object]] = {
     torch.set_default_dtype: torch.get_default_dtype,
     torch.set_num_threads: torch.get_num_threads,
-    torch.use_deterministic_algorithms: torch.are_deterministic_algorithms_enabled,
+    torch.set_deterministic_debug_mode: torch.get_deterministic_debug_mode,
 }
 
 

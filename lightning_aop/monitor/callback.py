@@ -569,8 +569,9 @@ class ExplanationMonitor(Callback):
             return f"failures={self.failures} must be a number of samples, 0 for none"
         if self.max_classes_per_image < 1:
             return f"max_classes_per_image={self.max_classes_per_image} must be at least 1"
-        if self.name is not None and not re.fullmatch(r"[\w.-]+", str(self.name)):
-            return f"name={self.name!r} must be made of letters, digits, '_', '-' and '.'"
+        named = isinstance(self.name, str) and re.fullmatch(r"[\w.-]+", self.name)
+        if self.name is not None and not named:
+            return f"name={self.name!r} must be text made of letters, digits, '_', '-' and '.'"
         if self.max_overhead is not None and self.max_overhead <= 0:
             return f"max_overhead={self.max_overhead} must be above 0, such as 0.05 for a twentieth"
         if (self.mean is None) is not (self.std is None):

@@ -346,6 +346,13 @@ def test_settings_of_torch_are_put_back() -> None:
         torch.use_deterministic_algorithms(True)
     assert before == (torch.get_default_dtype(), torch.get_num_threads())
     assert not torch.are_deterministic_algorithms_enabled()
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        with isolated(SmallNet()):
+            torch.use_deterministic_algorithms(True)
+        assert torch.get_deterministic_debug_mode() == 1  # to warn
+    finally:
+        torch.set_deterministic_debug_mode("default")
 
 
 @pytest.mark.parametrize("change", ["data", "in place"])

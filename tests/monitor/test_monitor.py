@@ -1037,6 +1037,7 @@ def test_no_logger_at_all(tmp_path: Path) -> None:
         ({"logits": "net"}, "logits must be a function such as lambda module, images"),
         ({"read_batch": 3}, "read_batch must be a function such as lambda batch.*got 3"),
         ({"class_names": "abc"}, "class_names must be a list of names, got 'abc'"),
+        ({"name": 3}, "name=3 must be text made of letters"),
         ({"sinks": print}, "sinks must be a list, got builtin_function.*: put it in brackets"),
     ],
 )
