@@ -20,7 +20,7 @@ help:  ## list these targets
 demo: $(VENV)/.demo  ## train a small network for a minute, and say where to look
 	$(BIN)/lightning-aop demo
 
-test: $(VENV)/.dev  ## the tests, a few minutes; installs everything that any of them needs
+test: $(VENV)/.dev  ## the tests, ten minutes or so; installs everything that any of them needs
 	$(IN_PARALLEL) -m "not wide and not slow and not others"
 
 test-quick: $(VENV)/.test  ## the tests that need only the extra `test`, which is faster to install

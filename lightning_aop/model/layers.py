@@ -120,10 +120,8 @@ class Capture:
         return activation, self._maps(gradient, len(scores))
 
     def _maps(self, output: Tensor, images: int) -> Float[Tensor, "b k i j"]:
-        reshape = self._reshape
-        maps = (
-            reshape(output.detach()) if reshape else _as_maps(output.detach(), images, self._size)
-        )
+        output = output.detach()
+        maps = self._reshape(output) if self._reshape else _as_maps(output, images, self._size)
         if maps.ndim != 4:
             raise TargetLayerError(
                 f"target layer '{self.name}' gives {list(output.shape)}, not a feature map "
@@ -276,7 +274,7 @@ def find_feature_map(model: nn.Module, images: Images) -> FeatureMap:
     quarter, go through once. Of the modules' outputs the last is taken that
 
     - changes where the image was changed, which also shows its layout: channels first or last, or
-      tokens, of which the first may stand for no place, before or after the batch;
+      tokens, of which the first or the last may stand for no place, before or after the batch;
     - carries all that the logits hear of the image: no skip connection leads around it;
     - is heard at its cells, not at a class token alone, and through a weight: the scores of a
       classifier that is a convolution are no feature map.
