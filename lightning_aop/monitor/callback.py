@@ -631,7 +631,8 @@ class ExplanationMonitor(Callback):
         key: str = super().state_key
         parts = [] if self.method is None else [_printed(self.method)]
         if not isinstance(self.probe, Integral):
-            text = _printed(self.probe)
+            # Without its address, or a run that is resumed would not know it.
+            text = re.sub(r" at 0x\w+", "", _printed(self.probe))
             short = text if len(text) < 50 else hashlib.sha256(text.encode()).hexdigest()[:12]
             parts.append(f"probe={short}")
         if self.targets != "label":
@@ -1052,8 +1053,7 @@ class ExplanationMonitor(Callback):
 
 def _printed(value: object) -> str:
     # Functions by name: an address is another in each process.
-    text = re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", repr(value))
-    return re.sub(r" at 0x\w+", "", text)
+    return re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", repr(value))
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

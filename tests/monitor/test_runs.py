@@ -199,6 +199,22 @@ def test_two_monitors_of_one_method_explain_two_probes(tmp_path: Path) -> None:
         assert torch.equal(one._state.probe.images, other._state.probe.images)  # type: ignore[union-attr]
 
 
+class Plain:
+    """A method of the user's that prints as any object."""
+
+    def __init__(self, layer: str) -> None:
+        self.method = GradCAM(layer)
+
+    def explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return self.method.explain(model, images, targets)
+
+
+def test_two_monitors_of_methods_that_print_alike(tmp_path: Path) -> None:
+    monitors = [Watch(Plain(layer), **CHEAP) for layer in ("net.features", "net.features.3")]
+    trainer(tmp_path, *monitors, max_epochs=1).fit(Classifier(), *loaders())
+    assert [monitor.steps for monitor in monitors] == [[0, 2], [0, 2]]
+
+
 @pytest.mark.wide
 def test_a_number_that_is_a_name_is_no_other_monitors(tmp_path: Path) -> None:
     methods = [GradCAM("net.features"), LayerCAM("net.features"), WGradCAM("net.features")]
