@@ -72,8 +72,8 @@ from lightning_aop.view.heat import displayable
 # What is logged where there is no value yet: nothing better than this is promised to who compares.
 _WORST = {"deletion_auc": 1.0, "insertion_auc": 0.0}
 _WORST |= {"overall_auc": -1.0, "overall_auc_normalised": -1.0}
-# Likewise, but told only to who waits for it, since it may never be measured.
-_UNMEASURED = {"grid_pointing": 0.0}
+# Likewise, but told only to who waits for a value that may come late: beyond all that are measured.
+_BEYOND = {"min": 1e9, "max": -1e9}
 
 
 @dataclass
@@ -392,8 +392,12 @@ class ExplanationMonitor(Callback):
             # A checkpoint, a stop or a schedule that watches these values would end the training without
             # them. Lightning keeps them until others are logged.
             waiting = watched(trainer)
-            late = {n: v for n, v in _UNMEASURED.items() if self._prefix + n in waiting}
-            for name, value in (self._state.held | late).items():
+            late = {
+                name: _BEYOND[waiting[self._prefix + name]]
+                for name in self._logged_names()
+                if self._prefix + name in waiting
+            }
+            for name, value in (late | run.held).items():
                 trainer.callback_metrics.setdefault(self._prefix + name, torch.tensor(value))
 
     def on_train_batch_end(
@@ -690,6 +694,22 @@ class ExplanationMonitor(Callback):
         run.failures = Failures(self.failures)
         run.held |= {name: _WORST[name] for name in run.judge.names if name in _WORST}
         return run
+
+    def _logged_names(self) -> set[str]:
+        """Return the values that this run may log."""
+        run = self._state
+        names = run.judge.names | {"blank_maps", "seconds"}
+        if "overall_auc_normalised" in names:
+            names.add("overall_auc_undefined")
+        if "overall_auc" in names and self.controls:
+            names |= {*CONTROLS.values()}
+        if self.store:
+            names |= {"drift", "drift_floor"} if self.controls else {"drift"}
+        if self.max_overhead is not None:
+            names |= {"overhead", "skipped"}
+        if run.probe is None or run.probe.masks is not None:
+            names |= {"pointing_game", "energy_in_mask"}
+        return names
 
     @property
     def _prefix(self) -> str:

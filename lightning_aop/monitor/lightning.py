@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -224,11 +224,16 @@ def is_last(trainer: Trainer) -> bool:
     return bool(trainer.is_last_batch) and trainer.current_epoch + 1 == trainer.max_epochs
 
 
-def watched(trainer: Trainer) -> set[str]:
-    """Return the names of the values that checkpoints, stops and schedulers wait for."""
+def watched(trainer: Trainer) -> dict[str, Literal["min", "max"]]:
+    """Return the names of the values that callbacks and schedulers wait for, and which way is better."""
     callbacks = getattr(trainer, "callbacks")  # noqa: B009  # which its class does not declare
-    waiting = [*callbacks, *trainer.lr_scheduler_configs]
-    return {name for each in waiting if isinstance(name := getattr(each, "monitor", None), str)}
+    waiting = [(each, each) for each in callbacks]
+    waiting += [(each, each.scheduler) for each in trainer.lr_scheduler_configs]
+    return {
+        name: "max" if getattr(judge, "mode", None) == "max" else "min"
+        for each, judge in waiting
+        if isinstance(name := getattr(each, "monitor", None), str)
+    }
 
 
 def log_scalars(

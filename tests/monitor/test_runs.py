@@ -155,6 +155,37 @@ def test_a_checkpoint_and_a_stop_may_watch_the_auc(settings: Any, tmp_path: Path
     assert list((tmp_path / "best").glob("*.ckpt"))
 
 
+@pytest.mark.parametrize("fails", [1, 2, 99])
+@pytest.mark.filterwarnings("ignore:ExplanationMonitor")
+def test_a_checkpoint_and_a_stop_may_watch_any_value(fails: int, tmp_path: Path) -> None:
+    """Also one that the first explanations, which fail, have not given yet; a measured one is better."""
+
+    class Late(GradCAM):
+        left = fails
+
+        def explain(self, *arguments: Any, **options: Any) -> Tensor:
+            if Late.left > 0:
+                Late.left -= 1
+                raise RuntimeError("no map today")
+            return super().explain(*arguments, **options)
+
+    lowest = ["blank_maps", "seconds", "drift", "overhead", "overall_auc_undefined"]
+    highest = ["overall_auc_random_map", "overall_auc_centre_gaussian"]
+    modes = [(name, "min") for name in lowest] + [(name, "max") for name in highest]
+    kept = [
+        ModelCheckpoint(tmp_path / name, monitor=f"explain/{name}", mode=mode)
+        for name, mode in modes
+    ]
+    stops = [EarlyStopping(f"explain/{name}", mode=mode, patience=9) for name, mode in modes]
+    monitor = ExplanationMonitor(Late("net.features"), probe=3)
+    run = trainer(tmp_path, *kept, *stops, monitor, max_epochs=3)
+    run.fit(Classifier(), *loaders())
+    assert run.current_epoch == 3
+    for checkpoint in kept:
+        assert checkpoint.best_model_score is not None
+        assert (abs(float(checkpoint.best_model_score)) < 100) is (fails < 99), checkpoint.monitor
+
+
 # --------------------------------------------------------------------------------------------------
 # several monitors, and when they explain
 
