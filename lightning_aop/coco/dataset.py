@@ -353,12 +353,13 @@ def _normalise(content: dict[str, Any], folder: Path) -> None:
     for name in _LISTS:
         for entry in content[name]:
             entry.update({k: _whole(entry[k]) for k in _NUMBERS if k in entry})
-    for name in ("images", "categories"):  # merged files repeat them
+    for name in ("images", "categories"):  # merged files repeat them, with another date or licence
         first: dict[str, Any] = {}
         content[name] = [
             entry
             for entry in content[name]
-            if (known := first.setdefault(str(entry.get("id")), entry)) is entry or known != entry
+            if (known := first.setdefault(str(entry.get("id")), entry)) is entry
+            or any(known.get(key) != entry.get(key) for key in _TELLING)
         ]
     drawn: dict[str, tuple[int, int] | None] = {}
     for number, annotation in enumerate(content["annotations"]):
@@ -392,6 +393,8 @@ def _normalise(content: dict[str, Any], folder: Path) -> None:
                 annotation[key] = ids[str(value)]
 
 
+# What makes two entries of one id different.
+_TELLING = ("file_name", "coco_url", "path", "url", "width", "height", "name", "supercategory")
 # What some tools write as 60.0.
 _NUMBERS = ("id", "image_id", "category_id", "width", "height")
 

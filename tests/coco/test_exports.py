@@ -96,6 +96,9 @@ HABITS: dict[str, Callable[[Any], object]] = {
     "escaped letters": first(file_name="%C3%A91.png"),
     "no suffix": first(file_name="é1"),
     "an image twice": lambda c: c["images"].append(dict(c["images"][0])),
+    "an image twice, on two days": lambda c: c["images"].append(
+        c["images"][0] | {"date_captured": "2020-02-02", "license": 3}
+    ),
     "corners in pairs": cat(segmentation=[[[10, 5], [30, 5], [30, 15], [10, 15]]]),
     "one polygon's pairs": cat(segmentation=[[10, 5], [30, 5], [30, 15], [10, 15]]),
     "corners by x and y": cat(
