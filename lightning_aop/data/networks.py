@@ -156,6 +156,9 @@ def _load(
     head, layer = _head(network)
     heads = _heads(network)
     tensors = _with_own_head(found.tensors, heads, layer)
+    multilabel = tensors is not found.tensors
+    if len(heads) == 1 and not headless:
+        tensors = _with_other_head(tensors, network.state_dict(), head, layer)
     weight = _parts(network.state_dict(), tensors)[0].get(f"{head}.weight")
     # Of the same kind of layer, and all there: a file of a few bytes may claim any number of classes.
     if (
@@ -165,7 +168,6 @@ def _load(
         and weight.is_contiguous()
     ):
         network = build(num_classes=len(weight))
-    multilabel = tensors is not found.tensors
     if multilabel:
         _uncut(network, head)
     optional = tuple(f"{head}." for head in heads) if headless else ()
@@ -343,6 +345,41 @@ def _with_own_head(
             f"backbone.{head}.bias": tensors["head.bias"],
         }
     return renamed
+
+
+def _with_other_head(
+    tensors: dict[str, Tensor], own: dict[str, Tensor], head: str, layer: nn.Linear | nn.Conv2d
+) -> dict[str, Tensor]:
+    """Give a network without its head the one linear layer beside it, whatever that is called.
+
+    It may be a module of its own, as a head on a backbone is, or lie in a `Sequential` in the head's
+    place. Weights that say less are returned as they are.
+    """
+    tensors = named_alike(own, tensors)
+    found, unknown = _parts(own, tensors)
+    lacking = [
+        name for name in own if name not in found and not name.endswith("num_batches_tracked")
+    ]
+    if not lacking or any(name not in (f"{head}.weight", f"{head}.bias") for name in lacking):
+        return tensors
+    used = {id(tensor) for tensor in found.values()}
+    # Layers of any kind: a norm or a hidden layer before it would be left out.
+    others = [
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and id(tensor) not in used and not _BESIDE.search(name)
+        if tensor.ndim > 1 or f"{name.removesuffix('.weight')}.bias" in tensors
+    ]
+    if len(others) != 1:
+        return tensors
+    names = [f"{others[0]}.weight", f"{others[0]}.bias"]
+    weight, bias = (tensors.get(name, torch.empty(0)) for name in names)
+    fits = weight.shape == (len(bias), *layer.weight.shape[1:])
+    if not fits or any(
+        not names[0].endswith(each) and not names[1].endswith(each) for each in unknown
+    ):
+        return tensors
+    return found | {f"{head}.weight": weight, f"{head}.bias": bias}
 
 
 def _fitting(tensors: Mapping[str, Tensor]) -> list[str]:

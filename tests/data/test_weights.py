@@ -183,6 +183,48 @@ def test_networks_of_several_heads_are_backbones(name: str, tmp_path: Path) -> N
         assert torch.equal(backbone.eval()(images), features)
 
 
+LAYERS: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
+    "on a backbone": lambda w, b: {"classifier.weight": w, "classifier.bias": b},
+    "in a head": lambda w, b: {"head.fc.weight": w, "head.fc.bias": b},
+    "after a dropout": lambda w, b: {"backbone.fc.1.weight": w, "backbone.fc.1.bias": b},
+    "with a loss's weights": lambda w, b: {
+        **{"criterion.weight": torch.ones(5), "val.confmat": torch.ones(5, 5)},
+        **{"head.weight": w, "head.bias": b, "ema.head.weight": w + 1, "ema.head.bias": b},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_linear_layer_beside_a_network_is_its_head(
+    kind: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """As Lightning modules have it: a backbone without its own, and a layer of another name."""
+    body = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("fc.")}
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": body | LAYERS[kind](state["fc.weight"], state["fc.bias"])}, path)
+    found = load_network("resnet18", str(path)).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"head.0.weight": torch.ones(512), "head.0.bias": torch.ones(512)},
+        {"head.3.weight": torch.ones(2, 5), "head.3.bias": torch.ones(2)},
+        {"projector.weight": torch.ones(64, 512)},
+    ],
+    ids=["a norm", "a second layer", "another head"],
+)
+def test_a_head_of_several_layers_is_not_guessed(
+    more: dict[str, Tensor], state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    body = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("fc.")}
+    head = {"head.1.weight": state["fc.weight"], "head.1.bias": state["fc.bias"]}
+    torch.save({"state_dict": body | head | more}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"lack the head of resnet18 \(fc.weight, fc.bias\)"):
+        load_network("resnet18", str(tmp_path / "last.ckpt"))
+
+
 def test_classes_without_names_are_numbered(state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(state, tmp_path / "file.pth")
     _, classes, multilabel = load_classifier("resnet18", str(tmp_path / "file.pth"))
