@@ -83,12 +83,18 @@ class Judge:
         if isinstance(metric, bool):
             return {"grid_pointing"} if self.grid else set()
         names = {"grid_pointing"} if self.grid else set()
-        for part in _parts(metric):
+        whole = metric if isinstance(metric, MetricCollection) else None
+        before, after = (whole.prefix or "", whole.postfix or "") if whole else ("", "")
+        named = (
+            whole.items(keep_base=True, copy_state=False) if whole else [(_name(metric), metric)]
+        )
+        for name, part in named:
             if isinstance(part, Faithfulness):
-                names |= {"deletion_auc", "insertion_auc", "overall_auc"}
-                names |= {"overall_auc_normalised"} if part.normalise else set()
+                own = {"deletion_auc", "insertion_auc", "overall_auc"}
+                own |= {"overall_auc_normalised"} if part.normalise else set()
             else:
-                names.add(_name(part))
+                own = {name}
+            names |= {f"{before}{each}{after}" for each in own}
         return names
 
     @property

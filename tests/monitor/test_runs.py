@@ -186,6 +186,30 @@ def test_a_checkpoint_and_a_stop_may_watch_any_value(fails: int, tmp_path: Path)
         assert (abs(float(checkpoint.best_model_score)) < 100) is (fails < 99), checkpoint.monitor
 
 
+@pytest.mark.parametrize(
+    ("metrics", "key"),
+    [
+        (MetricCollection({"area": OverallAUC(steps=4)}, prefix="own_"), "own_area"),
+        (MetricCollection([OverallAUC(steps=4)]), "OverallAUC"),
+        (MetricCollection([Faithfulness(steps=4)], postfix="_4"), "overall_auc_4"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:ExplanationMonitor")
+def test_a_checkpoint_may_watch_a_metric_by_its_name_in_a_collection(
+    metrics: MetricCollection, key: str, tmp_path: Path
+) -> None:
+    scores = []
+    for method in (Failing(), GradCAM("net.features")):
+        folder = tmp_path / type(method).__name__
+        checkpoint = ModelCheckpoint(folder, monitor=f"explain/{key}", mode="max")
+        monitor = ExplanationMonitor(method, probe=3, metrics=metrics, controls=False)
+        run = trainer(tmp_path, checkpoint, monitor, max_epochs=1)
+        run.fit(Classifier(), *loaders())
+        assert checkpoint.best_model_score is not None
+        scores.append(float(checkpoint.best_model_score))
+    assert scores[0] < -1 < scores[1] < 1
+
+
 # --------------------------------------------------------------------------------------------------
 # several monitors, and when they explain
 
