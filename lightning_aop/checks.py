@@ -23,6 +23,14 @@ def in_words(value: object) -> str:
     return repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
 
 
+def require_score(score: object) -> None:
+    """Raise TypeError for a score that is no function, such as its name."""
+    if not callable(score):
+        raise InvalidTypeError(
+            f"score must be a function such as scores.softmax, got {in_words(score)}"
+        )
+
+
 def require_tensors(**values: object) -> None:
     """Raise TypeError for an argument that is no tensor: an array, a list, a number, or None."""
     for name, value in values.items():

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lightning_aop.checks import require_counts, require_finite
+from lightning_aop.checks import require_counts, require_finite, require_score
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.methods.superpixels import require_slic, superpixels
 from lightning_aop.model.adapter import explaining
@@ -90,6 +90,7 @@ class RegionalMultiscale:
         Raises:
             ImportError: scikit-image is not installed.
         """
+        require_score(self.score)
         require_slic()  # so that a missing package is known before the model is evaluated
         with explaining(model, images, targets, self.seed) as (classifier, x, t), torch.no_grad():
             size = pass_size(self.eval_batch_size)

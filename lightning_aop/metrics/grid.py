@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_aop.checks import check_batch, require_tensors
+from lightning_aop.checks import check_batch, require_score, require_tensors
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.metrics.apart import tell_apart
 from lightning_aop.metrics.pointing import energy_in_mask
@@ -146,6 +146,7 @@ class GridPointing(Metric):
             ValueError: the shapes don't fit each other, or a target is no class of the model.
         """
         check_batch(images, targets)
+        require_score(self.score)
         logits = predict(model, images)
         classes = logits.shape[1]
         if wrong := sorted({k for k in targets.tolist() if not 0 <= k < classes}):

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_aop.checks import check_batch, in_words
-from lightning_aop.errors import InvalidTypeError, InvalidValueError
+from lightning_aop.checks import check_batch, require_score
+from lightning_aop.errors import InvalidValueError
 from lightning_aop.model.batches import IMAGE_NAMES, Inputs, find_inputs, members
 from lightning_aop.model.collectives import collectives_noticed
 from lightning_aop.model.float16 import Raise, in_float16
@@ -129,10 +129,7 @@ class Classifier:
 
     def scores(self, images: Images, targets: Targets, score: Score) -> Float[Tensor, " b"]:
         """Return F_c of each image; raise TypeError for a score that is no function."""
-        if not callable(score):
-            raise InvalidTypeError(
-                f"score must be a function such as scores.softmax, got {in_words(score)}"
-            )
+        require_score(score)
         logits = self.logits(images)
         if torch.is_grad_enabled() and images.requires_grad and not logits.requires_grad:
             raise NoGradientError(self.model)

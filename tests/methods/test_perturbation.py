@@ -18,6 +18,7 @@ from lightning_aop import (
     sigcam,
 )
 from lightning_aop.errors import NonFiniteScoreError
+from lightning_aop.methods import RegionalMultiscale
 from lightning_aop.methods.igos import ArmijoSearch
 from lightning_aop.model.passes import count_evaluations
 from lightning_aop.ops import GaussianBlur, resize
@@ -346,7 +347,7 @@ def test_stages_that_are_none_are_refused(stages: Any, message: str, unchecked: 
         AOP(*stages)
 
 
-@pytest.mark.parametrize("method", [RISE, WGradCAM])
+@pytest.mark.parametrize("method", [RISE, WGradCAM, RegionalMultiscale])
 def test_a_score_that_is_no_function_is_refused(
     method: Any, net: nn.Module, batch: Any, unchecked: None
 ) -> None:

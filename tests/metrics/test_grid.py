@@ -150,4 +150,7 @@ def test_a_batch_that_fits_no_model_is_refused(unchecked: Any) -> None:
     for shift, shown in ((-2, r"\[-2, -1\]"), (1, r"\[4\]")):
         with pytest.raises(ValueError, match=rf"0\.\.3, the classes of the model, got {shown}"):
             metric.update(Colours(), images, targets + shift)
+    wrong = "softmax"
+    with pytest.raises(TypeError, match=r"score must be .*scores\.softmax, got 'softmax'"):
+        GridPointing(GradCAM(), score=wrong).update(Colours(), images, targets)
     assert metric.total == 0
