@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -301,6 +301,8 @@ class ExplanationMonitor(Callback):
         self.logits, self.read_batch = logits, read_batch
         self.name = name
         self.sinks = sinks
+        # Before it is used: a method of the user's may count what it does.
+        self._printed_method = "" if method is None else _printed(method)
         self._label = name  # what is logged under, the number of one without a name
         self._run: _Run | None = None
 
@@ -513,7 +515,7 @@ class ExplanationMonitor(Callback):
         values = {} if run.last is None else run.last | run.judge.scalars()
         if "overall_auc" in values:
             controls = " and ".join(
-                f"{values[name]:.2f} for a {control}"
+                f"{round(values[name], 2) + 0.0:.2f} for a {control}"
                 for name, control in (
                     ("overall_auc_random_map", "random map"),
                     ("overall_auc_centre_gaussian", "centre gaussian"),
@@ -521,7 +523,7 @@ class ExplanationMonitor(Callback):
                 if name in values
             )
             against = f", against {controls}" if controls else ""
-            parts.append(f"overall AUC {values['overall_auc']:.2f}{against}")
+            parts.append(f"overall AUC {round(values['overall_auc'], 2) + 0.0:.2f}{against}")
         if run.folder.folder is not None:
             parts.append(f"the page is {run.folder.folder / 'report.html'}")
         elif run.pictures is not None:
@@ -633,10 +635,10 @@ class ExplanationMonitor(Callback):
     def state_key(self) -> str:
         """The monitor's entry in a checkpoint, by its name, or by what it explains and how."""
         key: str = super().state_key
-        parts = [] if self.method is None else [_printed(self.method)]
+        parts = [self._printed_method] if self._printed_method else []
         if not isinstance(self.probe, Integral):
             # Without its address, or a run that is resumed would not know it.
-            text = re.sub(r" at 0x\w+", "", _printed(self.probe))
+            text = re.sub(r" at 0x\w+", "", _printed(self.probe, depth=0))
             short = text if len(text) < 50 else hashlib.sha256(text.encode()).hexdigest()[:12]
             parts.append(f"probe={short}")
         if self.targets != "label":
@@ -1071,9 +1073,15 @@ class ExplanationMonitor(Callback):
         return found
 
 
-def _printed(value: object) -> str:
+def _printed(value: object, depth: int = 3) -> str:
+    """Return a value in words that are the same in each process, as far as it has such."""
     # Functions by name: an address is another in each process.
-    return re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", repr(value))
+    text = re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", repr(value))
+    plain = type(value).__repr__ is object.__repr__ or is_dataclass(value)
+    if not (depth and plain and " at 0x" in text and hasattr(value, "__dict__")):
+        return text
+    parts = (f"{name}={_printed(part, depth - 1)}" for name, part in vars(value).items())
+    return f"{type(value).__qualname__}({', '.join(parts)})"
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 
-from lightning_aop import ExplanationMonitor, GradCAM, LayerCAM, WGradCAM
+from lightning_aop import AOP, ExplanationMonitor, GradCAM, LayerCAM, WGradCAM
 from lightning_aop.history import History
+from lightning_aop.methods import RankedMask
 from lightning_aop.metrics import Faithfulness, OverallAUC
 from lightning_aop.monitor.explanation import Explanation, Moment
 
@@ -270,6 +271,32 @@ def test_two_monitors_of_methods_that_print_alike(tmp_path: Path) -> None:
     assert [monitor.steps for monitor in monitors] == [[0, 2], [0, 2]]
 
 
+def test_a_method_that_prints_as_any_object_is_known_again(tmp_path: Path) -> None:
+    """Also where it counts what it has done: its address and its state are others in a new process."""
+
+    class Counting(Plain):
+        calls = 0
+
+        def explain(self, *arguments: Any) -> Tensor:
+            self.calls += 1
+            return super().explain(*arguments)
+
+    def monitors() -> list[Watch]:
+        methods = [Counting("net.features"), AOP(Counting("net.features.3"), RankedMask(3))]
+        return [Watch(method, **CHEAP) for method in methods]
+
+    first, again = monitors(), monitors()
+    run = trainer(tmp_path, *first, max_epochs=1)
+    run.fit(Classifier(), *loaders())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(tmp_path, *again, max_epochs=2).fit(
+        Classifier(), *loaders(), ckpt_path=tmp_path / "last.ckpt"
+    )
+    assert [monitor.steps for monitor in first + again] == [[0, 2], [0, 2], [5], [5]]
+    taken_up = (tmp_path / "lightning_logs" / "version_1").rglob("run.json")
+    assert [len(History.load(path.parent).records) for path in taken_up] == [3, 3]
+
+
 @pytest.mark.wide
 def test_a_number_that_is_a_name_is_no_other_monitors(tmp_path: Path) -> None:
     methods = [GradCAM("net.features"), LayerCAM("net.features"), WGradCAM("net.features")]
@@ -359,12 +386,15 @@ def test_a_run_says_what_was_found_and_what_was_done(
     assert re.fullmatch(
         r".*: explaining 3 images takes about \d+ s, for 78 model evaluations", estimate
     )
-    values = {name: run.callback_metrics[f"explain/{name}"] for name in monitor._state.held}
+    values = {
+        name: f"{float(run.callback_metrics[f'explain/{name}']):.2f}".replace("-0.00", "0.00")
+        for name in monitor._state.held
+    }
     (page,) = tmp_path.rglob("report.html")
     assert done.splitlines() == [
-        f"ExplanationMonitor: explained 3 images 3 times; overall AUC {values['overall_auc']:.2f}, "
-        f"against {values['overall_auc_random_map']:.2f} for a random map and "
-        f"{values['overall_auc_centre_gaussian']:.2f} for a centre gaussian; the page is {page}",
+        f"ExplanationMonitor: explained 3 images 3 times; overall AUC {values['overall_auc']}, "
+        f"against {values['overall_auc_random_map']} for a random map and "
+        f"{values['overall_auc_centre_gaussian']} for a centre gaussian; the page is {page}",
         "  3 times: Full could not take the explanation. OSError: no room",
     ]
 
@@ -379,7 +409,7 @@ def test_a_validation_of_its_own_says_what_was_done(
     (picture,) = tmp_path.rglob("*.png")
     assert caplog.messages[-1] == (
         "ExplanationMonitor: explained 3 images 1 time; overall AUC "
-        f"{found['explain/overall_auc']:.2f}; pictures are in {picture.parents[1]}"
+        f"{round(found['explain/overall_auc'], 2) + 0.0:.2f}; pictures are in {picture.parents[1]}"
     )
 
 
