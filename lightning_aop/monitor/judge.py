@@ -1,7 +1,7 @@
 """How faithful the maps are, and how faithful maps would be that don't depend on the model."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -83,11 +83,13 @@ class Judge:
         if isinstance(metric, bool):
             return {"grid_pointing"} if self.grid else set()
         names = {"grid_pointing"} if self.grid else set()
-        whole = metric if isinstance(metric, MetricCollection) else None
-        before, after = (whole.prefix or "", whole.postfix or "") if whole else ("", "")
-        named = (
-            whole.items(keep_base=True, copy_state=False) if whole else [(_name(metric), metric)]
-        )
+        before = after = ""
+        named: Iterable[tuple[str, Metric]]
+        if isinstance(metric, MetricCollection):
+            before, after = metric.prefix or "", metric.postfix or ""
+            named = metric.items(keep_base=True, copy_state=False)
+        else:
+            named = [(_name(metric), metric)]
         for name, part in named:
             if isinstance(part, Faithfulness):
                 own = {"deletion_auc", "insertion_auc", "overall_auc"}
