@@ -72,7 +72,9 @@ from lightning_aop.view.heat import displayable
 # What is logged where there is no value yet: nothing better than this is promised to who compares.
 _WORST = {"deletion_auc": 1.0, "insertion_auc": 0.0}
 _WORST |= {"overall_auc": -1.0, "overall_auc_normalised": -1.0}
-# Likewise, but told only to who waits for a value that may come late: beyond all that are measured.
+# Likewise, but told only to who waits for a value that may come late, or never: the least share, or
+# beyond all that are measured.
+_SHARES = ("grid_pointing", "pointing_game", "energy_in_mask")
 _BEYOND = {"min": 1e9, "max": -1e9}
 
 
@@ -395,7 +397,7 @@ class ExplanationMonitor(Callback):
             # them. Lightning keeps them until others are logged.
             waiting = watched(trainer)
             late = {
-                name: _BEYOND[waiting[self._prefix + name]]
+                name: 0.0 if name in _SHARES else _BEYOND[waiting[self._prefix + name]]
                 for name in self._logged_names()
                 if self._prefix + name in waiting
             }
