@@ -255,13 +255,7 @@ def fill(network: nn.Module, name: str, weights: Weights, optional: tuple[str, .
     own = network.state_dict()
     found, unknown = _parts(own, weights.tensors)
     unknown = [key for key in unknown if not key.startswith(optional)]
-    missing = [
-        key
-        for key in own
-        # PyTorch before 0.4.1 did not count the batches.
-        if key not in found and not key.endswith("num_batches_tracked")
-        if not key.startswith(optional)
-    ]
+    missing = [key for key in _lacking(own, found) if not key.startswith(optional)]
     wrong = [key for key in found if found[key].shape != own[key].shape]
     if not missing and not unknown and not wrong:
         # With the network's own version numbers, which MNASNet wants: the names are its own by now.
@@ -322,6 +316,12 @@ def _parts(
     return found, unknown
 
 
+def _lacking(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of a network's tensors that were not found."""
+    # PyTorch before 0.4.1 did not count the batches.
+    return [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
+
+
 def _with_own_head(
     tensors: dict[str, Tensor], heads: Sequence[str], layer: nn.Linear | nn.Conv2d
 ) -> dict[str, Tensor]:
@@ -348,20 +348,18 @@ def _with_own_head(
 
 
 def _with_other_head(
-    tensors: dict[str, Tensor], own: dict[str, Tensor], head: str, layer: nn.Linear | nn.Conv2d
+    given: dict[str, Tensor], own: dict[str, Tensor], head: str, layer: nn.Linear | nn.Conv2d
 ) -> dict[str, Tensor]:
     """Give a network without its head the one linear layer beside it, whatever that is called.
 
     It may be a module of its own, as a head on a backbone is, or lie in a `Sequential` in the head's
     place. Weights that say less are returned as they are.
     """
-    tensors = named_alike(own, tensors)
+    tensors = named_alike(own, given)
     found, unknown = _parts(own, tensors)
-    lacking = [
-        name for name in own if name not in found and not name.endswith("num_batches_tracked")
-    ]
+    lacking = _lacking(own, found)
     if not lacking or any(name not in (f"{head}.weight", f"{head}.bias") for name in lacking):
-        return tensors
+        return given
     used = {id(tensor) for tensor in found.values()}
     # Layers of any kind: a norm or a hidden layer before it would be left out.
     others = [
@@ -371,14 +369,12 @@ def _with_other_head(
         if tensor.ndim > 1 or f"{name.removesuffix('.weight')}.bias" in tensors
     ]
     if len(others) != 1:
-        return tensors
+        return given
     names = [f"{others[0]}.weight", f"{others[0]}.bias"]
     weight, bias = (tensors.get(name, torch.empty(0)) for name in names)
     fits = weight.shape == (len(bias), *layer.weight.shape[1:])
-    if not fits or any(
-        not names[0].endswith(each) and not names[1].endswith(each) for each in unknown
-    ):
-        return tensors
+    if not fits or not all(any(name.endswith(each) for name in names) for each in unknown):
+        return given
     return found | {f"{head}.weight": weight, f"{head}.bias": bias}
 
 
