@@ -24,6 +24,7 @@ from torchmetrics.classification import MultilabelAveragePrecision
 
 from lightning_aop.cli.store import make_folder
 from lightning_aop.coco import CocoMultilabel
+from lightning_aop.coco.dataset import index_class
 from lightning_aop.data.shapes import CLASSES, write_shapes
 from lightning_aop.model.isolation import isolated_rng
 from lightning_aop.monitor import ExplanationMonitor
@@ -148,7 +149,11 @@ def run(
         epochs: how long to train.
         seed: of the network and the order of the images.
         pictures: how many to train with.
+
+    Raises:
+        ImportError: pycocotools is not installed.
     """
+    index_class()  # before a thousand images are drawn in vain
     make_folder(root, "--root")
     write_shapes(root / "shapes", train=pictures)
     train, val = (

@@ -270,14 +270,23 @@ class CocoMultilabel(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(masks)
 
 
-def _read(folder: Path, file: Path) -> Any:
-    """Return pycocotools' index of the file, with all that it refers to checked."""
+def index_class() -> Any:
+    """Return pycocotools' class of an index.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
-        coco_class = importlib.import_module("pycocotools.coco").COCO
+        return importlib.import_module("pycocotools.coco").COCO
     except ImportError as error:
         raise MissingPackageError(
             'CocoMultilabel reads annotations with pycocotools: pip install "lightning-aop[coco]"'
         ) from error
+
+
+def _read(folder: Path, file: Path) -> Any:
+    """Return pycocotools' index of the file, with all that it refers to checked."""
+    coco_class = index_class()
     if not folder.is_dir():
         raise MissingFileError(
             f"{folder} is no folder: give the one that holds the images, such as train2017"

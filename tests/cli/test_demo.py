@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ def test_a_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (page,) = tmp_path.rglob("report.html")
     assert str(page) in printed
     assert "--logdir" in printed
+
+
+def test_a_missing_package_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(ImportError, match=r"pip install .*\[coco\]"):
+        run(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.slow
