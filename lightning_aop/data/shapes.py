@@ -7,6 +7,7 @@ iy down.
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,10 @@ def _kernel(size: int, cells: int, sigma: float, shift: float) -> Array:
 
 def _spread(kernel: Array, plane: Array) -> Array:
     """Apply a kernel down and across; in bands, as a BLAS is slower with threads at these sizes."""
+    size, cells = kernel.shape
+    bands = kernel.reshape(-1, math.gcd(size, 4), cells)
     for _ in range(2):
-        bands = np.array_split(kernel, len(kernel) // 4)
-        plane = np.concatenate([band @ plane for band in bands]).T
+        plane = (bands @ plane).reshape(size, -1).T
     return plane
 
 
@@ -123,6 +125,7 @@ def _noise(rng: np.random.Generator, size: int, cells: int) -> Array:
     return _normalised(total)
 
 
+@functools.cache
 def _grid(size: int) -> Array:
     """The centres of the pixels, in the unit square."""
     x = (np.arange(size) + 0.5) / size
