@@ -179,9 +179,11 @@ def _table(run: Run, title: str, methods: Sequence[str]) -> Iterator[str]:
         evaluations = [run.value("evaluations", method)(n)[m].mean() for n, m in photos.items()]
         rows.append([*row, f"{np.mean(evaluations):,.0f}"])
     yield formatted(header, rows, "markdown")
-    if len(there) < len(methods):
-        missing = ", ".join(run.names.get(m, m) for m in methods if m not in there)
-        yield f"Not measured yet: {missing}."
+    tried = [method for method in methods if method in run.names and method not in there]
+    if tried:
+        yield f"Without values, as the run says why: {', '.join(run.names[m] for m in tried)}."
+    if missing := [method for method in methods if method not in run.names]:
+        yield f"Not measured yet: {', '.join(missing)}."
 
 
 def _orders(run: Run) -> Iterator[str]:

@@ -237,6 +237,20 @@ def test_every_method_is_in_one_table_the_best_first(run: Path) -> None:
         assert number(row[7]) == pytest.approx(100 * means[row[0]], abs=0.0501)
 
 
+def test_what_has_no_values_is_told_apart_from_what_was_not_measured(run: Path) -> None:
+    module = script()
+    found = module.Run.of(run)
+    columns = dict(found.columns)
+    for network in PHOTOS:
+        own = columns[network, "random"]
+        nothing = {name: np.full_like(values, np.nan) for name, values in own.figures.items()}
+        columns[network, "random"] = replace(own, figures=nothing)
+    told = module.faithfulness(replace(found, columns=columns))
+    assert "Without values, as the run says why: random." in told.split("Every method, ")[1]
+    assert "Not measured yet" not in told.split("Every method, ")[1]
+    assert "Without values" not in module.faithfulness(found)
+
+
 def test_the_orders_are_the_papers_and_their_verdicts_those_of_the_intervals(run: Path) -> None:
     text = script().faithfulness(script().Run.of(run)).split("The paper's orders")[1]
     rows = cells(text.split("Every method")[0])[2:]
