@@ -27,6 +27,7 @@ from lightning_aop.errors import (
     did_you_mean,
     did_you_mean_file,
 )
+from lightning_aop.scores import Score, sigmoid, softmax
 
 # What stands beside the network that was trained: an average of its weights, or who taught it.
 _BESIDE = re.compile("ema|teacher|momentum|target|swa|avg|averag|shadow")
@@ -468,6 +469,8 @@ class Network:
         channels_last: the weights of the convolutions lie channels last in memory, and with them the
             feature maps: faster on a CPU and in half precision for most networks, the results the same
             but for rounding. A network that calls `view` on its feature maps can't run so.
+        score: the class score that is explained and judged; None for the one that the weights were
+            trained for, sigmoid for a checkpoint of `MultilabelClassifier` and softmax for others.
     """
 
     model: str | dict[str, Any]
@@ -477,9 +480,14 @@ class Network:
     std: Sequence[float] = IMAGENET_STD
     size: int | None = None
     channels_last: bool = False
+    score: Literal["softmax", "sigmoid"] | None = None
 
     def build(self) -> nn.Module:
-        """Return the network in eval mode, on the CPU.
+        """Return the network of `load`."""
+        return self.load()[0]
+
+    def load(self) -> tuple[nn.Module, Score]:
+        """Return the network in eval mode, on the CPU, and its class score.
 
         Raises:
             ValueError: there is no such network, or its weights don't fit.
@@ -487,8 +495,9 @@ class Network:
             OSError: the weights can't be downloaded or read.
         """
         weights = None if self.weights is None else os.path.expandvars(self.weights)
+        multilabel = False
         if isinstance(self.model, str):
-            network = load_network(self.model, weights)
+            network, _, multilabel = _load(self.model, weights)
         else:
             network = _called(self.model)
             if weights not in (None, "DEFAULT"):
@@ -496,7 +505,8 @@ class Network:
                 fill(network, str(self.model["class_path"]), found)
         if self.channels_last:
             network = network.to(memory_format=torch.channels_last)
-        return network.eval()
+        chosen = self.score or ("sigmoid" if multilabel else "softmax")
+        return network.eval(), sigmoid if chosen == "sigmoid" else softmax
 
     def preprocess(self, size: int, resize: Literal["squash", "crop"]) -> Preprocess:
         """Return what makes an image its input, of `size` unless the network has one of its own."""

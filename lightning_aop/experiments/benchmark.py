@@ -31,7 +31,7 @@ from lightning_aop.metrics.functional import BLUR
 from lightning_aop.model.adapter import predict
 from lightning_aop.model.layers import find_target_layer
 from lightning_aop.model.passes import Passes, count_evaluations, out_of_memory
-from lightning_aop.scores import softmax
+from lightning_aop.scores import Score, softmax
 from lightning_aop.types import Images, SaliencyMethod, Targets
 
 Method = TypeVar("Method")
@@ -110,12 +110,12 @@ def run(
     )
     # Every process sees the same: none writes before all have come to predict().
     for name, network in networks.items():
-        model = network.build()
+        model, score = network.load()
         preprocess = network.preprocess(data.size, data.resize)
         layer = network.layer or _last_layer(model, preprocess)
-        named = {label: _made(method, layer) for label, method in methods.items()}
+        named = {label: _made(method, layer, score) for label, method in methods.items()}
         recipe = [network.model, preprocess, data.value_range, rules, trainer.precision]
-        settings = described([*recipe, __version__])
+        settings = described([*recipe, *([] if score is softmax else [score]), __version__])
         digest = hashlib.sha256(f"{settings} {listing}".encode())
         update_with_weights(digest, model)
         folder = output / f"{slug(name)}-{digest.hexdigest()[:12]}"
@@ -124,7 +124,7 @@ def run(
         done = finished(folder, groups)
         whole = set.intersection(*(done.get(digest, set()) for digest in digests.values()))
         missing = unfinished(groups, whole, trainer.world_size)
-        judge = _Judge(model, named, digests, done, pictures, rules, folder)
+        judge = _Judge(model, named, digests, done, pictures, rules, folder, score)
         jobs[name] = judge, missing, _Reader(data.folder, pictures, preprocess, data.value_range)
         manifest.folders[name] = folder.name
         manifest.methods[name] = digests
@@ -187,9 +187,10 @@ class _Judge(pl.LightningModule):
         pictures: Sequence[Picture],
         rules: Rules,
         folder: Path,
+        score: Score,
     ) -> None:
         super().__init__()
-        self.model, self.rules, self.folder = model, rules, folder
+        self.model, self.rules, self.folder, self.score = model, rules, folder, score
         self.methods, self.digests, self.done = dict(methods), digests, done
         self.pictures = pictures
         self.passes = Passes(rules.eval_batch_size)
@@ -211,7 +212,7 @@ class _Judge(pl.LightningModule):
         ]
         usable = [i for i, reason in enumerate(reasons) if reason is None]
         chosen = torch.tensor([targets[i] for i in usable], dtype=torch.long, device=logits.device)
-        scores = dict(zip(usable, softmax(logits[usable], chosen).tolist(), strict=True))
+        scores = dict(zip(usable, self.score(logits[usable], chosen).tolist(), strict=True))
         blurred = BLUR(images[usable])  # the same for all methods
         table: list[dict[str, Any]] = []
         for name, method in self.methods.items():
@@ -291,6 +292,7 @@ class _Judge(pl.LightningModule):
             maps,
             targets,
             baseline=lambda _: blurred,
+            score=self.score,
             steps=self.rules.steps,
             pixels_per_step=self.rules.pixels_per_step,
         )
@@ -314,10 +316,10 @@ class _Judge(pl.LightningModule):
         ]
 
 
-def _made(method: MethodName | SaliencyMethod, layer: str) -> SaliencyMethod:
+def _made(method: MethodName | SaliencyMethod, layer: str, score: Score) -> SaliencyMethod:
     if isinstance(method, str):
-        method = make_method(method, layer)
-    return _with(method, "target_layer", None, layer)
+        method = make_method(method, layer, score)
+    return _with(_with(method, "target_layer", None, layer), "score", softmax, score)
 
 
 def _with(method: Method, name: str, default: object, value: object) -> Method:
@@ -327,7 +329,7 @@ def _with(method: Method, name: str, default: object, value: object) -> Method:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(method):
         held = getattr(method, field.name)
-        if field.name == name and held == default:
+        if field.name == name and held == default and held is not value:
             changes[name] = value
         elif (other := _with(held, name, default, value)) is not held:
             changes[field.name] = other

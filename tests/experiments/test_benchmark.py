@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from conftest import SmallNet, finish
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 
 from lightning_aop import AOP, IGOS, Blank, GradCAM, experiments
 from lightning_aop.cli.main import main
+from lightning_aop.coco import MultilabelClassifier, Preprocess
+from lightning_aop.data.images import read_image
 from lightning_aop.experiments.groups import NOTHING, in_groups, unfinished
 from lightning_aop.experiments.results import Manifest, parts
 from lightning_aop.metrics import DeletionAUC, InsertionAUC
+from lightning_aop.scores import Score, sigmoid, softmax
 from lightning_aop.types import Images, Maps, Targets
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -471,8 +475,6 @@ def test_logits_that_are_nan_and_labels_that_are_no_class(
 
 
 def test_it_runs_from_python(config: Path, photos: Path, whole: Path, tmp_path: Path) -> None:
-    import pytorch_lightning as pl
-
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     recipe = {"class_path": "conftest.SmallNet"}
     networks = {
@@ -486,6 +488,32 @@ def test_it_runs_from_python(config: Path, photos: Path, whole: Path, tmp_path: 
     found = entries(tmp_path)
     assert [row | same for row in found] == [row | same for row in wanted]
     assert found[0]["method_digest"] == wanted[0]["method_digest"]
+
+
+@pytest.mark.parametrize(("chosen", "score"), [(None, sigmoid), ("softmax", softmax)])
+def test_a_multilabel_classifier_is_explained_and_judged_by_its_sigmoid(
+    chosen: Any, score: Score, photos: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    ours = MultilabelClassifier("squeezenet1_1", None, num_classes=3).eval()
+    checkpoint: dict[str, Any] = {"state_dict": ours.state_dict()}
+    ours.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    network = experiments.Network("squeezenet1_1", str(tmp_path / "last.ckpt"), score=chosen)
+    data = experiments.Pictures(str(photos), limit=1, size=64)
+    stages = Blank(), IGOS(iterations=2, samples=3)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    arguments = {"net": network}, {"I-GOS": AOP(*stages)}, data, experiments.Rules(steps=9)
+    experiments.run(trainer, *arguments, tmp_path / "run")
+    [row] = entries(tmp_path / "run")
+    image = Preprocess(64, "squash")(read_image(photos / "0.png"))[None]
+    logits = ours(image).detach()
+    target = logits.argmax(dim=1)
+    assert row["score"] == pytest.approx(float(score(logits, target)), abs=1e-5)
+    method = AOP(Blank(), IGOS(iterations=2, samples=3, score=score))
+    metric = InsertionAUC(score=score, steps=9)
+    metric.update(ours, image, method.explain(ours, image, target), target)
+    assert row["insertion"] == pytest.approx(float(metric.compute()), abs=1e-4)
 
 
 @pytest.mark.parametrize(
