@@ -30,6 +30,7 @@ __all__ = ["write_animation"]
 _VALUES = {"overall_auc": "overall AUC", "pointing_game": "pointing game"}
 _LAST = 3.0  # seconds
 _BAR = 48  # of 256 colours
+_SAMPLE = 40_000  # pixels
 _FRAMES = 120  # held in memory, 2 MB each
 
 
@@ -172,8 +173,10 @@ def _palette(frames: list[Image.Image]) -> Image.Image:
     strip = Image.new("RGB", (frames[0].width, 3 * frames[0].height))
     for n, frame in enumerate(chosen):
         strip.paste(frame, (0, n * frames[0].height))
-    # A ninth of the pixels names the same colours in a tenth of the time.
-    strip = strip.resize((-(-strip.width // 3), -(-strip.height // 3)), Image.Resampling.NEAREST)
+    # So many pixels name the same colours as all do, in a small part of the time.
+    step = math.ceil(math.sqrt(strip.width * strip.height / _SAMPLE))
+    size = -(-strip.width // step), -(-strip.height // step)
+    strip = strip.resize(size, Image.Resampling.NEAREST)
     # The bar is too small to get colours of its own, and shows bands without.
     bar = overlay(torch.full((1, 3, 1, _BAR), 0.5), torch.linspace(0, 1, _BAR).expand(1, 1, -1))
     # Until a round of k-means moves less than a thousandth of the pixels to another colour.
