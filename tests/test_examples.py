@@ -211,20 +211,16 @@ RUNS: dict[str, Callable[[Path], None]] = {
 }
 
 
-# Those that a reader begins with; the others take half a minute each.
-QUICK = {
-    "quickstart",
-    "custom_method",
-    "vision_transformer",
-    "wandb_logging",
-    "checkpoint_on_faithfulness",
-}
+# Those that a reader begins with, and those that take no half minute either.
+QUICK = {"quickstart", "custom_method"}
+WIDE = {"vision_transformer", "wandb_logging", "checkpoint_on_faithfulness"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
-)
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [] if name in QUICK else [pytest.mark.wide if name in WIDE else pytest.mark.slow]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in SCRIPTS])
 def test_script(name: str, tmp_path: Path) -> None:
     RUNS[name](tmp_path)
 

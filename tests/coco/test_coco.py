@@ -157,6 +157,7 @@ def test_labels_and_masks_are_those_of_a_direct_loop(
             np.testing.assert_array_equal(data.masks(index, some), where[some])
 
 
+@pytest.mark.wide
 def test_the_real_validation_set_is_that_of_a_direct_loop(real_data: Path) -> None:
     data = CocoMultilabel.from_root(real_data / "coco", "val2017")
     expected = list(direct_loop(data.file))

@@ -78,7 +78,7 @@ def chance(cat_over_coffee: tuple[nn.Module, Tensor, Tensor]) -> Tensor:
 CAT, COFFEE = 0, 1
 
 
-@pytest.mark.sample(2)
+@pytest.mark.wide
 @pytest.mark.parametrize("which", [CAT, COFFEE], ids=["cat", "coffee"])
 @pytest.mark.parametrize(
     "method",
