@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from tabulate import SEPARATING_LINE, tabulate
 
-__all__ = ["Format", "csv_text", "formatted"]
+__all__ = ["Format", "csv_text", "decimals", "formatted"]
 
 Format: TypeAlias = Literal["text", "markdown", "latex", "csv"]
 
@@ -58,6 +58,11 @@ def formatted(
     table = "\n".join(line.rstrip() for line in table.splitlines())
     bullet = "- " if form == "markdown" else ""
     return "\n".join([table, *([""] if said else []), *(bullet + note for note in said)])
+
+
+def decimals(value: float, places: int = 2, sign: Literal["", "+"] = "") -> str:
+    """Return a number with so many decimals; what rounds to 0 is not negative."""
+    return f"{round(value, places) + 0.0:{sign}.{places}f}"
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:

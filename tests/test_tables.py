@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from lightning_aop.tables import csv_text, formatted
+from lightning_aop.tables import csv_text, decimals, formatted
 
 NAMES = st.text(st.characters(codec="utf-8") | st.sampled_from("\\`*_|<>[](){}#+-.!~&$^%=@\n"))
 NASTY = r"a|b *c* _d_ `e` <b>f</b> [g](h) ![i](j) ~~k~~ &amp; \ $l$ 5% #6 {7} 8^9"
@@ -123,3 +123,18 @@ def test_numbers_and_harmless_text_stay_what_they_are(cell: object) -> None:
 @pytest.mark.parametrize("form", ["text", "markdown", "latex", "csv"])
 def test_a_table_without_rows_has_its_heading(form: str) -> None:
     assert "value" in formatted(["name", "value"], [], form)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "places", "text"),
+    [
+        (-0.004, 2, "0.00"),
+        (-0.0, 2, "0.00"),
+        (-0.006, 2, "-0.01"),
+        (-0.004, 3, "-0.004"),
+        (0.996, 2, "1.00"),
+        (float("nan"), 2, "nan"),
+    ],
+)
+def test_what_rounds_to_zero_has_no_sign(value: float, places: int, text: str) -> None:
+    assert decimals(value, places) == text

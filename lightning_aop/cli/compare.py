@@ -25,7 +25,7 @@ from lightning_aop.methods.names import FIGURE_5, METHODS, make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves
 from lightning_aop.model.layers import find_target_layer
 from lightning_aop.model.passes import count_evaluations
-from lightning_aop.tables import formatted
+from lightning_aop.tables import decimals, formatted
 from lightning_aop.types import Images, SaliencyMethod, Targets
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
@@ -171,7 +171,7 @@ def _write(
     def caption(row: Row | None) -> str:
         if row is None:
             return ""
-        return f"overall {row.overall:.2f}\ndel {row.deletion:.2f}  ins {row.insertion:.2f}"
+        return f"overall {decimals(row.overall)}\ndel {row.deletion:.2f}  ins {row.insertion:.2f}"
 
     def heading(name: str) -> str:
         cost = [row.evaluations for (_, method), row in rows.items() if method == name]
@@ -205,11 +205,13 @@ def _summary(names: Sequence[str], rows: Sequence[Row]) -> str:
     for name in names:
         own = [row for row in rows if row.method == name]
         if own:
-            means = {
-                key: fmean(getattr(row, key) for row in own)
-                for key in ("deletion", "insertion", "overall", "evaluations", "seconds")
-            }
-            forms = (".3f", ".3f", ".3f", ",.0f", ".2f")
-            lines.append([name, *map(format, means.values(), forms)])
+            areas = [
+                decimals(fmean(getattr(row, key) for row in own), 3)
+                for key in ("deletion", "insertion", "overall")
+            ]
+            evaluations, seconds = (
+                fmean(getattr(row, key) for row in own) for key in ("evaluations", "seconds")
+            )
+            lines.append([name, *areas, f"{evaluations:,.0f}", f"{seconds:.2f}"])
     header = ["method", "deletion", "insertion", "overall", "evaluations", "seconds"]
     return formatted(header, lines, notes=["Each value is the mean over the photos."])

@@ -19,6 +19,7 @@ from lightning_aop.cli.output import (
 from lightning_aop.cli.photos import Label, Recipe, each_photo, found_photos, load, progress
 from lightning_aop.methods.names import make_method
 from lightning_aop.metrics import auc, deletion_insertion_curves
+from lightning_aop.tables import decimals
 from lightning_aop.types import Images, Maps
 from lightning_aop.view.grid import heatmap_grid
 from lightning_aop.view.heat import displayable
@@ -44,7 +45,7 @@ def main(options: Namespace) -> int:
             for label, deletion, insertion in zip(
                 labels, *(auc(curve).tolist() for curve in curves), strict=True
             ):
-                captions.append(f"{label}\noverall AUC {insertion - deletion:.2f}")
+                captions.append(f"{label}\noverall AUC {decimals(insertion - deletion)}")
                 lines.append(_line(options, recipe, photo, label, deletion, insertion))
             pictures.append(images.cpu())
             maps.append(found.cpu())
@@ -82,7 +83,7 @@ def _line(
     if not options.json:
         return (
             f"{photo}: {label}, deletion {deletion:.3f}, insertion {insertion:.3f}, "
-            f"overall {overall:.3f}"
+            f"overall {decimals(overall, 3)}"
         )
     metrics = {"deletion_auc": deletion, "insertion_auc": insertion, "overall_auc": overall}
     made = {"method": options.method, "model": options.model, "picture": str(options.output)}

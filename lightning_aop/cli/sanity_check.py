@@ -14,7 +14,7 @@ from lightning_aop.cli.store import MapStore, make_folder, write_csv
 from lightning_aop.errors import UserError
 from lightning_aop.methods.names import make_method
 from lightning_aop.metrics.randomization import parameter_randomization, weighted_layers
-from lightning_aop.tables import formatted
+from lightning_aop.tables import decimals, formatted
 from lightning_aop.view.png import write_png
 from lightning_aop.view.table import map_table
 
@@ -111,7 +111,7 @@ def main(options: Namespace) -> int:
         print(wrote, file=sys.stderr)
         return 1 if failures else 0
     header, notes = [f"randomised {options.mode}", "rank correlation", "SSIM"], []
-    lines = [[layer, *(f"{value:.2f}" for value in own.values())] for layer, own in means.items()]
+    lines = [[layer, *(decimals(value) for value in own.values())] for layer, own in means.items()]
     if any(blank.values()):
         header.append("blank maps")
         lines = [
@@ -163,7 +163,7 @@ def _is_blank(entry: dict[str, Any]) -> bool:
 
 
 def _caption(entry: dict[str, Any]) -> str:
-    return f"rank {entry['rank_correlation']:.2f}\nSSIM {entry['ssim']:.2f}"
+    return f"rank {decimals(entry['rank_correlation'])}\nSSIM {decimals(entry['ssim'])}"
 
 
 def _write_rows(

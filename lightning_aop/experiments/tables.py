@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.experiments.paper import reported, reported_overall
 from lightning_aop.experiments.results import MANIFEST, Manifest, arrow, parts
-from lightning_aop.tables import Format, csv_text, formatted
+from lightning_aop.tables import Format, csv_text, decimals, formatted
 
 Values: TypeAlias = Float[np.ndarray, " n"]
 
@@ -44,9 +44,7 @@ class Interval:
 
     def told(self, plus: bool = False) -> str:
         """Return it with one decimal and a typographic minus, `plus` with a sign in any case."""
-        sign = "+" if plus else ""
-        text = f"{self.mean:{sign}.1f} [{self.low:{sign}.1f}, {self.high:{sign}.1f}]"
-        return text.replace("-", "\N{MINUS SIGN}")
+        return _bracketed(self, 1, "+" if plus else "").replace("-", "\N{MINUS SIGN}")
 
 
 @dataclass(frozen=True)
@@ -361,11 +359,17 @@ def _flat(row: Row) -> Iterator[tuple[str, object]]:
         yield name, "" if np.isnan(getattr(row, name)) else round(getattr(row, name), 4)
 
 
-def _told(interval: Interval, sign: str = "") -> str:
+def _told(interval: Interval, sign: Literal["", "+"] = "") -> str:
     if np.isnan(interval.mean):
         return "-"
-    low, high = 100 * interval.low, 100 * interval.high
-    return f"{100 * interval.mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+    percent = Interval(100 * interval.mean, 100 * interval.low, 100 * interval.high)
+    return _bracketed(percent, 2, sign)
+
+
+def _bracketed(interval: Interval, places: int, sign: Literal["", "+"]) -> str:
+    values = interval.mean, interval.low, interval.high
+    mean, low, high = (decimals(value, places, sign) for value in values)
+    return f"{mean} [{low}, {high}]"
 
 
 def _mean(parts: Sequence[Values]) -> float:

@@ -21,6 +21,7 @@ from lightning_aop.checks import require_positive
 from lightning_aop.errors import InvalidValueError
 from lightning_aop.files import write_whole
 from lightning_aop.history.store import History, Record
+from lightning_aop.tables import decimals
 from lightning_aop.view.grid import heatmap_grid
 from lightning_aop.view.heat import overlay
 from lightning_aop.view.text import PAPER
@@ -160,7 +161,7 @@ def animation_frames(
 
 def _title(record: Record) -> str:
     values = [
-        f"{shown} {record.values[name]:.2f}"
+        f"{shown} {decimals(record.values[name])}"
         for name, shown in _VALUES.items()
         if math.isfinite(record.values.get(name, math.nan))
     ]

@@ -65,6 +65,7 @@ from lightning_aop.monitor.progress import Begin, progress_bar
 from lightning_aop.monitor.run_folder import Earlier, RunFolder
 from lightning_aop.monitor.sinks import Pictures, Scalars, Sink, Warnings, write_tables
 from lightning_aop.scores import Score
+from lightning_aop.tables import decimals
 from lightning_aop.types import SaliencyMethod
 from lightning_aop.view.grid import PANELS, Panel
 from lightning_aop.view.heat import displayable
@@ -517,7 +518,7 @@ class ExplanationMonitor(Callback):
         values = {} if run.last is None else run.last | run.judge.scalars()
         if "overall_auc" in values:
             controls = " and ".join(
-                f"{round(values[name], 2) + 0.0:.2f} for a {control}"
+                f"{decimals(values[name])} for a {control}"
                 for name, control in (
                     ("overall_auc_random_map", "random map"),
                     ("overall_auc_centre_gaussian", "centre gaussian"),
@@ -525,7 +526,7 @@ class ExplanationMonitor(Callback):
                 if name in values
             )
             against = f", against {controls}" if controls else ""
-            parts.append(f"overall AUC {round(values['overall_auc'], 2) + 0.0:.2f}{against}")
+            parts.append(f"overall AUC {decimals(values['overall_auc'])}{against}")
         if run.folder.folder is not None:
             parts.append(f"the page is {run.folder.folder / 'report.html'}")
         elif run.pictures is not None:

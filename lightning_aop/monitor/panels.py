@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lightning_aop.monitor.explanation import Explanation
+from lightning_aop.tables import decimals
 from lightning_aop.view.grid import heatmap_grid
 from lightning_aop.view.heat import Picture
 
@@ -208,7 +209,7 @@ def _areas(explanation: Explanation) -> list[list[str]]:
     deletion, insertion = explanation.aucs.cpu().unbind(dim=1)
     overall = (insertion - deletion).tolist()
     # Adding 0 leaves no minus at what is rounded to it.
-    return [[] if math.isnan(v) else [f"AUC {round(v, 2) + 0.0:.2f}"] for v in overall]
+    return [[] if math.isnan(v) else [f"AUC {decimals(v)}"] for v in overall]
 
 
 def _multilabel_captions(explanation: Explanation, names: Sequence[str] | None) -> list[str]:
