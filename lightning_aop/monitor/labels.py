@@ -17,6 +17,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -686,13 +687,15 @@ def _find_masks(batch: Any, inputs: Inputs) -> tuple[Tensor | None, bool]:
 
 _STEPS = ("training_step", "validation_step", "_shared_step", "shared_step", "step", "loss")
 _LIBRARIES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "builtins")
-_SEPARATE = ("BCEWithLogitsLoss", "BCELoss", "MultiLabelSoftMarginLoss")
-_SEPARATE_CALLS = (
-    *("binary_cross_entropy", "multilabel_soft_margin", "sigmoid_focal_loss"),
-    *_SEPARATE,
+# In the names of modules and functions.
+_SEPARATE = (
+    *("BCEWithLogitsLoss", "BCELoss", "SoftMarginLoss"),
+    *("binary_cross_entropy", "soft_margin_loss", "sigmoid_focal_loss"),
 )
-_OF_VALUES = ("MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "GaussianNLLLoss", "PoissonNLLLoss")
-_OF_VALUES_CALLS = ("mse_loss", "l1_loss", "huber_loss", "poisson_nll", "gaussian_nll", *_OF_VALUES)
+_OF_VALUES = (
+    *("MSELoss", "L1Loss", "HuberLoss", "GaussianNLLLoss", "PoissonNLLLoss"),
+    *("mse_loss", "l1_loss", "huber_loss", "poisson_nll", "gaussian_nll"),
+)
 
 
 _OF_EMBEDDINGS = "ntxent|triplet|contrastive|infonce|cosineembedding|negativecosine|barlow|vicreg"
@@ -709,13 +712,14 @@ def trained(module: nn.Module) -> tuple[bool, bool, bool]:
     """
     held = [*module.modules(), *vars(module).values()]
     kinds = {cls.__name__ for each in held for cls in type(each).__mro__[:2]}
-    kinds |= {getattr(each, "__name__", "") for each in vars(module).values()}  # functions
+    functions = (e.func if isinstance(e, partial) else e for e in vars(module).values())
+    kinds |= {str(getattr(each, "__name__", "")) for each in functions}
     losses = _source_of_losses(held)
     source = "".join(_source_of_steps(type(module)).values()) + losses
-    separately = bool(kinds & {*_SEPARATE_CALLS}) or any(w in source for w in _SEPARATE_CALLS)
-    separately = separately or "sigmoid" in losses
-    values = bool(kinds & {*_OF_VALUES_CALLS}) or any(word in source for word in _OF_VALUES_CALLS)
-    others = any("crossentropy" in kind.lower() for kind in kinds) or "cross_entropy" in source
+    said = " ".join([*kinds, source])
+    separately = any(word in said for word in _SEPARATE) or "sigmoid" in losses
+    values = any(word in said for word in _OF_VALUES)
+    others = any("crossentropy" in kind.lower() for kind in kinds) or "cross_entropy" in said
     embeddings = any(re.search(_OF_EMBEDDINGS, kind.lower()) for kind in kinds) and not others
     embeddings = embeddings or any(
         re.search(_WITH_CLASSES, type(each).__name__.lower())

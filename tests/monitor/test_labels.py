@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections import namedtuple
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from lightning_aop.model.batches import BatchError
 from lightning_aop.model.outputs import Expected
 from lightning_aop.monitor.labels import Labels, Reading, read_batch
 from lightning_aop.monitor.probe import Probe
-from lightning_aop.scores import sigmoid, softmax, value
+from lightning_aop.scores import Score, sigmoid, softmax, value
 
 IMAGES = torch.rand(4, 3, 8, 6, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.tensor([2, 0, 1, 2])
@@ -283,6 +284,35 @@ def test_labels_of_minus_one_and_one_are_two_classes() -> None:
     probe, _ = probe_of(torch.tensor([-1, 1, 1, -1]), SmallNet(1))
     assert probe.labels is not None
     assert probe.labels.tolist() == [0, 1, 1, 0]
+
+
+def test_a_soft_margin_of_one_output_has_two_classes() -> None:
+    """Whatever the batch has of -1.0 and 1.0."""
+    module = SmallNet(1)
+    module.loss = nn.SoftMarginLoss()
+    for labels in ([-1.0, 1.0, 1.0, -1.0], [-1.0] * 4):
+        probe, adapter = probe_of(torch.tensor(labels), module)
+        assert adapter.score is sigmoid
+        assert probe.labels is not None
+        assert probe.labels.tolist() == [max(int(label), 0) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("losses", "score"),
+    [
+        ([nn.functional.binary_cross_entropy_with_logits], sigmoid),
+        ([partial(nn.functional.binary_cross_entropy_with_logits, reduction="sum")], sigmoid),
+        ([partial(nn.functional.poisson_nll_loss, log_input=False)], value),
+        ([nn.functional.mse_loss], value),
+        ([nn.functional.cross_entropy, nn.MSELoss()], softmax),
+    ],
+)
+def test_a_loss_may_be_a_function_that_the_module_holds(losses: list[Any], score: Score) -> None:
+    module = SmallNet(3)
+    module.loss, module.auxiliary = losses[0], losses[-1]
+    reading = read_batch((IMAGES, {sigmoid: ONE_HOT, value: HOT}.get(score)))
+    expected = reading.expected(module)
+    assert find_adapter(module, reading.inputs, expected).score is score
 
 
 def test_the_loss_says_whether_labels_are_values() -> None:
