@@ -94,7 +94,7 @@ class ShapeClassifier(pl.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-class Decoded(Dataset[tuple[Tensor, Tensor]]):
+class Shapes(Dataset[tuple[Tensor, Tensor]]):
     """The images of a data set, read once: reading them in every epoch takes longer than learning."""
 
     def __init__(self, data: CocoMultilabel) -> None:
@@ -166,8 +166,8 @@ def run(
     monitor = ExplanationMonitor(probe=PROBE)
     with _quiet(), isolated_rng(seed=seed):
         model = ShapeClassifier(len(CLASSES))
-        batches = DataLoader(Decoded(train), batch_size=16, shuffle=True)
-        val_batches = DataLoader(Decoded(val), batch_size=60)
+        batches = DataLoader(Shapes(train), batch_size=16, shuffle=True)
+        val_batches = DataLoader(Shapes(val), batch_size=60)
         settings: dict[str, Any] = {
             "accelerator": "cpu",
             "enable_model_summary": False,
