@@ -96,7 +96,8 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "lightning_aop needs Python 3.10 or newer; name one with make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --upgrade pip  # Python's own may be years old, and takes twice as long to resolve
+# Python's own may be years old, and takes twice as long to resolve.
+	$(INSTALL) --upgrade pip
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e ".[coco]"

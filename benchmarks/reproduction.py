@@ -26,7 +26,7 @@ from lightning_aop.experiments.pointing_game import ClassResult, Result
 from lightning_aop.experiments.results import parts, schema, write_part
 from lightning_aop.experiments.tables import MEASURES, Column, Interval, bootstrap, load
 from lightning_aop.files import write_whole
-from lightning_aop.tables import formatted
+from lightning_aop.tables import decimals, formatted
 
 TABLE_1 = ("gradcam", "wgradcam", "emp", "igos", "gradcam+emp", "gradcam+igos", "sigcam")
 TABLE_2 = ("gradcam", "gradcam++", "igos", "xrai", "sigcam")
@@ -353,7 +353,7 @@ def _counted(photos: Masks) -> str:
 
 
 def _signed(value: float, plus: bool = False) -> str:
-    return f"{value:{'+' if plus else ''}.1f}".replace("-", "\N{MINUS SIGN}")
+    return decimals(value, 1, "+" if plus else "").replace("-", "\N{MINUS SIGN}")
 
 
 def keep(run: Path, folder: Path) -> None:
