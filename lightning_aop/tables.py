@@ -62,6 +62,7 @@ def formatted(
 
 def decimals(value: float, places: int = 2, sign: Literal["", "+"] = "") -> str:
     """Return a number with so many decimals; what rounds to 0 is not negative."""
+    # Adding 0 leaves no minus at what is rounded to it.
     return f"{round(value, places) + 0.0:{sign}.{places}f}"
 
 

@@ -208,7 +208,6 @@ def _areas(explanation: Explanation) -> list[list[str]]:
     """Return the overall AUC of each pair in words, nothing where it was not measured."""
     deletion, insertion = explanation.aucs.cpu().unbind(dim=1)
     overall = (insertion - deletion).tolist()
-    # Adding 0 leaves no minus at what is rounded to it.
     return [[] if math.isnan(v) else [f"AUC {decimals(v)}"] for v in overall]
 
 
